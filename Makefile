@@ -1,0 +1,35 @@
+# make demo | make test      a clean clone needs Python >= 3.10 and, to be fast, a C++ compiler
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.sgsc-ready
+
+.PHONY: demo test lint install bench clean
+demo: $(READY)
+	$(BIN)/sgsc compress digits --target-size 0.05 --seed 0 --out runs/digits
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp
+	$(BIN)/pyright
+
+install: $(READY)
+# torch first and by itself: the package then builds against it without an isolated copy
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e '.[test,triton,lint]'
+	touch $@
+
+bench: $(READY)
+	$(BIN)/python -m bench.kernels
+	$(BIN)/python -m bench.training
+	$(BIN)/python -m bench.main_job
+
+clean:
+	rm -rf build dist *.egg-info sgsc/_C*.so
