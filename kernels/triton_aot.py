@@ -1,0 +1,135 @@
+"""What a Triton kernel becomes on GPUs that this machine need not have: registers, spills, instructions.
+
+Triton brings the assemblers and disassemblers of its targets, so a claim such as "two 128-bit loads a thread, nothing
+spilled" is checked on any machine. Speed is not: that needs the GPU.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """A compiled kernel.
+
+    Attributes:
+        target: Key of `TARGETS`.
+        registers: 32-bit registers a thread.
+        spilled: Bytes of local memory and stack a thread (NVIDIA), or registers spilled (AMD); 0 is the aim.
+        shared: Bytes of shared memory a program.
+        instructions: How often each instruction occurs, with its modifiers: "LDG.E.128", "v_rndne_f32_e32".
+    """
+
+    target: str
+    registers: int
+    spilled: int
+    shared: int
+    instructions: Counter[str]
+
+    def count(self, pattern: str) -> int:
+        """Instructions whose whole name matches the regular expression."""
+        return sum(n for name, n in self.instructions.items() if re.fullmatch(pattern, name))
+
+    def complaints(self, registers: int, needs: Iterable[str] = (), forbids: Iterable[str] = ()) -> list[str]:
+        """What is wrong with the code, in words; empty where nothing is.
+
+        Args:
+            registers: Largest number allowed a thread.
+            needs: Patterns of which at least one instruction must be there.
+            forbids: Patterns of which none may be.
+
+        Returns:
+            One sentence a fault.
+        """
+        found = []
+        if self.spilled:
+            found.append(f"{self.target}: spills {self.spilled} to local memory")
+        if self.registers > registers:
+            found.append(f"{self.target}: {self.registers} registers, allowed {registers}")
+        found += [f"{self.target}: no instruction {p}" for p in needs if not self.count(p)]
+        found += [f"{self.target}: {self.count(p)} instructions {p}, allowed none" for p in forbids if self.count(p)]
+        return found
+
+
+def compile_for(
+    kernel: Any,
+    target: str,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    divisible: Iterable[str] = (),
+    warps: int = 4,
+) -> MachineCode:
+    """Compile a `@triton.jit` function without a GPU or a driver.
+
+    Args:
+        kernel: The function; not in a process that runs the interpreter.
+        target: Key of `TARGETS`.
+        types: Triton's type of each argument that is no constant: "*fp32", "i32".
+        constants: Values of the others.
+        divisible: Arguments that are multiples of 16 (pointers: of 16 bytes), as the launcher finds out by itself.
+        warps: Warps a program.
+
+    Returns:
+        The machine code's figures.
+
+    Raises:
+        ValueError: If the process runs Triton's interpreter, which compiles nothing.
+    """
+    if triton.knobs.runtime.interpret:
+        raise ValueError("compile_for: TRITON_INTERPRET=1 replaces the compiler by an interpreter; unset it")
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        signature={n: types.get(n, "constexpr") for n in names},
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in divisible},
+    )
+    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps})
+    read = _read_nvidia if TARGETS[target].backend == "cuda" else _read_amd
+    return read(compiled, target)
+
+
+def _read_nvidia(compiled: Any, target: str) -> MachineCode:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _cuobjdump("-res-usage", cubin)
+        sass = _cuobjdump("-sass", cubin)
+    registers, stack, local = (int(re.findall(rf"{what}:(\d+)", usage)[0]) for what in ("REG", "STACK", "LOCAL"))
+    # /*0090*/  @!P0 LDG.E.128 R4, [R2.64] ;
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
+    return MachineCode(target, registers, stack + local, compiled.metadata.shared, Counter(names))
+
+
+def _cuobjdump(option: str, cubin: Path) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def _read_amd(compiled: Any, target: str) -> MachineCode:
+    text = compiled.asm["amdgcn"]
+
+    def figure(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s*(\d+)", text)[0])
+
+    spilled = figure("vgpr_spill_count") + figure("sgpr_spill_count") + figure("private_segment_fixed_size")
+    names = re.findall(r"^\s+([a-z]+_[a-z0-9_]+)", text, re.MULTILINE)
+    return MachineCode(target, figure("vgpr_count"), spilled, compiled.metadata.shared, Counter(names))

@@ -1,0 +1,19 @@
+"""Constants of the format and its error, shared by writer and reader."""
+
+from __future__ import annotations
+
+import torch
+
+FORMAT = 1
+MAX_HEADER = 16 * 2**20
+ZEROS = "0" * 64  # stands for the digest while it is computed
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    "BOOL": torch.bool,
+}
+USUAL = {"stride": 1, "padding": 0, "dilation": 1}  # settings of a convolution that a file leaves out
+
+
+class ArtefactError(ValueError):
+    """A file is not what it must be; the message says which part."""

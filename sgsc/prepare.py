@@ -1,0 +1,114 @@
+"""From a float model to one whose layers quantize themselves."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import nn
+
+from .layers import QUANTIZED, REFUSED, QuantLayer, QuantMultiheadAttention
+
+
+class Prepared(NamedTuple):
+    """What `prepare` made and did.
+
+    Attributes:
+        model: The prepared copy.
+        swapped: Names of the layers that now quantize their weight.
+        left: Name -> why, for every module with parameters of its own that stays float.
+    """
+
+    model: nn.Module
+    swapped: tuple[str, ...]
+    left: dict[str, str]
+
+
+def prepare(model: nn.Module, *, quantizer: str = "integer", skip: Iterable[str] = ()) -> Prepared:
+    """Copy a model and give every Linear, Conv1d, Conv2d, Embedding and MultiheadAttention its quantizers.
+
+    The float model is left as it is. The copy answers as the float model does, within the first grid (8 bits a weight
+    with the default quantizer), and loads the float model's checkpoints.
+
+    Args:
+        model: Any module; a single layer too.
+        quantizer: "integer" (default: what trains is what is stored) or "published" (arXiv 2301.13142 as it is).
+        skip: Names of layers to leave float; regular expressions that must match the whole name.
+
+    Raises:
+        ValueError: If a layer is of a type that cannot be served and is not skipped, a pattern of `skip` matches
+            nothing, the model was prepared before, or there is nothing to quantize.
+    """
+    patterns = list(skip)
+    names = [name for name, _ in model.named_modules()]
+    for pattern in patterns:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            raise ValueError(f"skip={pattern!r} matches no module; names look like {', '.join(names[1:4])}")
+
+    def skipped(name: str) -> bool:
+        parents = [name[: m.start()] for m in re.finditer(r"\.", name)]
+        return any(re.fullmatch(pattern, part) for pattern in patterns for part in [name, *parents])
+
+    if any(isinstance(m, QuantLayer) for m in model.modules()):
+        raise ValueError("the model is already prepared; prepare its float version")
+    refused = [(n, m) for n, m in model.named_modules() if isinstance(m, REFUSED) and not skipped(n)]
+    if refused:
+        name, layer = refused[0]
+        raise ValueError(
+            f"layer {name!r} is a {type(layer).__name__}, which has no quantized form here; "
+            f"leave it float with skip=[{name!r}]" + (f" ({len(refused)} such layers)" if len(refused) > 1 else "")
+        )
+    model = copy.deepcopy(model)
+    model = _unfuse_attention(model, skipped)
+    made: dict[int, QuantLayer] = {}
+    swapped: list[str] = []
+    left: dict[str, str] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if next(module.parameters(recurse=False), None) is None and not isinstance(module, tuple(QUANTIZED)):
+            continue
+        why = _why_not(module) if not skipped(name) else "named in skip"
+        if why:
+            left[name] = why
+            continue
+        if id(module) not in made:
+            cls = next(QUANTIZED[base] for base in type(module).__mro__ if base in QUANTIZED)
+            made[id(module)] = cls.from_float(module, quantizer)
+            swapped.append(name)
+        if name == "":
+            model = made[id(module)]
+        else:
+            model.set_submodule(name, made[id(module)])
+    if not swapped:
+        raise ValueError(
+            f"nothing to quantize: the model has no {', '.join(sorted(c.__name__ for c in QUANTIZED))} outside `skip`"
+        )
+    return Prepared(model, tuple(swapped), left)
+
+
+def _why_not(module: nn.Module) -> str:
+    """Why a module with parameters stays float, or '' when it shall be quantized."""
+    if not isinstance(module, tuple(QUANTIZED)):
+        return f"{type(module).__name__} has no quantized form; its parameters are few"
+    base = next(b for b in type(module).__mro__ if b in QUANTIZED)
+    if type(module).forward is not base.forward:
+        return f"{type(module).__name__} overrides {base.__name__}.forward"
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
+        return "an Embedding with max_norm or sparse gradients changes its table outside autograd"
+    if hasattr(module, "parametrizations"):
+        return "its weight is parametrized; remove the parametrization first"
+    return ""
+
+
+def _unfuse_attention(model: nn.Module, skipped) -> nn.Module:
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.MultiheadAttention) and not skipped(name):
+            try:
+                unfused = QuantMultiheadAttention(module)
+            except ValueError as error:
+                raise ValueError(f"layer {name!r}: {error}") from None
+            if name == "":
+                return unfused
+            model.set_submodule(name, unfused)
+    return model
