@@ -38,7 +38,11 @@ def find_torch() -> Path | None:
 
 
 def extensions() -> list[Extension]:
-    """Return the extension, or nothing where it cannot or shall not be built."""
+    """Return the extension, or nothing where it cannot or shall not be built.
+
+    Raises:
+        SystemExit: If it must be built and there is no torch.
+    """
     torch = find_torch() if MODE != "0" else None
     if torch is None:
         if MODE == "1":

@@ -80,7 +80,7 @@ def _device(args: Any) -> str:
 
 
 def backend(op: Op, device: str = "cpu") -> str:
-    """Name the implementation that would run on `device`, and why: 'cpu: C++ (avx2)', 'cpu: PyTorch (SGSC_NO_EXT=1)'."""
+    """Name what would run on `device`, and why: 'cpu: C++ (avx2)', 'cpu: PyTorch (SGSC_NO_EXT=1)'."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device, device.upper())
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"sgsc::{op.name}", key):
         return f"{device}: C++ ({isa()})" if device == "cpu" else f"{device}: Triton"

@@ -163,7 +163,7 @@ def pack(levels: Tensor, bits: Tensor) -> PackedRows:
     """
     if levels.dtype != torch.uint8 or levels.dim() != 2 or bits.shape != levels.shape[:1]:
         raise ValueError(
-            f"pack: levels {levels.dtype} {tuple(levels.shape)} and bits {tuple(bits.shape)}; want uint8 (C, K) and (C,)"
+            f"pack: levels {levels.dtype} {tuple(levels.shape)}, bits {tuple(bits.shape)}; want uint8 (C, K) and (C,)"
         )
     too_big = levels.int() >= (1 << bits.int())[:, None]
     if too_big.any():

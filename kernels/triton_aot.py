@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -35,7 +36,8 @@ class MachineCode:
         registers: 32-bit registers a thread.
         spilled: Bytes of local memory and stack a thread (NVIDIA), or registers spilled (AMD); 0 is the aim.
         shared: Bytes of shared memory a program.
-        instructions: How often each instruction occurs, with its modifiers: "LDG.E.128", "v_rndne_f32_e32".
+        instructions: How often each occurs, with its modifiers: "LDG.E.128" and, of the PTX that it was assembled from,
+            "div.rn.f32" (NVIDIA); "v_rndne_f32_e32" (AMD).
     """
 
     target: str
@@ -93,7 +95,7 @@ def compile_for(
     Raises:
         ValueError: If the process runs Triton's interpreter, which compiles nothing.
     """
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         raise ValueError("compile_for: TRITON_INTERPRET=1 replaces the compiler by an interpreter; unset it")
     names = kernel.arg_names
     source = ASTSource(
@@ -116,6 +118,8 @@ def _read_nvidia(compiled: Any, target: str) -> MachineCode:
     registers, stack, local = (int(re.findall(rf"{what}:(\d+)", usage)[0]) for what in ("REG", "STACK", "LOCAL"))
     # /*0090*/  @!P0 LDG.E.128 R4, [R2.64] ;
     names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
+    # @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+    names += re.findall(r"^\s+(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s", compiled.asm["ptx"], re.MULTILINE)
     return MachineCode(target, registers, stack + local, compiled.metadata.shared, Counter(names))
 
 

@@ -1,0 +1,92 @@
+"""Networks that compress themselves while the cases that matter stay right, and run from the bits they kept.
+
+The public names. Each is imported when it is first used, so that loading and running a file needs no training code.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+try:
+    __version__ = version("sgsc")
+except PackageNotFoundError:  # run from the source tree
+    __version__ = "0+source"
+
+_HOME = {
+    "fake_quantize": "kernels",
+    "fake_quantize_many": "kernels",
+    "QuantConv1d": "layers",
+    "QuantConv2d": "layers",
+    "QuantEmbedding": "layers",
+    "QuantLinear": "layers",
+    "QuantMultiheadAttention": "layers",
+    "PackedConv1d": "packed",
+    "PackedConv2d": "packed",
+    "PackedEmbedding": "packed",
+    "PackedLinear": "packed",
+    "pack": "packed",
+    "prepare": "prepare",
+    "PreservationSet": "preservation",
+    "SelfCompression": "compression",
+    "certify": "certificate",
+    "ArtefactError": "artefact",
+    "load": "artefact",
+    "load_into": "artefact",
+    "read": "artefact",
+    "save": "artefact",
+    "stored_size": "artefact",
+    "float_bytes": "size",
+    "nominal_bits": "size",
+    "load_checkpoint": "checkpoint",
+    "save_checkpoint": "checkpoint",
+}
+__all__ = [
+    "ArtefactError",
+    "PackedConv1d",
+    "PackedConv2d",
+    "PackedEmbedding",
+    "PackedLinear",
+    "PreservationSet",
+    "QuantConv1d",
+    "QuantConv2d",
+    "QuantEmbedding",
+    "QuantLinear",
+    "QuantMultiheadAttention",
+    "SelfCompression",
+    "certify",
+    "fake_quantize",
+    "fake_quantize_many",
+    "float_bytes",
+    "load",
+    "load_checkpoint",
+    "load_into",
+    "nominal_bits",
+    "pack",
+    "prepare",
+    "read",
+    "save",
+    "save_checkpoint",
+    "stored_size",
+]
+
+if TYPE_CHECKING:
+    from .artefact import ArtefactError, load, load_into, read, save, stored_size
+    from .certificate import certify
+    from .checkpoint import load_checkpoint, save_checkpoint
+    from .compression import SelfCompression
+    from .kernels import fake_quantize, fake_quantize_many
+    from .layers import QuantConv1d, QuantConv2d, QuantEmbedding, QuantLinear, QuantMultiheadAttention
+    from .packed import PackedConv1d, PackedConv2d, PackedEmbedding, PackedLinear, pack
+    from .prepare import prepare
+    from .preservation import PreservationSet
+    from .size import float_bytes, nominal_bits
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sgsc' has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value  # also over a submodule of that name, such as `prepare`
+    return value

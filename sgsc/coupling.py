@@ -2,17 +2,16 @@
 
 A channel is *dead* when every row that produces it has 0 bits. It may be cut out where the graph proves that it then
 is exactly zero all the way to the layers that read it: through batch norm, activations that keep zero, pooling,
-flatten, sums and concatenation. Everything else (attention, reshapes, the model's outputs, code that cannot be traced)
-*pins* the channel: it keeps its place, at no bytes for its own weights.
+flatten, sums and concatenation. Everything else (attention, reshapes, the model's outputs, code that cannot be
+traced) *pins* the channel: it keeps its place, at no bytes for its own weights.
 
-The proof is by value, so that nothing hidden is needed at run time: a dead channel's biases, batch-norm shift and running
-mean must be zero. `Coupling.silence` sets them so while training, and `remove_channels` checks them before it cuts.
+The proof is by value, so that nothing hidden is needed at run time: a dead channel's biases, batch-norm shift and
+running mean must be zero. `Coupling.silence` sets them so while training, and `remove_channels` checks them before it cuts.
 """
 
 from __future__ import annotations
 
 import operator
-
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,11 +91,11 @@ class Coupling:
         if not dead.any():
             return
         for name, ids in self.produced.items():
-            bias = model.get_submodule(name).bias
+            bias = _module(model, name).bias
             if isinstance(bias, Tensor):
                 bias[dead[ids.to(dead.device)]] = 0.0
         for name, ids in self.norms.items():
-            norm = model.get_submodule(name)
+            norm = _module(model, name)
             for value in (norm.bias, norm.running_mean):
                 if isinstance(value, Tensor):
                     value[dead[ids.to(dead.device)]] = 0.0
@@ -105,17 +104,17 @@ class Coupling:
         """(ids,) bool: dead, and proved by value to be exactly zero wherever it is read."""
         ok = self.dead(model)
         for name, ids in self.produced.items():
-            bias = model.get_submodule(name).bias
+            bias = _module(model, name).bias
             if isinstance(bias, Tensor):
-                ok[ids[(bias != 0).to(ids.device)]] = False
+                ok[ids[bias.ne(0).to(ids.device)]] = False
         for name, ids in self.norms.items():
-            norm = model.get_submodule(name)
+            norm = _module(model, name)
             if norm.running_mean is None:
                 ok[ids] = False
                 continue
-            shifted = norm.running_mean != 0
+            shifted = norm.running_mean.ne(0)
             if norm.bias is not None:
-                shifted = shifted | (norm.bias != 0)
+                shifted = shifted | norm.bias.ne(0)
             ok[ids[shifted.to(ids.device)]] = False
         return ok
 
@@ -140,7 +139,7 @@ class _Walk:
         seen: dict[int, str] = {}
         for node in graph.nodes:
             if node.op == "call_module":
-                name = seen.setdefault(id(self.modules[node.target]), node.target)
+                name = seen.setdefault(id(self.modules[str(node.target)]), str(node.target))
                 if name in self.produced or name in self.norms:
                     self.shared.add(name)
             self.space[node] = self.visit(node)
@@ -170,7 +169,7 @@ class _Walk:
         inputs = self.inputs(node)
         first = inputs[0] if inputs else None
         if node.op == "call_module":
-            return self.visit_module(node, self.modules[node.target], first, inputs)
+            return self.visit_module(node, self.modules[str(node.target)], first, inputs)
         if node.op in ("call_function", "call_method"):
             return self.visit_call(node, first, inputs)
         if node.op == "output":
@@ -179,12 +178,12 @@ class _Walk:
 
     def visit_module(self, node: fx.Node, m: nn.Module, first: Space | None, inputs: list) -> Space | None:
         if isinstance(m, (QuantLinear, QuantConv1d, QuantConv2d)):
-            return self.visit_layer(node.target, m, first)
+            return self.visit_layer(str(node.target), m, first)
         if isinstance(m, NORMS) and first and not first.last | first.spread and len(first.ids) == m.num_features:
-            self.norms[node.target] = first.ids
+            self.norms[str(node.target)] = first.ids
             return first
         if isinstance(m, nn.BatchNorm1d) and first and not first.spread and len(first.ids) == m.num_features:
-            self.norms[node.target] = first.ids  # (B, C): the last axis is axis 1, which 2-D inputs alone have
+            self.norms[str(node.target)] = first.ids  # (B, C): the last axis is axis 1, which 2-D inputs alone have
             return first
         if isinstance(m, _KEEP_ZERO_MODULES):
             return self.keep(first, pools="Pool" in type(m).__name__)
@@ -229,9 +228,10 @@ class _Walk:
             if len(a.ids) == len(b.ids) and (a.last, a.spread) == (b.last, b.spread):
                 self.join(a.ids, b.ids)
                 return a
-        if target in (torch.cat, "cat") and inputs and all(s and not s.last for s in inputs):
-            if _arguments(node, dim=0) == (1,) and len(inputs) == len(node.args[0]):  # type: ignore[arg-type]
-                return Space(tuple(i for s in inputs for i in s.ids), last=False)
+        if target is torch.cat and _arguments(node, dim=0) == (1,):
+            parts = [s for s in inputs if s and not s.last]
+            if len(parts) == len(inputs) == len(list(node.args[0])):  # type: ignore[arg-type]
+                return Space(tuple(i for s in parts for i in s.ids), last=False)
         self.pin(*inputs)
         return None
 
@@ -295,7 +295,7 @@ def remove_channels(model: nn.Module) -> dict[str, int]:
     cut = {}
     for name, ids in coupling.produced.items():
         cut[name] = int(gone[ids].sum())
-        layer = model.get_submodule(name)
+        layer = _module(model, name)
         keep = ~gone[ids]
         _select(layer, ("weight", "bias"), 0, keep)
         quantizer = layer.weight_quantizer
@@ -307,7 +307,7 @@ def remove_channels(model: nn.Module) -> dict[str, int]:
                 layer.groups = layer.in_channels = int(keep.sum())
             layer.out_channels = int(keep.sum())
     for name, ids in coupling.read.items():
-        layer = model.get_submodule(name)
+        layer = _module(model, name)
         inputs = layer.in_features if isinstance(layer, QuantLinear) else layer.in_channels
         keep = (~gone[ids]).repeat_interleave(inputs // len(ids))
         _select(layer, ("weight",), 1, keep)
@@ -316,10 +316,14 @@ def remove_channels(model: nn.Module) -> dict[str, int]:
         else:
             layer.in_channels = int(keep.sum())
     for name, ids in coupling.norms.items():
-        norm = model.get_submodule(name)
+        norm = _module(model, name)
         _select(norm, ("weight", "bias", "running_mean", "running_var"), 0, ~gone[ids])
         norm.num_features = int((~gone[ids]).sum())
     return {name: count for name, count in cut.items() if count}
+
+
+def _module(model: nn.Module, name: str) -> Any:
+    return model.get_submodule(name)  # Any: its attributes depend on its type, which the caller knows
 
 
 def _select(module: nn.Module, names: Any, dim: int, keep: Tensor) -> None:

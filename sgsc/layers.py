@@ -133,6 +133,9 @@ class QuantMultiheadAttention(nn.Module):
     The checkpoint of the original loads: its `in_proj_weight` is cut into `q_proj`, `k_proj`, `v_proj`.
     """
 
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
     in_proj_bias = None  # tells nn.TransformerEncoderLayer not to take its fast path around us
     _qkv_same_embed_dim = True
 

@@ -1,11 +1,11 @@
 """The preservation set: training samples whose answers the compressed model must keep.
 
-Chosen from the training data by index, by the selectors of `selectors.py`, each with a share of the set; a sample that one
-selector took is skipped by the next. For classifiers every selector takes as many samples of each class as the data
-allows; what does not divide goes, one a class, to the classes with the fewest samples so far, then by rank. The set holds
-the samples, the float model's outputs for them, and a digest of all training data.
+Chosen from the training data by index, by the selectors of `selectors.py`, each with a share of the set; a sample that
+one selector took is skipped by the next. For classifiers every selector takes as equally many samples of each class as
+the data allows; what does not divide goes, one a class, to the classes with the fewest samples so far, then by rank.
+The set holds the samples, the float model's outputs for them, and a digest of all training data.
 
-    loss kl    mean over samples (and positions) of sum_c p_c (log p_c - log q_c), p the float model, q the model at hand
+    loss kl    mean over samples (and positions) of sum_c p_c (log p_c - log q_c), p float, q the model at hand
     loss task  mean over samples (and positions) of -log q_label
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,7 @@ from torch.utils.data import Dataset
 from .selectors import SELECTORS, check_outputs, device_of, fetch, gather, outputs, probing, projection
 
 DEFAULT_SHARES = {"uncertain": 0.25, "salient": 0.25, "representative": 0.25, "hard": 0.25}
-PROJECTION_SAMPLES = (
-    1024  # samples that the principal axes are found from: many more than the 64 axes, few enough to hold
-)
+PROJECTION_SAMPLES = 1024  # that the principal axes are found from: many more than 64, few enough to hold
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +53,8 @@ class PreservationSet:
         lengths = [len(getattr(self, name)) for name in ("indices", "reasons", "inputs", "targets", "outputs")]
         if len(set(lengths)) != 1 or lengths[0] == 0:
             raise ValueError(
-                f"preservation set: indices, reasons, inputs, targets and outputs have lengths {lengths}; want one length "
-                "of at least 1 (make sets with PreservationSet.select, or from_state with an untouched state)"
+                f"preservation set: indices, reasons, inputs, targets and outputs have lengths {lengths}; want one "
+                "length of at least 1 (make sets with PreservationSet.select, or from_state with an untouched state)"
             )
         if self.indices.dim() != 1 or self.indices.dtype != torch.int64 or not (self.indices.diff() > 0).all():
             raise ValueError("preservation set: indices must be int64 (n,), ascending and without duplicates")
@@ -74,8 +72,8 @@ class PreservationSet:
     ) -> PreservationSet:
         """Choose `size` samples of the training data; the same seed chooses the same ones.
 
-        The model runs in evaluation mode on its own device, once over all data; its modes and torch's random state are
-        as before afterwards. The set lies on the model's device.
+        The model runs in evaluation mode on its own device, once over all data; afterwards its modes and torch's
+        random state are as before. The set lies on the model's device.
 
         Args:
             model: The float model; returns logits (N, classes) or (N, T, vocabulary).
@@ -167,13 +165,15 @@ class PreservationSet:
 
     def to(self, device: torch.device | str) -> PreservationSet:
         """The same set with its tensors on `device`."""
-        moved = {field.name: getattr(self, field.name) for field in fields(self)}
-        return PreservationSet(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+        return replace(self, **moved)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in ("indices", "inputs", "targets", "outputs")}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors by name, and values ready for JSON; `from_state` takes both."""
-        names = ("indices", "inputs", "targets", "outputs")
-        tensors = {name: getattr(self, name).contiguous() for name in names}
+        tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
         return tensors, {"reasons": list(self.reasons), "data_hash": self.data_hash}
 
     @classmethod
@@ -192,7 +192,11 @@ class PreservationSet:
 
 
 def _quotas(size: int, shares: Mapping[str, float]) -> dict[str, int]:
-    """Samples a selector, in the order of the registry; largest remainders get what rounding down left."""
+    """Samples a selector, in the order of the registry; largest remainders get what rounding down left.
+
+    Raises:
+        ValueError: If a selector is unknown or the shares are not fractions that sum to 1.
+    """
     unknown = sorted(set(shares) - set(SELECTORS))
     if unknown:
         raise ValueError(f"shares: no selector {', '.join(unknown)}; there are {', '.join(SELECTORS)}")
@@ -243,20 +247,25 @@ class _DataHash:
         self.kinds: tuple[str, ...] = ()
 
     def update(self, inputs: Tensor, targets: Tensor) -> None:
+        """Add a batch.
+
+        Raises:
+            ValueError: If its samples have other shapes or dtypes than those before.
+        """
         kinds = tuple(f"{value.dtype} {tuple(value.shape[1:])}" for value in (inputs, targets))
         if self.kinds and kinds != self.kinds:
             raise ValueError(
-                f"training samples from {self.samples} on are {kinds}, those before {self.kinds}; crop or pad to one shape"
+                f"training samples from {self.samples} on are {kinds}, those before {self.kinds}; "
+                "crop or pad them to one shape"
             )
         self.kinds = kinds
         self.samples += len(inputs)
         for part, value in zip(self.parts, (inputs, targets), strict=True):
-            part.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            part.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
     def hexdigest(self) -> str:
-        return hashlib.sha256(
-            repr((self.samples, self.kinds, *(p.hexdigest() for p in self.parts))).encode()
-        ).hexdigest()
+        whole = (self.samples, self.kinds, *(part.hexdigest() for part in self.parts))
+        return hashlib.sha256(repr(whole).encode()).hexdigest()
 
 
 def _batches(data: Dataset, total: int, batch_size: int, digest: _DataHash) -> Iterator[tuple[Tensor, Tensor]]:

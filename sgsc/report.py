@@ -42,9 +42,9 @@ THEME = {INK: "currentColor", LINE: "var(--line)", MAIN: "var(--accent)", SECOND
 PLOT_STYLE = {
     "svg.fonttype": "none",  # text stays text, in the font of the page
     "svg.hashsalt": "sgsc",  # the same report gives the same bytes
-    "figure.figsize": (5.2, 3.4),
-    "figure.constrained_layout.use": True,
-    "axes.grid": True,
+    "figure.figsize": (4.7, 3.2),
+    "font.size": 10.5,
+    **dict.fromkeys(("figure.constrained_layout.use", "axes.grid"), True),
     **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
     **dict.fromkeys(("grid.color", "axes.edgecolor"), LINE),
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
@@ -77,7 +77,7 @@ def _strict(value: Any, where: str) -> Any:
 
 def write_html(report: Mapping[str, Any], path: Path) -> None:
     """Write the page of `report` to `path`, whole or not at all: a page that was there stays until the new one is."""
-    page = _page(report).encode("utf-8", "replace")  # a lone surrogate in a sample must not cost the report
+    page = _page(report).encode()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -99,7 +99,6 @@ def _page(report: Mapping[str, Any]) -> str:
     )
     environment.filters |= {"number": _number, "percent": _percent}
     template = environment.from_string(resources.files("sgsc").joinpath("report.html").read_text("utf-8"))
-    samples = _rows(report, "changed")[:MOST_SAMPLES]
     by_split = [(report.get(name) or {}).get("regressions_by_class") or {} for name in SPLITS]
     return template.render(
         r=report,
@@ -107,7 +106,7 @@ def _page(report: Mapping[str, Any]) -> str:
         plots=_plots(report),
         layers=[_layer(layer) for layer in _rows(report, "layers")],
         widths=WIDTHS,
-        changed=[{**sample, "png": _png(sample.get("picture"))} for sample in samples],
+        changed=[{**row, "png": _png(row.get("picture"))} for row in _rows(report, "changed")[:MOST_SAMPLES]],
         change=_change(report),
         splits={name: report.get(name) for name in SPLITS},
         classes={key: [s.get(key) for s in by_split] for key in dict.fromkeys(k for s in by_split for k in s)},
@@ -118,14 +117,16 @@ def _page(report: Mapping[str, Any]) -> str:
 def summary(report: Mapping[str, Any]) -> RenderableType:
     """Return what the terminal prints: float against packed, bits a layer, regressions, backend, verdict."""
     get = report.get
-    removed = f"{_number(get('channels_removed'))} removed, {_number(get('channels_zeroed_in_place'))} zeroed in place"
+    before, gone = get("channels"), get("channels_removed")
+    kept = before - gone if _is_number(before) and _is_number(gone) else None
+    removed = f"{_number(gone)} removed, {_number(get('channels_zeroed_in_place'))} zeroed in place"
     ratio = f"{_percent(get('stored_ratio'))} of float (target {_percent(get('target_size'))})"
     result = [
         ["test accuracy", _percent(get("float_accuracy")), _percent(get("packed_accuracy")), _change(report)],
         ["test loss", *(_number(get(key), "{:.4f}") for key in ("float_loss", "packed_loss")), ""],
         ["stored bytes", _number(get("float_bytes")), _number(get("stored_bytes")), ratio],
         ["bits a weight", "32", _number(get("bits_per_weight"), "{:.2f}"), ""],
-        ["channels", _number(get("channels")), "", removed],
+        ["channels", _number(get("channels")), _number(kept), removed],
     ]
     layers = [
         [layer["name"], *(str(count or ".") for count in layer["counts"]), _number(layer.get("bytes")), layer["ratio"]]
@@ -139,19 +140,21 @@ def summary(report: Mapping[str, Any]) -> RenderableType:
     style = {"held": "bold green", "missed": "bold red"}.get(state, "bold yellow")
     return Group(
         _table([_plain(get("task") or ""), "float", "packed", ""], result),
-        _table(["channels by bits", *map(str, WIDTHS), "bytes", "of float"], layers),
-        _table(["split", "samples", "regressions", "at most, 95 %", "same answer"], splits),
-        Text(f"ran on {_number(get('backend'))}, {_number(get('seconds'), '{:,.1f}')} s in all"),
+        _table(["\nchannels by bits", *map(str, WIDTHS), "bytes", "of float"], layers),
+        _table(["\nsplit", "samples", "regressions", "at most, 95 %", "same answer"], splits),
+        Text(f"\nran on {_number(get('backend'))}, {_number(get('seconds'), '{:,.1f}')} s in all"),
         Text.assemble((f"{verdict}: ", style), why),
     )
 
 
 def _table(header: list[str], rows: list[list[str]]) -> Table:
     """Lay cells out as `Text`, never as markup: a layer may be called '[/bold]'."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for i, name in enumerate(header):
         number = i > 0 and name != ""
-        table.add_column(Text(name), justify="right" if number else "left", no_wrap=number, overflow="fold")
+        table.add_column(
+            Text(name), justify="right" if number else "left", no_wrap=number, overflow="fold", vertical="bottom"
+        )
     for row in rows:
         table.add_row(*map(Text, row))
     return table
@@ -208,8 +211,7 @@ def _layer(layer: Mapping[str, Any]) -> dict[str, Any]:
     found = [bits.get(str(width), bits.get(width)) for width in WIDTHS]
     counts = [int(count) if _is_number(count) and 0 < count < math.inf else 0 for count in found]
     total = sum(counts) or math.nan
-    ends = [100 * sum(counts[: width + 1]) / total for width in WIDTHS]
-    bar = [(w, count, ends[w] - 100 * count / total, 100 * count / total) for w, count in enumerate(counts) if count]
+    bar = [(w, count, 100 * sum(counts[:w]) / total, 100 * count / total) for w, count in enumerate(counts) if count]
     size, before = layer.get("bytes"), layer.get("float_bytes")
     ratio = size / before if _is_number(size) and _is_number(before) and before else None
     mean = sum(width * count for width, count in enumerate(counts)) / total if bar else None
@@ -219,8 +221,10 @@ def _layer(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 def _command(report: Mapping[str, Any]) -> str:
     """Return the command that repeats the run, from the settings that were recorded."""
-    flags = [[f"--{k.replace('_', '-')}", str(report[k])] for k in ("target_size", "tolerance", "seed") if k in report]
-    return _plain(shlex.join(sum(flags, ["sgsc", "compress", str(report["task"])]))) if "task" in report else MISSING
+    words = ["sgsc", "compress", str(report.get("task"))]
+    for key in ("target_size", "tolerance", "seed"):
+        words += [f"--{key.replace('_', '-')}", _number(report[key], "{}")] if report.get(key) is not None else []
+    return _plain(shlex.join(words)) if report.get("task") else MISSING
 
 
 def _png(picture: Any) -> str | None:
@@ -257,17 +261,18 @@ def _plots(report: Mapping[str, Any]) -> dict[str, Markup]:
     guard = [_drawable(event.get("step")) for event in _rows(report, "events") if event.get("what") == "guard"]
     dashed = {"color": INK, "linestyle": "--", "linewidth": 1.2}
 
-    def draw(axes: Any, key: str, **how: Any) -> None:
-        axes.plot(steps, [_drawable(row.get(key)) for row in history], "." if len(steps) == 1 else "-", **how)
+    def draw(axes: Any, key: str, default: Any = None, **how: Any) -> None:
+        axes.plot(
+            steps, [_drawable(row.get(key, default)) for row in history], marker="." if len(steps) == 1 else "", **how
+        )
 
     with matplotlib.style.context(["default", PLOT_STYLE]):  # whatever style the caller has set, and back to it
         size = Figure()
         axes = size.subplots()
         draw(axes, "size", color=MAIN, label="size")
-        draw(axes, "target", **dashed, label="target")
+        draw(axes, "target", report.get("target_size"), **dashed, label="target")
         if guard:
-            at_the_foot = axes.get_xaxis_transform()
-            axes.plot(guard, [0.03] * len(guard), "^", color=ALARM, transform=at_the_foot, label="guard")
+            axes.plot(guard, [0.03] * len(guard), "^", color=ALARM, transform=axes.get_xaxis_transform(), label="guard")
         axes.set(xlabel="step", ylabel="share of the float size", ylim=(0, None))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.legend()

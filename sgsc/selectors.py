@@ -181,8 +181,8 @@ class _Probe:
         self.features = self.activation = None
         with torch.enable_grad():
             logits = self.model(inputs)
-        check_outputs(logits)
-        energy = self._energy(logits)
+            check_outputs(logits)
+            energy = self._energy(logits)
         features = logits.detach() if self.features is None else self.features
         features = _by_sample(features, len(inputs)).float().mean(1)
         return logits.detach().float(), F.normalize(features, dim=1), energy
@@ -268,8 +268,8 @@ def gather(probe: _Probe, batches: Iterable[tuple[Tensor, Tensor]], axes: tuple[
         if not finite.all():
             first = seen + int((~finite).nonzero()[0])
             raise ValueError(
-                f"training sample {first}: the float model's outputs or their gradient are NaN or infinite, so it has no "
-                "answer to preserve; train the model further or mend or drop the sample"
+                f"training sample {first}: the float model's outputs or their gradient are NaN or infinite, so it has "
+                "no answer to preserve; train the model further or mend or drop the sample"
             )
         chance = logits.log_softmax(-1)
         top = chance.topk(2).values.exp()

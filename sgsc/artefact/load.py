@@ -64,7 +64,8 @@ def _fill(model: nn.Module, artefact: Artefact) -> nn.Module:
         _check_fits(name, modules.get(name), layer)
         layer.bias = values.pop(f"{name}.bias", None)
         had_bias = getattr(modules[name], "bias", None) is not None
-        if had_bias != (layer.bias is not None) or (had_bias and tuple(layer.bias.shape) != (len(layer.bits),)):
+        shape = None if layer.bias is None else tuple(layer.bias.shape)
+        if shape != ((len(layer.bits),) if had_bias else None):
             raise ArtefactError(f"layer {name!r}: its bias in the file does not fit the model's")
         for other, module in modules.items():  # a module in two places stays one
             if module is modules[name]:
@@ -84,9 +85,8 @@ def _fill(model: nn.Module, artefact: Artefact) -> nn.Module:
         value = values.pop(key)
         shrinks = isinstance(module, _BatchNorm) and len(value) <= target.shape[0]
         if value.dtype != target.dtype or (value.shape != target.shape and not (shrinks and value.dim() == 1)):
-            raise ArtefactError(
-                f"{key!r}: {value.dtype} {list(value.shape)} in the file, {target.dtype} {list(target.shape)} in the model"
-            )
+            have, want = (f"{t.dtype} {list(t.shape)}" for t in (value, target))
+            raise ArtefactError(f"{key!r}: {have} in the file, {want} in the model")
         if isinstance(target, nn.Parameter):
             setattr(module, leaf, nn.Parameter(value, requires_grad=False))
         else:
@@ -106,7 +106,7 @@ def _check_fits(name: str, module: nn.Module | None, layer: PackedLayer) -> None
         raise ArtefactError(f"layer {name!r} of the file is not in the model")
     if layer.type_name not in {cls.__name__ for cls in type(module).__mro__}:
         raise ArtefactError(f"layer {name!r}: a {layer.type_name} in the file, a {type(module).__name__} in the model")
-    have, want = layer.weight_shape(), tuple(module.weight.shape)
+    have, want = layer.weight_shape(), tuple(module.get_parameter("weight").shape)
     removed = len(have) == len(want) and all(h <= w for h, w in zip(have[:2], want[:2], strict=True))
     if not removed or have[2:] != want[2:]:
         raise ArtefactError(f"layer {name!r}: weight {list(have)} in the file, {list(want)} in the model")

@@ -103,7 +103,11 @@ def _json(text: bytes | str, what: str) -> dict[str, Any]:
 
 
 def _header(data: bytes) -> tuple[dict[str, Any], dict[str, tuple[str, int]]]:
-    """The header, and (dtype, elements) of each tensor, checked to tile the payload exactly."""
+    """The header, and (dtype, elements) of each tensor, checked to tile the payload exactly.
+
+    Raises:
+        ArtefactError: If it is malformed.
+    """
     if len(data) < 8:
         raise ArtefactError(f"{len(data)} bytes; a file has at least 8 and a header: it is cut short")
     length = int.from_bytes(data[:8], "little")
@@ -257,7 +261,7 @@ def _layer(name: str, kind: str, rows: PackedRows, scale: Tensor, offset: Tensor
         return cls(rows, scale, offset, None)
     axes = 1 if kind == "Conv1d" else 2
     kernel = settings.get("kernel")
-    full = {k: [usual] * (2 * axes if k == "padding" else axes) for k, usual in USUAL.items()}
+    full: dict[str, Any] = {k: [usual] * (2 * axes if k == "padding" else axes) for k, usual in USUAL.items()}
     full |= {"kernel": kernel, "groups": 1, "padding_mode": "zeros"} | settings
     fits = full.keys() == {*USUAL, "kernel", "groups", "padding_mode"} and all(
         _is_sizes(full[k], 2 * axes if k == "padding" else axes) for k in (*USUAL, "kernel")

@@ -1,0 +1,187 @@
+#include "fake_quantize.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "isa.h"
+
+namespace sgsc {
+namespace {
+
+constexpr std::int64_t BLOCK = 16384;  // elements a task: some microseconds, well above the cost of starting one
+
+// The meaning, in the arithmetic of the reference: S is the type of the grid, T that of the elements. A division stays
+// a division and nothing is contracted, or codes next to a tie would differ. Comparisons are such that a NaN is kept.
+template <class T, class S>
+void forward(const void* x, const Grid& grid, void* q, std::int64_t n) {
+  const auto* in = static_cast<const T*>(x);
+  auto* out = static_cast<T*>(q);
+  const S scale = S(grid.scale), lo = S(grid.lo), hi = S(grid.hi), shift = S(grid.shift);
+  for (std::int64_t i = 0; i < n; ++i) {
+    const S v = widen(in[i]) / scale - shift;
+    const S code = std::nearbyint(v < lo ? lo : v > hi ? hi : v);
+    narrow((code + shift) * scale, out[i]);
+  }
+}
+
+template <class T, class S>
+void backward(const void* grad, const void* x, const Grid& grid, void* grad_x, std::int64_t n, Sums& sums) {
+  const auto *in = static_cast<const T*>(x), *up = static_cast<const T*>(grad);
+  auto* out = static_cast<T*>(grad_x);
+  const S scale = S(grid.scale), lo = S(grid.lo), hi = S(grid.hi), shift = S(grid.shift);
+  for (std::int64_t i = 0; i < n; ++i) {
+    const S g = widen(up[i]), v = widen(in[i]) / scale - shift;
+    if (v < lo) {
+      sums.scale += g * (std::nearbyint(lo) + shift);
+      sums.lo += g * scale;
+      narrow(S(0), out[i]);
+    } else if (v > hi) {
+      sums.scale += g * (std::nearbyint(hi) + shift);
+      sums.hi += g * scale;
+      narrow(S(0), out[i]);
+    } else {
+      sums.scale += g * (std::nearbyint(v) - v);
+      out[i] = up[i];
+    }
+  }
+}
+
+GridKernels grid_kernels_scalar(Type type) {
+  switch (type) {
+    case Type::f64:
+      return {forward<double, double>, backward<double, double>};
+    case Type::bf16:
+      return {forward<Bfloat16, float>, backward<Bfloat16, float>};
+    case Type::f16:
+      return {forward<Float16, float>, backward<Float16, float>};
+    default:
+      return {forward<float, float>, backward<float, float>};
+  }
+}
+
+GridKernels grid_kernels(Type type) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (isa() == Isa::avx2 && type != Type::f64) return grid_kernels_avx2(type);
+#endif
+  return grid_kernels_scalar(type);
+}
+
+double vector_at(const GridRows& t, const void* vector, std::int64_t row) {
+  return t.type == Type::f64 ? static_cast<const double*>(vector)[row] : static_cast<const float*>(vector)[row];
+}
+
+void set_vector(const GridRows& t, void* vector, std::int64_t row, double value) {
+  if (t.type == Type::f64)
+    static_cast<double*>(vector)[row] = value;
+  else
+    static_cast<float*>(vector)[row] = static_cast<float>(value);
+}
+
+void set_sums(const GridRows& t, std::int64_t row, const Sums& sums) {
+  set_vector(t, t.grad_scale, row, sums.scale);
+  set_vector(t, t.grad_lo, row, sums.lo);
+  set_vector(t, t.grad_hi, row, sums.hi);
+}
+
+std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+std::int64_t blocks_a_row(const GridRows& t) { return std::max<std::int64_t>(divide_up(t.width, BLOCK), 1); }
+std::int64_t rows_a_task(const GridRows& t) {
+  return std::max<std::int64_t>(BLOCK / std::max<std::int64_t>(t.width, 1), 1);
+}
+
+// Runs work(tensor, row, block, first element of the block, its length) once for every block of every row.
+template <class Work>
+void for_each_block(const std::vector<GridRows>& tensors, const Threads& threads, const Work& work) {
+  std::vector<std::int64_t> first_task(1, 0);  // of each tensor, and the number of all
+  for (const GridRows& t : tensors)
+    first_task.push_back(first_task.back() + divide_up(t.rows, rows_a_task(t)) * blocks_a_row(t));
+  threads.run(first_task.back(), [&](std::int64_t task) {
+    const auto which = std::upper_bound(first_task.begin(), first_task.end(), task) - first_task.begin() - 1;
+    const GridRows& t = tensors[which];
+    const std::int64_t blocks = blocks_a_row(t), step = rows_a_task(t), inner = task - first_task[which];
+    const std::int64_t block = inner % blocks, row = inner / blocks * step, begin = block * BLOCK;
+    for (std::int64_t r = row; r < std::min(row + step, t.rows); ++r)
+      work(static_cast<std::size_t>(which), r, block, r * t.width + begin, std::min(BLOCK, t.width - begin));
+  });
+}
+
+struct Part {  // of a tensor
+  GridKernels kernels;
+  std::vector<Sums> sums;  // one a block; empty where a row is one block
+};
+
+std::vector<Part> parts_of(const std::vector<GridRows>& tensors, bool with_sums) {
+  std::vector<Part> parts;
+  for (const GridRows& t : tensors) {
+    const std::int64_t blocks = blocks_a_row(t);
+    parts.push_back({grid_kernels(t.type), std::vector<Sums>(with_sums && blocks > 1 ? t.rows * blocks : 0)});
+  }
+  return parts;
+}
+
+Grid grid_of(const GridRows& t, std::int64_t row) {
+  return {vector_at(t, t.scale, row), vector_at(t, t.lo, row), vector_at(t, t.hi, row), vector_at(t, t.shift, row)};
+}
+
+const void* at(const GridRows& t, const void* base, std::int64_t element) {
+  return static_cast<const char*>(base) + element * size_of(t.type);
+}
+
+void* at(const GridRows& t, void* base, std::int64_t element) {
+  return static_cast<char*>(base) + element * size_of(t.type);
+}
+
+void clear(const GridRows& t, std::int64_t element, std::int64_t n) {
+  if (n > 0) std::memset(at(t, t.out, element), 0, n * size_of(t.type));
+}
+
+}  // namespace
+
+void fake_quantize(const std::vector<GridRows>& tensors, const Threads& threads) {
+  const std::vector<Part> parts = parts_of(tensors, false);
+  for_each_block(tensors, threads,
+                 [&](std::size_t i, std::int64_t row, std::int64_t, std::int64_t element, std::int64_t n) {
+                   const GridRows& t = tensors[i];
+                   const Grid grid = grid_of(t, row);
+                   if (grid.hi > grid.lo)
+                     parts[i].kernels.forward(at(t, t.x, element), grid, at(t, t.out, element), n);
+                   else
+                     clear(t, element, n);
+                 });
+}
+
+void fake_quantize_backward(const std::vector<GridRows>& tensors, const Threads& threads) {
+  std::vector<Part> parts = parts_of(tensors, true);
+  for_each_block(
+      tensors, threads, [&](std::size_t i, std::int64_t row, std::int64_t block, std::int64_t element, std::int64_t n) {
+        const GridRows& t = tensors[i];
+        const Grid grid = grid_of(t, row);
+        Sums sums;
+        if (grid.hi > grid.lo)
+          parts[i].kernels.backward(at(t, t.grad, element), at(t, t.x, element), grid, at(t, t.out, element), n, sums);
+        else
+          clear(t, element, n);
+        if (parts[i].sums.empty())
+          set_sums(t, row, sums);
+        else
+          parts[i].sums[row * blocks_a_row(t) + block] = sums;
+      });
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    if (parts[i].sums.empty()) continue;
+    const std::int64_t blocks = blocks_a_row(tensors[i]);
+    for (std::int64_t row = 0; row < tensors[i].rows; ++row) {
+      Sums sums;
+      for (std::int64_t block = 0; block < blocks; ++block) {
+        const Sums& part = parts[i].sums[row * blocks + block];
+        sums.scale += part.scale;
+        sums.lo += part.lo;
+        sums.hi += part.hi;
+      }
+      set_sums(tensors[i], row, sums);
+    }
+  }
+}
+
+}  // namespace sgsc

@@ -1,0 +1,50 @@
+// Round rows to their grids, forward and backward; the formulas are in kernels/fake_quantize.py.
+//
+// Several tensors go through one parallel region: work is cut into tasks of about BLOCK elements whatever the shapes,
+// so that one wide row, many narrow ones, and a list of small layers all use every thread.
+//
+// Gradient sums do not depend on the number of threads: a row is cut into fixed blocks, each block is summed in float
+// lanes of at most 32 terms and in double beyond, and the blocks of a row are added in order.
+//
+// Floor in float32: forward 8 bytes an element (read x, write q), about 6 operations; backward 12 bytes (read grad and
+// x, write the gradient of x), about 14 operations. Both are bound by memory.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "number.h"
+#include "threads.h"
+
+namespace sgsc {
+
+// One (rows, width) tensor, row after row without gaps. Pointers of the direction that is not run stay null.
+struct GridRows {
+  Type type;  // of x, grad and out
+  std::int64_t rows, width;
+  const void *x, *grad;
+  const void *scale, *lo, *hi, *shift;   // one value a row: double where type is f64, else float
+  void* out;                             // the values on the grid, or the gradient of x
+  void *grad_scale, *grad_lo, *grad_hi;  // one value a row, of the type of scale
+};
+
+void fake_quantize(const std::vector<GridRows>& tensors, const Threads& threads);
+void fake_quantize_backward(const std::vector<GridRows>& tensors, const Threads& threads);
+
+// What an instruction set provides: a stretch of one row whose hi exceeds lo.
+struct Grid {
+  double scale, lo, hi, shift;  // of a float row: values of float
+};
+
+struct Sums {
+  double scale = 0, lo = 0, hi = 0;
+};
+
+struct GridKernels {
+  void (*forward)(const void* x, const Grid& grid, void* q, std::int64_t n);
+  void (*backward)(const void* grad, const void* x, const Grid& grid, void* grad_x, std::int64_t n, Sums& sums);
+};
+
+GridKernels grid_kernels_avx2(Type type);  // not for f64
+
+}  // namespace sgsc

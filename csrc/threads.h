@@ -1,0 +1,15 @@
+// How kernels run in parallel without knowing whose threads they are.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace sgsc {
+
+struct Threads {
+  std::int64_t count;  // how many may run at once
+  // Runs task 0 .. tasks - 1, each once, in any order; returns when all are done.
+  void (*run)(std::int64_t tasks, const std::function<void(std::int64_t)>& task);
+};
+
+}  // namespace sgsc

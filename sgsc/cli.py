@@ -1,0 +1,288 @@
+"""The command line: the only place that parses and prints.
+
+    sgsc compress TASK   train, compress, pack, save, certify in a fresh process, report
+    sgsc certify RUN     load RUN/model.sgsc and compare it with the float network of the run
+    sgsc inspect FILE    what a file holds
+    sgsc verify FILE     whether a file is whole
+    sgsc report RUN      write report.html again from report.json
+    sgsc bench           throughput of the kernels on this machine; --claims: which claims do not hold
+
+Each takes --json: one JSON document on standard output and nothing else. Exit codes: 0 done; 1 the target or the
+tolerance was not held, a file is not whole, or a claim does not hold; 2 wrong use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .config import CompressionConfig, add_settings, from_arguments
+
+REPORT, CERTIFICATE, PAGE = "report.json", "certificate.json", "report.html"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"sgsc {options.command}: {error}", file=sys.stderr)
+        return 2 if not options.malformed_is_failure else 1
+    except KeyboardInterrupt:
+        print(f"sgsc {options.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sgsc", description="Networks that compress themselves, safely.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], help: str, malformed_is_failure: bool = False):
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+        sub.set_defaults(run=run, malformed_is_failure=malformed_is_failure)
+        return sub
+
+    sub = command("compress", _compress, "compress a demo task, end to end")
+    sub.add_argument("task", help="digits, char-lm, mnist or names")
+    sub.add_argument("--out", type=Path, default=None, help="run folder (default: runs/TASK)")
+    sub.add_argument("--data", type=Path, default=None, help="file or folder of the data, where the task needs one")
+    sub.add_argument("--limit", type=int, default=None, help="at most so many samples a split")
+    sub.add_argument("--samples", type=int, default=200, help="size of the preservation set (default: 200)")
+    sub.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint")
+    add_settings(sub, CompressionConfig, {"steps": None})
+
+    sub = command("certify", _certify, "compare a run's packed network with its float network")
+    sub.add_argument("folder", type=Path, help="a run folder of `sgsc compress`")
+
+    for name, run, help in (("inspect", _inspect, "what a file holds"), ("verify", _verify, "whether a file is whole")):
+        sub = command(name, run, help, malformed_is_failure=True)
+        sub.add_argument("file", type=Path)
+
+    sub = command("report", _report, "write report.html again from report.json")
+    sub.add_argument("folder", type=Path, help="a run folder of `sgsc compress`")
+
+    sub = command("bench", _bench, "throughput of the kernels on this machine")
+    sub.add_argument("--op", default=None, help="one operation only, such as packed_linear")
+    sub.add_argument("--budget", type=float, default=0.2, help="seconds a measurement (default: 0.2)")
+    sub.add_argument("--claims", action="store_true", help="list the claims of bench/results that do not hold")
+    sub.add_argument("--results", type=Path, default=Path("bench/results"), help="folder of the results")
+    return parser
+
+
+def _print_json(value: Any) -> None:
+    from .report import to_json
+
+    print(to_json(value))
+
+
+# ---- compress and certify ----
+
+
+def _compress(options: argparse.Namespace) -> int:
+    from . import report as reports
+    from .demos.job import compress, environment
+    from .demos.tasks import load
+    from .files import write_atomically
+
+    started = time.perf_counter()
+    task = load(options.task, options.data, options.seed, options.limit)
+    steps = options.steps if options.steps is not None else task.compress_steps
+    config = from_arguments(CompressionConfig, options, steps=steps)
+    folder = options.out or Path("runs") / options.task
+    folder.mkdir(parents=True, exist_ok=True)
+    with _Progress(quiet=options.json) as progress:
+        done = compress(task, config, folder, samples=options.samples, resume=options.resume, progress=progress)
+    report = {**done.report, "data": None if options.data is None else str(options.data), "limit": options.limit}
+    write_atomically(folder / REPORT, reports.to_json(report).encode())
+    certified = _in_a_fresh_process(folder)
+    certificate = certified.pop("certificate")
+    report |= certified
+    reasons = [report["reason"]] if report["reason"] else []
+    if not report["tolerance_held"] and not reasons:
+        reasons.append("the reloaded network regresses on more preservation samples than the tolerance allows")
+    report |= {"reason": "; ".join(reasons), "seconds": time.perf_counter() - started, **environment()}
+    report["seconds_by_phase"] |= {"certification": report.pop("certify_seconds")}
+    for name, value in ((REPORT, report), (CERTIFICATE, certificate)):
+        write_atomically(folder / name, reports.to_json(value).encode())
+    reports.write_html(report, folder / PAGE)
+    if options.json:
+        _print_json(report)
+    else:
+        Console().print(reports.summary(report))
+        print(f"wrote {folder}/: model.sgsc, {REPORT}, {CERTIFICATE}, {PAGE}")
+    held = report["target_held"] and report["tolerance_held"]
+    if not held:
+        print(f"sgsc compress: not held: {report['reason']}", file=sys.stderr)
+    return 0 if held else 1
+
+
+def _in_a_fresh_process(folder: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "sgsc", "certify", str(folder), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        return json.loads(done.stdout)
+    except json.JSONDecodeError:
+        last = done.stderr.strip().splitlines()[-1:] or ["it printed nothing"]
+        raise OSError(f"the packed network could not be certified in a fresh process: {last[0]}") from None
+
+
+def _certify(options: argparse.Namespace) -> int:
+    from .demos.job import certify_run
+    from .demos.tasks import load
+
+    said = _read_report(options.folder)
+    task = load(said["task"], said.get("data"), said["seed"], said.get("limit"))
+    result = certify_run(task, options.folder, said["seed"], said["tolerance"])
+    if options.json:
+        _print_json(result)
+    else:
+        print(result["statement"])
+    return 0 if result["tolerance_held"] else 1
+
+
+def _read_report(folder: Path) -> dict[str, Any]:
+    path = folder / REPORT
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is no run folder: it has no {REPORT}; `sgsc compress TASK --out {folder}` makes one"
+        )
+    return json.loads(path.read_text())
+
+
+def _report(options: argparse.Namespace) -> int:
+    from .report import write_html
+
+    report = _read_report(options.folder)
+    write_html(report, options.folder / PAGE)
+    _print_json({"file": str(options.folder / PAGE)}) if options.json else print(f"wrote {options.folder / PAGE}")
+    return 0
+
+
+class _Progress:
+    """A bar on a terminal, a line now and then elsewhere; on standard error, so that output can be piped."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.console = Console(stderr=True)
+        self.terminal = self.console.is_terminal and not quiet
+        self.quiet = quiet
+        self.bars: dict[str, Any] = {}
+        self.said: tuple[str, int] = ("", -1)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.progress = Progress(*columns, TextColumn("{task.fields[values]}"), console=self.console)
+
+    def __enter__(self) -> _Progress:
+        if self.terminal:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.terminal:
+            self.progress.stop()
+
+    def __call__(self, phase: str, step: int, steps: int, values: dict[str, float]) -> None:
+        if self.quiet:
+            return
+        text = ", ".join(f"{k} {v:.4g}" for k, v in values.items())
+        if self.terminal:
+            if phase not in self.bars:
+                self.bars[phase] = self.progress.add_task(phase, total=steps, values="")
+            self.progress.update(self.bars[phase], completed=step, values=text)
+        elif self.said != (phase, tenth := 10 * step // steps):
+            self.said = (phase, tenth)
+            print(f"{phase} {step}/{steps} {text}".rstrip(), file=sys.stderr, flush=True)
+
+
+# ---- files ----
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from .artefact import read
+
+    artefact = read(options.file)
+    layers = [
+        {
+            "name": name,
+            "type": layer.type_name,
+            "shape": list(layer.weight_shape()),
+            "mean_bits": float(layer.bits.float().mean()) if len(layer.bits) else 0.0,
+            "bits": {str(b): int(n) for b in range(9) if (n := (layer.bits == b).sum())},
+            "bytes": layer.data.numel(),
+        }
+        for name, layer in artefact.layers.items()
+    ]
+    manifest = {k: artefact.manifest[k] for k in ("format", "architecture", "sha256", "notes")}
+    values = {name: [str(v.dtype).removeprefix("torch."), list(v.shape)] for name, v in artefact.values.items()}
+    if options.json:
+        _print_json({"file": str(options.file), "bytes": artefact.size, **manifest, "layers": layers, "values": values})
+        return 0
+    table = Table(title=f"{options.file.name}: {artefact.size:,} bytes, format {manifest['format']}")
+    for column in ("layer", "type", "weight", "mean bits", "rows by bits", "bytes"):
+        table.add_column(column, justify="right" if column in ("mean bits", "bytes") else "left")
+    for row in layers:
+        shown = " ".join(f"{b}:{n}" for b, n in row["bits"].items())
+        table.add_row(
+            row["name"], row["type"], str(row["shape"]), f"{row['mean_bits']:.2f}", shown, f"{row['bytes']:,}"
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"{len(values)} other tensors, {sum(v.numel() for v in artefact.values.values()):,} values")
+    console.print(f"architecture {manifest['architecture']}, notes {manifest['notes']}")
+    console.print(f"sha256 {manifest['sha256']}", soft_wrap=True)
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from .artefact import read
+
+    artefact = read(options.file)
+    if options.json:
+        _print_json(
+            {"file": str(options.file), "ok": True, "bytes": artefact.size, "sha256": artefact.manifest["sha256"]}
+        )
+    else:
+        print(f"{options.file.name}: whole, {artefact.size:,} bytes, {len(artefact.layers)} packed layers")
+    return 0
+
+
+# ---- bench ----
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .measure import broken_claims, measure_ops
+
+    if options.claims:
+        broken = broken_claims(options.results)
+        if options.json:
+            _print_json(broken)
+        for claim in broken if not options.json else ():
+            print(f"{claim['file']}: {claim['claim']}: {claim['measured']} against {claim['target']} {claim['unit']}")
+        return 1 if broken else 0
+    rows = measure_ops(options.op, options.budget)
+    if options.json:
+        _print_json(rows)
+        return 0
+    table = Table(title="medians; share is of the copy bandwidth measured in the same run")
+    for column in ("operation", "case", "backend", "µs", "GB/s", "share", "Gop/s"):
+        table.add_column(column, justify="left" if column in ("operation", "case", "backend") else "right")
+    for r in rows:
+        shown = f"{r['microseconds']:,.1f}", f"{r['gigabytes_per_second']:.2f}", f"{r['share_of_copy']:.0%}"
+        table.add_row(r["op"], r["case"], r["backend"], *shown, f"{r['gigaoperations_per_second']:.2f}")
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

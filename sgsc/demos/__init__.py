@@ -1,0 +1,11 @@
+"""Data that is always there, small networks for it and a float trainer: what the main job is shown on."""
+
+from .models import ARCHITECTURES as ARCHITECTURES
+from .tasks import TASKS as TASKS
+from .tasks import Task as Task
+from .tasks import load as load
+from .training import accuracy as accuracy
+from .training import augmentation as augmentation
+from .training import batches as batches
+from .training import evaluate as evaluate
+from .training import train as train

@@ -1,0 +1,158 @@
+"""The guard: it checks the preservation set and gives bits back where losing them cost most.
+
+What a change of widths cost is estimated to first order: the gradient of the preservation loss with respect to the
+quantized weight, times the change of the quantized weight. The gradient is the mean of those before and after the
+change, since a removed channel behind a ReLU has no gradient of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .certificate import compare, outputs
+from .coupling import Coupling
+from .layers import QuantLayer, quant_layers
+from .preservation import PreservationSet
+
+SAMPLES = 512  # of the preservation set that a cost estimate uses at most
+GIVE_BACK = 0.03  # share of the present bits that one restoration returns
+
+
+@dataclass(frozen=True)
+class Check:
+    """One look at the preservation set."""
+
+    regressions: int
+    allowed: int
+    samples: int
+
+    @property
+    def held(self) -> bool:
+        """Whether the tolerance holds, strictly."""
+        return self.regressions <= self.allowed
+
+    @property
+    def fires(self) -> bool:
+        """Whether the excess is evidence: two standard deviations over what is allowed."""
+        return self.regressions > self.allowed + 2 * math.sqrt(max(self.allowed, 1))
+
+
+def check(model: nn.Module, keep: PreservationSet, tolerance: float) -> Check:
+    """Compare the model as it stands with the float model on the preservation set."""
+    found = compare(keep.outputs, outputs(model, keep.inputs), keep.targets)
+    return Check(found.regressions, math.floor(tolerance * len(keep)), len(keep))
+
+
+def widths(model: nn.Module) -> dict[str, Tensor]:
+    """Integer widths of every channel, as real numbers."""
+    return {name: layer.weight_quantizer.bits().float() for name, layer in quant_layers(model).items()}
+
+
+def set_widths(layers: dict[str, QuantLayer], new: dict[str, Tensor]) -> None:
+    """Set integer widths and fit the ranges of the channels that change."""
+    with torch.no_grad():
+        for name, layer in layers.items():
+            depth = layer.weight_quantizer.get_parameter("bit_depth")
+            changed = depth.round() != new[name]
+            depth[changed] = new[name][changed]
+            if changed.any():
+                layer.weight_quantizer.fit(layer.rows(), changed)
+
+
+def revive(model: nn.Module, coupling: Coupling, good: dict[str, Tensor], which: dict[str, Tensor]) -> None:
+    """Bring removed channels back as they were: weights, biases and batch norms from a snapshot of the state dict.
+
+    `which`: layer name -> (C,) bool. Biases and batch norms of these channels were silenced when they died.
+    """
+    with torch.no_grad():
+        alive_again = torch.zeros(len(coupling.pinned), dtype=torch.bool)
+        for name, mask in which.items():
+            layer = model.get_submodule(name)
+            for part in ("weight", "bias"):
+                value = getattr(layer, part, None)
+                if isinstance(value, Tensor):
+                    value[mask] = good[f"{name}.{part}" if name else part][mask]
+            if name in coupling.produced:
+                alive_again[coupling.produced[name][mask.cpu()]] = True
+        for name, ids in coupling.norms.items():
+            mask = alive_again[ids]
+            norm = model.get_submodule(name)
+            for part in ("bias", "running_mean"):
+                value = getattr(norm, part)
+                if isinstance(value, Tensor):
+                    value[mask.to(value.device)] = good[f"{name}.{part}"][mask.to(value.device)]
+
+
+def _weight_gradients(model: nn.Module, keep: PreservationSet) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer name -> (quantized rows, gradient of the preservation loss by them), in eval mode."""
+    layers = quant_layers(model)
+    training = {m: m.training for m in model.modules()}
+    model.eval()
+    for layer in layers.values():
+        layer.probing = True
+    try:
+        count = min(SAMPLES, len(keep))
+        chosen = torch.linspace(0, len(keep) - 1, count).long()
+        with torch.enable_grad():
+            loss = keep.loss(model, chosen)
+        probes = {name: layer.probe for name, layer in layers.items() if layer.probe is not None}
+        gradients = torch.autograd.grad(loss, list(probes.values()), allow_unused=True)
+        return {
+            name: (probe.detach().flatten(1), torch.zeros_like(probe).flatten(1) if g is None else g.flatten(1))
+            for (name, probe), g in zip(probes.items(), gradients, strict=True)
+        }
+    finally:
+        for layer in layers.values():
+            layer.probing, layer.probe = False, None
+        for module, was in training.items():
+            module.training = was
+
+
+def restore(
+    model: nn.Module, coupling: Coupling, keep: PreservationSet, good: dict[str, Tensor], before: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Give bits back to the channels whose last changes cost most; in place.
+
+    Args:
+        model: The model that violates the tolerance.
+        coupling: Of the model.
+        keep: The preservation set.
+        good: State dict of the last model that held the tolerance.
+        before: Its widths, by layer name.
+
+    Returns:
+        Layer name -> (C,) bool: the channels that got bits; empty if no channel lost any since.
+    """
+    layers = quant_layers(model)
+    now = widths(model)
+    full = {name: torch.maximum(now[name], before[name].to(now[name])) for name in now}
+    lost = {name: full[name] - now[name] for name in now}
+    if not any(bool((x > 0).any()) for x in lost.values()):
+        return {}
+    after = _weight_gradients(model, keep)
+    held = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    set_widths(layers, full)
+    revive(model, coupling, good, {name: (now[name] == 0) & (lost[name] > 0) for name in now})
+    earlier = _weight_gradients(model, keep)
+    model.load_state_dict(held)
+    costs = []
+    for name in after:
+        (q_now, g_now), (q_full, g_full) = after[name], earlier[name]
+        cost = ((g_now + g_full) / 2 * (q_now - q_full)).sum(1)
+        costs += [(float(cost[i]), name, int(i)) for i in (lost[name] > 0).nonzero().flatten()]
+    costs.sort(key=lambda c: (-c[0], c[1], c[2]))
+    width = {name: layer.rows().shape[1] for name, layer in layers.items()}
+    budget = GIVE_BACK * sum(float(now[name].sum()) * width[name] for name in now)
+    given = {name: torch.zeros_like(now[name], dtype=torch.bool) for name in now}
+    for cost, name, i in costs:
+        if (cost <= 0 and any(bool(g.any()) for g in given.values())) or budget <= 0:
+            break
+        given[name][i] = True
+        budget -= float(lost[name][i]) * width[name]
+    set_widths(layers, {name: torch.where(given[name], full[name], now[name]) for name in now})
+    revive(model, coupling, good, {name: given[name] & (now[name] == 0) for name in now})
+    return given

@@ -1,0 +1,150 @@
+"""Every operation, every case, every instruction set: a new operation is tested by being in OPS."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from checks import as_list, assert_agrees, assert_same
+from torch import Tensor
+
+from sgsc.kernels import OPS, extension
+from sgsc.kernels.op import set_isa
+from sgsc.kernels.packed_linear import grid
+from sgsc.kernels.packing import case
+
+RUNS = [
+    pytest.param(op, arguments, id=f"{op.name}-{case}") for op in OPS.values() for case, arguments in op.cases().items()
+]
+FIRST = [pytest.param(op, next(iter(op.cases().values())), id=op.name) for op in OPS.values() if op.cases()]
+needs_extension = pytest.mark.skipif(not extension.LOADED, reason=f"no C++ extension: {extension.WHY}")
+
+
+@pytest.mark.parametrize(("op", "arguments"), RUNS)
+def test_agrees_with_the_reference(op, arguments, level):
+    assert_agrees(op, arguments)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_every_operation_has_cases(op):
+    assert op.cases()
+
+
+@pytest.mark.parametrize(("op", "arguments"), FIRST)
+def test_opcheck(op, arguments):
+    torch.library.opcheck(getattr(torch.ops.sgsc, op.name).default, arguments)
+
+
+@pytest.mark.parametrize(("op", "arguments"), RUNS)
+def test_the_fake_promises_what_comes(op, arguments):
+    fake = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        promised = as_list(op(*(torch.utils._pytree.tree_map_only(Tensor, fake.from_tensor, a) for a in arguments)))
+    for p, r in zip(promised, as_list(op(*arguments)), strict=True):
+        assert (p.shape, p.dtype, p.stride()) == (r.shape, r.dtype, r.stride())
+
+
+@functools.cache
+def large_arguments() -> dict[str, tuple]:
+    """Enough work for several tasks, which the cases are too small for."""
+    make = torch.Generator().manual_seed(5)
+    bits = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 0], dtype=torch.uint8).repeat(10)
+    packed = case(bits, 601)[1]
+    scale, offset, bias = grid(bits)
+    x = torch.randn(3, 50_003, generator=make)
+    rows = (x, 0.1 * torch.ones(3), -8 * torch.ones(3), 7 * torch.ones(3), torch.zeros(3))
+    found = {
+        "fake_quantize": rows,
+        "fake_quantize_backward": (torch.randn(x.shape, generator=make), *rows),
+        "unpack": packed.args,
+        "pack": (OPS["unpack"](*packed.args), bits, packed.starts, packed.data.numel()),
+        "packed_embedding": (torch.arange(100).repeat(3).flip(0), *packed.args[:3], scale, offset, 601),
+    }
+    for m in (1, 8, 9, 201):
+        operands = (torch.randn(m, 601, generator=make), *packed.args[:3], scale, offset, bias, 601)
+        found[f"packed_linear, {m} rows"] = operands
+    return found
+
+
+@pytest.mark.parametrize(("op", "arguments"), RUNS)
+def test_the_number_of_threads_changes_nothing(op, arguments, level):
+    check_one_and_two_threads(op, arguments)
+
+
+def test_the_number_of_threads_changes_nothing_at_size(level):
+    for name, arguments in large_arguments().items():
+        check_one_and_two_threads(OPS[name.split(",")[0]], arguments)
+
+
+def check_one_and_two_threads(op, arguments):
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(as_list(op(*arguments)))
+    finally:
+        torch.set_num_threads(2)
+    for one, two in zip(*results, strict=True):
+        assert_same(two, one, op.name)
+
+
+def test_large_results_agree_with_the_reference(level):
+    for name, arguments in large_arguments().items():
+        assert_agrees(OPS[name.split(",")[0]], arguments, name)
+
+
+def test_calls_from_several_threads_do_not_disturb_each_other(level):
+    calls = [(OPS[name.split(",")[0]], arguments) for name, arguments in large_arguments().items()]
+    expected = [as_list(op(*arguments)) for op, arguments in calls]
+
+    def run(shift: int) -> None:
+        for i in range(3 * len(calls)):
+            op, arguments = calls[(i + shift) % len(calls)]
+            for f, e in zip(as_list(op(*arguments)), expected[(i + shift) % len(calls)], strict=True):
+                assert_same(f, e, op.name)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, range(4)))
+
+
+@pytest.mark.parametrize(("op", "arguments"), FIRST)
+def test_compiled_is_eager(op, arguments):
+    torch._dynamo.reset()
+    compiled = torch.compile(op.__call__, fullgraph=True, backend="aot_eager")
+    for f, e in zip(as_list(compiled(*arguments)), as_list(op(*arguments)), strict=True):
+        assert_same(f, e, op.name)
+
+
+@needs_extension
+def test_an_unknown_instruction_set_is_refused():
+    with pytest.raises(ValueError, match=r"instruction set 'avx9': this machine runs scalar"):
+        set_isa("avx9")
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [("scalar", "cpu: C++ (scalar)"), ("avx9", "RuntimeError: SGSC_ISA=avx9: this machine runs scalar")],
+)
+def test_the_environment_lowers_the_instruction_set(wanted, said):
+    """An unusable value is no reason to fail at import, only at the first call."""
+    program = (
+        "import torch; from sgsc.kernels import OPS, backend, fake_quantize\n"
+        "print('imported')\n"
+        "v = torch.ones(1); y = fake_quantize(torch.ones(1, 1), v, -v, v)\n"
+        "print(backend(OPS['fake_quantize']))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "SGSC_ISA": wanted},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.stdout.startswith("imported")
+    assert said in run.stdout + run.stderr
