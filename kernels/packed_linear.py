@@ -108,4 +108,6 @@ def packed_linear(
             f"packed_linear: x has shape {tuple(x.shape)}; want (..., {width}), the layer's input features"
         )
     rows = prod(x.shape[:-1])
-    return OP(x.reshape(rows, width), data, bits, starts, scale, offset, bias, width).reshape(*x.shape[:-1], -1)
+    return OP(x.reshape(rows, width), data, bits, starts, scale, offset, bias, width).reshape(
+        *x.shape[:-1], bits.shape[0]
+    )

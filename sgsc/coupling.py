@@ -6,7 +6,7 @@ flatten, sums and concatenation. Everything else (attention, reshapes, the model
 traced) *pins* the channel: it keeps its place, at no bytes for its own weights.
 
 The proof is by value, so that nothing hidden is needed at run time: a dead channel's biases, batch-norm shift and
-running mean must be zero. `Coupling.silence` sets them so while training, and `remove_channels` checks them before it cuts.
+running mean must be zero. `Coupling.silence` sets them so while training; `remove_channels` checks before it cuts.
 """
 
 from __future__ import annotations

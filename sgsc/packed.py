@@ -19,6 +19,7 @@ from sgsc.kernels import pack as pack_rows
 from sgsc.kernels.packing import dequantize
 
 from .layers import QuantConv1d, QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear
+from .quantizers.base import at_least_float32
 
 
 class PackedLayer(nn.Module):
@@ -46,6 +47,14 @@ class PackedLayer(nn.Module):
         for name, value in buffers.items():
             self.register_buffer(name, value)
         self.register_buffer("starts", rows.starts, persistent=False)
+
+    def _apply(self, fn, recurse: bool = True):
+        # .half() and .bfloat16() are for activations and bias; the grid stays as it was stored
+        grid = {name: getattr(self, name) for name in ("scale", "offset")}
+        super()._apply(fn, recurse)
+        for name, before in grid.items():
+            setattr(self, name, at_least_float32(before, getattr(self, name)))
+        return self
 
     @property
     def rows(self) -> PackedRows:
@@ -221,7 +230,7 @@ def pack(model: nn.Module, *, remove: bool = True) -> nn.Module:
     model = copy.deepcopy(model).eval()
     if remove:
         remove_channels(model)
-    return replace_layers(model, QuantLayer, pack_layer)
+    return replace_layers(model, QuantLayer, pack_layer).requires_grad_(False)
 
 
 def replace_layers(model: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.Module]) -> nn.Module:

@@ -1,8 +1,8 @@
 """What a compression run tells a person: strict JSON, tables for the terminal, one self-contained HTML page.
 
-All three read the same dictionary, the content of `report.json`. Every key of it is optional: what is absent or null
-reads "not recorded", NaN and infinity read "not a number", and neither ever stops a report from being written.
-Sizes are bytes; accuracies, shares and bounds are fractions of 1, shown in percent; times are seconds.
+All three read one dictionary, the content of `report.json`. Every key is optional: what is absent or null reads "not
+recorded", NaN and infinity read "not a number", and neither stops a report from being written. Sizes are bytes;
+accuracies, shares, bounds and the tolerance are fractions of 1, shown in percent; times are seconds.
 
 The page asks nothing of the network and runs no script, and its content-security policy forbids both. Everything in
 the dictionary is untrusted text: escaped in the page, never markup in the terminal, stripped of control characters.
@@ -71,7 +71,7 @@ def _strict(value: Any, where: str) -> Any:
         return {str(key): _strict(v, f"{where}[{str(key)!r}]") for key, v in value.items()}
     raise ValueError(
         f"{where}: {type(value).__name__} cannot be written as JSON; allowed are text, numbers, true, false, null, "
-        "lists, and dictionaries with text or integer keys; use .tolist() or .item() on arrays and str() on paths"
+        "lists, and dictionaries with text or integer keys; use .tolist() on arrays and str() on paths"
     )
 
 
@@ -100,6 +100,7 @@ def _page(report: Mapping[str, Any]) -> str:
     environment.filters |= {"number": _number, "percent": _percent}
     template = environment.from_string(resources.files("sgsc").joinpath("report.html").read_text("utf-8"))
     by_split = [(report.get(name) or {}).get("regressions_by_class") or {} for name in SPLITS]
+    regressed = dict.fromkeys(key for split in by_split for key, count in split.items() if count)
     return template.render(
         r=report,
         verdict=_verdict(report),
@@ -109,7 +110,7 @@ def _page(report: Mapping[str, Any]) -> str:
         changed=[{**row, "png": _png(row.get("picture"))} for row in _rows(report, "changed")[:MOST_SAMPLES]],
         change=_change(report),
         splits={name: report.get(name) for name in SPLITS},
-        classes={key: [s.get(key) for s in by_split] for key in dict.fromkeys(k for s in by_split for k in s)},
+        classes={key: [split.get(key) for split in by_split] for key in regressed},
         command=_command(report),
     )
 
@@ -137,7 +138,7 @@ def summary(report: Mapping[str, Any]) -> RenderableType:
     how = {"samples": _number, "regressions": _number, "upper_bound_95": _percent, "agreement": _percent}
     splits = [[name, *(show((get(name) or {}).get(key)) for key, show in how.items())] for name in SPLITS]
     state, verdict, why = _verdict(report)
-    style = {"held": "bold green", "missed": "bold red"}.get(state, "bold yellow")
+    style = {"held": "bold green", "missed": "bold red", "open": "bold yellow"}[state]
     return Group(
         _table([_plain(get("task") or ""), "float", "packed", ""], result),
         _table(["\nchannels by bits", *map(str, WIDTHS), "bytes", "of float"], layers),
@@ -295,6 +296,4 @@ def _svg(figure: Any, name: str) -> Markup:
     opening = r'<svg xmlns="http://www.w3.org/2000/svg" aria-hidden="true" viewBox="\1">'
     svg = re.sub(r'^.*?<svg [^>]*viewBox="([^"]*)"[^>]*>', opening, svg, count=1, flags=re.DOTALL)
     svg = re.sub(r'\bid="|(?:xlink:)?href="#|url\(#', lambda found: found[0].replace("xlink:", "") + f"{name}-", svg)
-    for drawn, shown in THEME.items():
-        svg = svg.replace(drawn, shown)
-    return Markup(svg.strip())
+    return Markup(re.sub("|".join(THEME), lambda found: THEME[found[0]], svg).strip())

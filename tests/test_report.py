@@ -99,7 +99,7 @@ def full_report():
             "agreement": 0.98765,
             "margin_float": 0.9411,
             "margin_packed": 0.9135,
-            "regressions_by_class": {"3": 1, "8": {"samples": 27, "regressions": 1, "upper_bound_95": 0.16397}},
+            "regressions_by_class": {"0": 0, "3": 1, "8": {"samples": 27, "regressions": 1, "upper_bound_95": 0.16397}},
             "reasons": {},
         },
         "tolerance_held": True,
@@ -264,7 +264,7 @@ def test_the_page_says_every_number(full_page):
         "norm1 batch norm follows a residual sum and cannot be folded 512",
         "preservation 200 0 1.49 % 99.50 % 0.6231 0.5987",
         "guard 270 2 2.31 % 98.77 % 0.9411 0.9135",
-        "3 0 1 8 0 1 of 27, at most 16.40 %",
+        "Class preservation guard 3 0 1 8 0 1 of 27, at most 16.40 %",
         "hard 50, uncertain 50, salient 50, representative 50.",
         "1,525 guard 2 regressions; gave 12 bits back to 7 channels",
         "8 → 3 , right is 8 guard 17",
@@ -513,6 +513,15 @@ def test_the_markup_serves_screen_readers(full_page):
     assert {a["aria-labelledby"] for tag, a in elements if tag == "section"} <= set(ids)
 
 
+def test_answers_that_are_not_finite_are_told(tmp_path, no_plots):
+    report = full_report()
+    report["guard"]["non_finite"] = 4
+    told = "4 samples of the guard split made the packed network return NaN or infinity;"
+    assert told in words_of(page_of(report, tmp_path))
+    report["guard"]["non_finite"] = 0
+    assert "return NaN" not in words_of(page_of(report, tmp_path))
+
+
 def test_only_so_many_samples_are_drawn(tmp_path, no_plots):
     report = full_report()
     report["changed"] = report["changed"][:1] * 75
@@ -679,15 +688,18 @@ def test_the_summary_holds_the_numbers(width):
     assert lines.index("conv1 2 . 4 14 9 2 . 1 . 214 18.58 %") < lines.index("guard 270 2 2.31 % 98.77 %")
 
 
-def test_the_summary_survives_large_numbers_and_long_names():
+@pytest.mark.parametrize("width", [74, 80])
+def test_the_summary_survives_large_numbers_and_long_names(width):
     report = full_report()
     report["layers"][0] |= {"name": "transformer.blocks.11.attention.in_projection", "bytes": 123_456_789}
     report["layers"][0]["bits"] = {str(bits): 4096 for bits in range(9)}
-    text = printed(report, 80)
+    text = printed(report, width)
     assert text.count("4096") == 9
     assert "123,456,789" in text
     assert "…" not in text
-    assert max(map(len, text.splitlines())) <= 80
+    report["layers"][0]["name"] = "conv1"
+    assert "123,456,789" in printed({"layers": report["layers"][:1]}, width)
+    assert max(map(len, text.splitlines())) <= width
 
 
 def test_the_summary_cuts_a_long_list_of_layers_and_says_so():

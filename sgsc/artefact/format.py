@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 FORMAT = 1
 MAX_HEADER = 16 * 2**20
+MAX_RANK = 8
 ZEROS = "0" * 64  # stands for the digest while it is computed
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -17,3 +19,8 @@ USUAL = {"stride": 1, "padding": 0, "dilation": 1}  # settings of a convolution 
 
 class ArtefactError(ValueError):
     """A file is not what it must be; the message says which part."""
+
+
+def offsets(bits: Tensor, shift: int) -> Tensor:
+    """(C,) float32 offset of each row of `bits` (C,) uint8, as the format defines it; 0 for rows without bits."""
+    return torch.where(bits > 0, -torch.exp2(bits.float() - 1), 0.0) + (bits == 1) * (0.5 * shift)

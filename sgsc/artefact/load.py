@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sgsc.layers import QuantMultiheadAttention
-from sgsc.packed import PackedLayer
+from sgsc.packed import PackedConv2d, PackedEmbedding, PackedLayer, _geometry
 
 from .format import ArtefactError
 from .read import Artefact, read
@@ -37,11 +40,30 @@ def load(path: str | os.PathLike) -> nn.Module:
             "Construct the float model yourself and call load_into(model, path)"
         )
     try:
-        with torch.device("meta"):  # shapes only: a file cannot make us allocate what it does not hold
-            model = ARCHITECTURES[known[0]](**known[1])
+        with torch.device("meta"), _at_most(64 + 8 * len(artefact.layers) + 2 * len(artefact.values)):
+            model = ARCHITECTURES[known[0]](**known[1])  # shapes only: a file makes us allocate no more than it holds
     except Exception as error:
-        raise ArtefactError(f"architecture {known[0]!r} cannot be built from {known[1]}: {error}") from None
+        said = f"{str(known[1])[:200]}: {error}"
+        raise ArtefactError(f"architecture {known[0]!r} cannot be built from {said}") from None
     return _fill(model, artefact)
+
+
+@contextmanager
+def _at_most(parameters: int) -> Iterator[None]:
+    """Stop whoever registers more parameters in this thread: shapes are free, but modules take memory."""
+    made, thread = 0, threading.get_ident()
+
+    def count(*_: object) -> None:
+        nonlocal made
+        made += threading.get_ident() == thread
+        if made > parameters:
+            raise ArtefactError(f"it makes more than {parameters} parameters, far more than the file holds")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def load_into(model: nn.Module, path: str | os.PathLike) -> nn.Module:
@@ -54,59 +76,98 @@ def load_into(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
 
 def _fill(model: nn.Module, artefact: Artefact) -> nn.Module:
-    modules = dict(model.named_modules())
-    for name, module in modules.items():
-        if isinstance(module, nn.MultiheadAttention) and any(n.startswith(f"{name}.q_proj") for n in artefact.layers):
-            model.set_submodule(name, QuantMultiheadAttention(module))
+    model = _unfuse_attention(model, artefact)
     modules = dict(model.named_modules(remove_duplicate=False))
     values = dict(artefact.values)
     for name, layer in artefact.layers.items():
-        _check_fits(name, modules.get(name), layer)
-        layer.bias = values.pop(f"{name}.bias", None)
-        had_bias = getattr(modules[name], "bias", None) is not None
-        shape = None if layer.bias is None else tuple(layer.bias.shape)
-        if shape != ((len(layer.bits),) if had_bias else None):
-            raise ArtefactError(f"layer {name!r}: its bias in the file does not fit the model's")
-        for other, module in modules.items():  # a module in two places stays one
-            if module is modules[name]:
-                model.set_submodule(other, layer) if other else None
-        if name == "":
-            model = layer
-    own = {f"{name}.{key}" if name else key for name, layer in artefact.layers.items() for key in layer.state_dict()}
+        module = modules.get(name)
+        if module is None:
+            raise ArtefactError(f"layer {name!r} of the file is not in the model")
+        _check_fits(name, module, layer)
+        layer.bias = values.pop(_join(name, "bias"), None)
+        _check_bias(name, getattr(module, "bias", None), layer)
+        for other in [n for n, m in modules.items() if m is module]:  # a module in two places stays one
+            if other == "":
+                model = layer
+            else:
+                model.set_submodule(other, layer)
+    modules, first = dict(model.named_modules(remove_duplicate=False)), dict(model.named_modules())
     for key, target in list(model.state_dict(keep_vars=True).items()):
-        if key in own:
+        owner, _, leaf = key.rpartition(".")
+        module = modules.get(owner)
+        if isinstance(module, PackedLayer) or (module is not None and owner not in first):
             continue
-        module, leaf = model.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]
-        if leaf == "num_batches_tracked":
+        if isinstance(module, _BatchNorm) and leaf == "num_batches_tracked":
             module.register_buffer(leaf, torch.zeros((), dtype=torch.long))
             continue
-        if key not in values:
+        if module is None or not isinstance(target, Tensor) or key not in values:
             raise ArtefactError(f"the file holds nothing for {key!r} of the model")
         value = values.pop(key)
-        shrinks = isinstance(module, _BatchNorm) and len(value) <= target.shape[0]
-        if value.dtype != target.dtype or (value.shape != target.shape and not (shrinks and value.dim() == 1)):
+        shrinks = isinstance(module, _BatchNorm) and value.dim() == 1 and len(value) <= len(target)
+        if value.dtype != target.dtype or (value.shape != target.shape and not shrinks):
             have, want = (f"{t.dtype} {list(t.shape)}" for t in (value, target))
             raise ArtefactError(f"{key!r}: {have} in the file, {want} in the model")
         if isinstance(target, nn.Parameter):
             setattr(module, leaf, nn.Parameter(value, requires_grad=False))
         else:
             module.register_buffer(leaf, value)
-        if isinstance(module, _BatchNorm):
-            module.num_features = len(value)
     if values:
         raise ArtefactError(f"the file holds {min(values)!r}, which the model does not have")
+    for name, module in first.items():
+        if isinstance(module, _BatchNorm):
+            lengths = {len(v) for v in module.state_dict().values() if v.dim() == 1}
+            if len(lengths) > 1:
+                raise ArtefactError(f"{name!r}: tensors of {sorted(lengths)} channels in one {type(module).__name__}")
+            module.num_features = lengths.pop() if lengths else module.num_features
     left = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if value.is_meta]
     if left:
         raise ArtefactError(f"{left[0]!r} is not saved with a state dict, so the file cannot bring it; use load_into")
     return model.eval()
 
 
-def _check_fits(name: str, module: nn.Module | None, layer: PackedLayer) -> None:
-    if module is None:
-        raise ArtefactError(f"layer {name!r} of the file is not in the model")
-    if layer.type_name not in {cls.__name__ for cls in type(module).__mro__}:
+def _join(name: str, part: str) -> str:
+    return f"{name}.{part}" if name else part
+
+
+def _unfuse_attention(model: nn.Module, artefact: Artefact) -> nn.Module:
+    """Give every attention whose projections the file holds these projections, as `prepare` did."""
+    for name, module in list(model.named_modules()):
+        query = _join(name, "q_proj")
+        if isinstance(module, nn.MultiheadAttention) and query in artefact.layers:
+            try:
+                unfused = QuantMultiheadAttention(module)
+            except ValueError as error:
+                raise ArtefactError(f"layer {query!r}: {error}") from None
+            if name == "":
+                return unfused
+            model.set_submodule(name, unfused)
+    return model
+
+
+def _check_fits(name: str, module: nn.Module, layer: PackedLayer) -> None:
+    """Check type, shape and settings; smaller is right where `pack` may have cut removed channels out."""
+    if not isinstance(module, getattr(nn, layer.type_name)):
         raise ArtefactError(f"layer {name!r}: a {layer.type_name} in the file, a {type(module).__name__} in the model")
-    have, want = layer.weight_shape(), tuple(module.get_parameter("weight").shape)
-    removed = len(have) == len(want) and all(h <= w for h, w in zip(have[:2], want[:2], strict=True))
-    if not removed or have[2:] != want[2:]:
+    have, want = layer.weight_shape(), tuple(module.weight.shape)
+    groups = getattr(module, "groups", 1)
+    depthwise = 1 < groups == module.in_channels == want[0] if isinstance(layer, PackedConv2d) else False
+    if isinstance(layer, PackedEmbedding) or (groups > 1 and not depthwise):
+        fits = have == want
+    else:
+        fits = len(have) == len(want) and have[2:] == want[2:] and have[0] <= want[0] and have[1] <= want[1]
+        fits = fits and (not depthwise or have[1] == 1)
+    if not fits:
         raise ArtefactError(f"layer {name!r}: weight {list(have)} in the file, {list(want)} in the model")
+    if isinstance(layer, PackedConv2d):
+        in_model = _geometry(module) | {"groups": have[0] if depthwise else groups}
+        for key, value in layer.settings().items():
+            if value != in_model[key]:
+                raise ArtefactError(f"layer {name!r}: {key} {value} in the file, {in_model[key]} in the model")
+
+
+def _check_bias(name: str, in_model: Tensor | None, layer: PackedLayer) -> None:
+    have, want = (None if b is None else (str(b.dtype), *b.shape) for b in (layer.bias, in_model))
+    if want is not None:
+        want = (want[0], len(layer.bits))
+    if have != want:
+        raise ArtefactError(f"layer {name!r}: its bias in the file does not fit the model's: {have}, want {want}")

@@ -13,13 +13,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sgsc.kernels import PackedRows
-from sgsc.kernels.packing import row_bytes
 from sgsc.packed import PACKED, PackedConv2d, PackedLayer
 
-from .format import DTYPES, FORMAT, MAX_HEADER, USUAL, ZEROS, ArtefactError
+from .format import DTYPES, FORMAT, MAX_HEADER, MAX_RANK, USUAL, ZEROS, ArtefactError, offsets
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,14 @@ def read(path: str | os.PathLike) -> Artefact:
         ArtefactError: If anything about it is not as the format says; the message names the part.
         OSError: If it cannot be opened.
     """
-    data = Path(path).read_bytes()
-    try:
-        return from_bytes(data)
-    except ArtefactError as error:
-        raise ArtefactError(f"{Path(path).name}: {error}") from None
+    with Path(path).open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(8 + MAX_HEADER)
+        try:
+            header, shapes = _header(head, size)  # the lengths fit the file before the rest of it is read
+            return _contents(head + file.read(size - len(head)), size, header, shapes)
+        except ArtefactError as error:
+            raise ArtefactError(f"{Path(path).name}: {error}") from None
 
 
 def from_bytes(data: bytes) -> Artefact:
@@ -59,7 +62,12 @@ def from_bytes(data: bytes) -> Artefact:
     Raises:
         ArtefactError: If anything about them is not as the format says; the message names the part.
     """
-    header, shapes = _header(data)
+    return _contents(data, len(data), *_header(data, len(data)))
+
+
+def _contents(data: bytes, size: int, header: dict[str, Any], shapes: dict[str, tuple[str, int]]) -> Artefact:
+    if len(data) != size:
+        raise ArtefactError(f"{size} bytes when it was opened, {len(data)} when it was read: something writes to it")
     manifest = _manifest(header)
     _check_digest(data, manifest)
     rows = sum(entry[2][0] for entry in manifest["layers"])
@@ -69,7 +77,12 @@ def from_bytes(data: bytes) -> Artefact:
     extra = shapes.keys() - {"codes", "bits", "scales"} - {f"values.{d}" for d in manifest["values"]}
     if extra:
         raise ArtefactError(f"tensor {min(extra)!r} is not part of the format")
-    tensors = safetensors.torch.load(data)
+    try:
+        tensors = safetensors.torch.load(data)
+    except SafetensorError as error:  # what Python's JSON reads and the other reader does not, such as -0
+        raise ArtefactError(f"the header is no safetensors header ({error})") from None
+    if "values.BOOL" in tensors and (tensors["values.BOOL"].view(torch.uint8) > 1).any():
+        raise ArtefactError("tensor 'values.BOOL': a byte is neither 0 nor 1")
     layers = _layers(manifest, shapes, tensors)
     values = {}
     for dtype, listed in manifest["values"].items():
@@ -82,55 +95,71 @@ def from_bytes(data: bytes) -> Artefact:
     return Artefact(manifest, layers, values, len(data))
 
 
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ArtefactError("a key stands twice in the header")
-    return result
-
-
 def _json(text: bytes | str, what: str) -> dict[str, Any]:
     def constant(name: str) -> None:
         raise ArtefactError(f"{what} holds {name}, which is not JSON")
 
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(items)
+        if len(result) != len(items):
+            raise ArtefactError(f"{what}: the key {_twice([key for key, _ in items])!r} stands twice")
+        return result
+
     try:
-        value = json.loads(text, object_pairs_hook=_pairs, parse_constant=constant)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        text = text if isinstance(text, str) else text.decode("utf-8")  # json would also take UTF-16
+        value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    except ArtefactError:
+        raise
+    except (ValueError, RecursionError) as error:  # among them numbers of more digits than Python reads
         raise ArtefactError(f"{what} is not JSON ({type(error).__name__})") from None
     if not isinstance(value, dict):
         raise ArtefactError(f"{what} is not a JSON object")
     return value
 
 
-def _header(data: bytes) -> tuple[dict[str, Any], dict[str, tuple[str, int]]]:
+def _twice(names: list[str]) -> str:
+    """The first name that stands there before."""
+    seen: set[str] = set()
+    return next(name for name in names if name in seen or seen.add(name))
+
+
+def _header(data: bytes, size: int) -> tuple[dict[str, Any], dict[str, tuple[str, int]]]:
     """The header, and (dtype, elements) of each tensor, checked to tile the payload exactly.
+
+    Args:
+        data: The file's first bytes, the header at least.
+        size: Bytes of the whole file.
 
     Raises:
         ArtefactError: If it is malformed.
     """
-    if len(data) < 8:
-        raise ArtefactError(f"{len(data)} bytes; a file has at least 8 and a header: it is cut short")
+    if size < 8:
+        raise ArtefactError(f"{size} bytes; a file has at least 8 and a header: it is cut short")
     length = int.from_bytes(data[:8], "little")
     if length > MAX_HEADER:
         raise ArtefactError(f"header length {length} is over the limit of {MAX_HEADER} bytes")
-    if 8 + length > len(data):
-        raise ArtefactError(f"header length {length}, but only {len(data) - 8} bytes follow: the file is cut short")
+    if 8 + length > size:
+        raise ArtefactError(f"header length {length}, but only {size - 8} bytes follow: the file is cut short")
     if data[8:9] != b"{":
         raise ArtefactError("the header does not begin with '{'")
     header = _json(data[8 : 8 + length], "the header")
-    payload = len(data) - 8 - length
+    payload = size - 8 - length
     shapes: dict[str, tuple[str, int]] = {}
     ranges = []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         ok = isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}
-        if not ok or entry["dtype"] not in DTYPES or not _is_sizes(entry["shape"], 1):
+        if not ok or type(entry["dtype"]) is not str or not _is_sizes(entry["shape"], 1):
             raise ArtefactError(f"tensor {name!r}: want a flat tensor with dtype, shape and data_offsets")
+        if entry["dtype"] not in DTYPES:
+            raise ArtefactError(f"tensor {name!r}: dtype {entry['dtype']!r} is not one of {', '.join(DTYPES)}")
         if not _is_sizes(entry["data_offsets"], 2):
             raise ArtefactError(f"tensor {name!r}: data_offsets {entry['data_offsets']} are not two whole numbers")
         begin, end = entry["data_offsets"]
         count = entry["shape"][0]
+        if count == 0:
+            raise ArtefactError(f"tensor {name!r} is empty; such a tensor is left out")
         if end - begin != count * DTYPES[entry["dtype"]].itemsize:
             raise ArtefactError(f"tensor {name!r}: {end - begin} bytes for {count} elements of {entry['dtype']}")
         shapes[name] = (entry["dtype"], count)
@@ -151,7 +180,13 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_sizes(value: Any, count: int | None = None) -> bool:
-    return isinstance(value, list) and count in (None, len(value)) and len(value) <= 8 and all(map(_is_size, value))
+    fits = isinstance(value, list) and count in (None, len(value)) and len(value) <= MAX_RANK
+    return fits and all(map(_is_size, value))
+
+
+def _is_shape(value: Any, rank: int | None = None) -> bool:
+    """Whether it is a list of sizes whose product is one: then every stride is too, also where an axis is empty."""
+    return _is_sizes(value, rank) and _is_size(math.prod(max(v, 1) for v in value))
 
 
 def _manifest(header: dict[str, Any]) -> dict[str, Any]:
@@ -181,25 +216,29 @@ def _manifest(header: dict[str, Any]) -> dict[str, Any]:
         name, kind, shape, shift, _ = entry
         if kind not in PACKED:
             raise ArtefactError(f"layer {name!r}: type {kind!r} is not one of {', '.join(sorted(PACKED))}")
-        if not _is_sizes(shape, 2) or shift not in (0, 1):
+        if not _is_shape(shape, 2) or shift not in (0, 1):
             raise ArtefactError(f"layer {name!r}: rows and width {shape} or shift {shift} out of range")
     names = [entry[0] for entry in manifest["layers"]]
     for dtype, listed in manifest["values"].items():
         if dtype not in DTYPES or not isinstance(listed, list):
             raise ArtefactError(f"values of dtype {dtype!r} are not part of the format")
         for entry in listed:
-            if not isinstance(entry, list) or len(entry) != 2 or type(entry[0]) is not str or not _is_sizes(entry[1]):
+            if not isinstance(entry, list) or len(entry) != 2 or type(entry[0]) is not str or not _is_shape(entry[1]):
                 raise ArtefactError(f"an entry of values.{dtype} is not [name, shape]")
             names.append(entry[0])
     if len(set(names)) != len(names):
-        raise ArtefactError(f"the name {next(n for n in names if names.count(n) > 1)!r} stands twice in the manifest")
+        raise ArtefactError(f"the name {_twice(names)!r} stands twice in the manifest")
     return manifest
 
 
 def _check_digest(data: bytes, manifest: dict[str, Any]) -> None:
     said = manifest["sha256"]
-    found = hashlib.sha256(data.replace(said.encode(), ZEROS.encode(), 1)).hexdigest()
-    if found != said:
+    place = data.find(said.encode())  # not there if the header writes it with escapes
+    view, digest = memoryview(data), hashlib.sha256()
+    for part in (view[: max(place, 0)], ZEROS.encode(), view[max(place, 0) + len(said) :]):
+        digest.update(part)
+    found = digest.hexdigest()
+    if place < 0 or found != said:
         raise ArtefactError(f"digest {found[:12]}…, but the manifest says {said[:12]}…: the file is damaged")
 
 
@@ -225,7 +264,8 @@ def _layers(manifest: dict, shapes: dict[str, tuple[str, int]], tensors: dict[st
         own = bits[position : position + count]
         if (own > 8).any():
             raise ArtefactError(f"layer {name!r}: a row of {int(own.max())} bits; want 0 to 8")
-        spans.append((own.clone(), int(row_bytes(own, width).sum())))
+        counts = torch.bincount(own, minlength=9).tolist()  # Python's integers: nothing wraps around
+        spans.append((own.clone(), sum(n * ((b * width + 7) // 8) for b, n in enumerate(counts))))
         position += count
     needed = sum(length for _, length in spans)
     have = shapes.get("codes", ("U8", 0))
@@ -245,9 +285,11 @@ def _layers(manifest: dict, shapes: dict[str, tuple[str, int]], tensors: dict[st
         scale[alive] = scales[first_scale : first_scale + int(alive.sum())]
         if not (torch.isfinite(scale) & (scale > 0)).all():
             raise ArtefactError(f"layer {name!r}: a scale is not positive and finite")
-        offset = torch.where(alive, -torch.exp2(own.float() - 1), 0.0) + (own == 1) * (0.5 * shift)
         codes = PackedRows(data[first_byte : first_byte + length].clone(), own, width)
-        layers[name] = _layer(name, kind, codes, scale, offset, settings)
+        used = own.long() * width % 8  # bits of a row's last byte; 0 where all are
+        if (codes.data[codes.starts[1:][used > 0] - 1] >> used[used > 0]).any():
+            raise ArtefactError(f"layer {name!r}: the unused bits of a row's last byte are not 0")
+        layers[name] = _layer(name, kind, codes, scale, offsets(own, shift), settings)
         first_scale += int(alive.sum())
         first_byte += length
     return layers

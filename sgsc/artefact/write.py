@@ -11,11 +11,12 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sgsc.files import write_atomically
 from sgsc.packed import PackedConv2d, PackedLayer
 
-from .format import DTYPES, FORMAT, USUAL, ZEROS
+from .format import DTYPES, FORMAT, MAX_HEADER, MAX_RANK, USUAL, ZEROS, offsets
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -31,29 +32,25 @@ def to_bytes(
         notes: JSON-able facts to keep in the file.
 
     Raises:
-        ValueError: If the model holds no packed layer, or a value of a dtype that the format does not have.
+        ValueError: If the model holds no packed layer, or something that the format does not hold.
     """
     packed = {name: m for name, m in model.named_modules() if isinstance(m, PackedLayer)}
     if not packed:
         raise ValueError("the model holds no packed layer; call pack(model) first")
     layers, tensors = [], {}
-    own = {f"{name}.{part}" for name in packed for part in ("data", "bits", "scale", "offset")}
     for name, m in packed.items():
         shift = int(((m.bits == 1) & (m.offset == -0.5)).any())
+        _check_grid(name, m, shift)
         layers.append([name, m.type_name, [len(m.bits), m.width], shift, _unusual(m)])
     parts = list(packed.values())
-    scales = torch.cat([m.scale[m.bits > 0] for m in parts])
+    scales = torch.cat([m.scale[m.bits > 0].float() for m in parts])
     short = scales.bfloat16()
     tensors["codes"] = torch.cat([m.data for m in parts])
     tensors["bits"] = _nibbles(torch.cat([m.bits for m in parts]))
-    tensors["scales"] = short if torch.equal(short.to(scales.dtype), scales) else scales
+    tensors["scales"] = short if torch.equal(short.float(), scales) else scales
     flat: dict[str, list[Tensor]] = {}
     listed: dict[str, list] = {}
-    for name, value in model.state_dict().items():
-        if name in own or name.endswith("num_batches_tracked"):
-            continue
-        if value.dtype not in _NAMES:
-            raise ValueError(f"{name!r} is {value.dtype}, which the format does not hold; convert it first")
+    for name, value in _values(model):
         listed.setdefault(_NAMES[value.dtype], []).append([name, list(value.shape)])
         flat.setdefault(_NAMES[value.dtype], []).append(value.detach().flatten())
     for dtype, values in flat.items():
@@ -66,9 +63,11 @@ def to_bytes(
         "values": listed,
         "notes": notes or {},
     }
-    text = json.dumps(manifest, separators=(",", ":"), allow_nan=False)
+    text = _text(manifest)
     present = {k: v.cpu().contiguous() for k, v in tensors.items() if v.numel()}
     data = safetensors.torch.save(present, metadata={"sgsc": text})
+    if int.from_bytes(data[:8], "little") > MAX_HEADER:
+        raise ValueError(f"the header would have more than {MAX_HEADER} bytes, the format's limit; shorten the notes")
     digest = hashlib.sha256(data).hexdigest()
     return data.replace(ZEROS.encode(), digest.encode(), 1)
 
@@ -89,6 +88,64 @@ def save(
 def stored_size(model: nn.Module, **kwargs: Any) -> int:
     """Bytes that `save` would write for this packed model."""
     return len(to_bytes(model, **kwargs))
+
+
+def _check_grid(name: str, layer: PackedLayer, shift: int) -> None:
+    """Refuse what would come back as something else.
+
+    Raises:
+        ValueError: If a row's grid is not one that the format can say.
+    """
+    alive = layer.bits > 0
+    scale, offset = layer.scale[alive], layer.offset[alive]
+    if not (torch.isfinite(scale) & (scale > 0)).all() or not torch.equal(scale.float().to(scale.dtype), scale):
+        raise ValueError(f"layer {name!r}: a scale is not a positive and finite float32, as a file holds them")
+    if not torch.equal(offset.float(), offsets(layer.bits, shift)[alive]):
+        raise ValueError(f"layer {name!r}: its offsets are not those of its widths, with one shift for all of one bit")
+
+
+def _values(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The state dict without packed layers' own tensors, counters of batches, and second names of shared modules.
+
+    Raises:
+        ValueError: If a value is nothing that the format holds.
+    """
+    modules, first = dict(model.named_modules(remove_duplicate=False)), dict(model.named_modules())
+    values = []
+    for name, value in model.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        if owner not in modules:
+            raise ValueError(f"{name!r} of the state dict belongs to no module, so that it could not be put back")
+        module = modules[owner]
+        own = isinstance(module, PackedLayer) and leaf != "bias"
+        if own or owner not in first or (isinstance(module, _BatchNorm) and leaf == "num_batches_tracked"):
+            continue
+        if not isinstance(value, Tensor) or value.dtype not in _NAMES or value.dim() > MAX_RANK:
+            what = f"{value.dtype} with {value.dim()} axes" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"{name!r} is {what}; the format holds tensors of {', '.join(DTYPES)} with up to {MAX_RANK}: convert it"
+            )
+        values.append((name, value))
+    return values
+
+
+def _text(manifest: dict[str, Any]) -> str:
+    """The manifest as JSON.
+
+    Raises:
+        ValueError: If architecture or notes do not come back from JSON.
+    """
+    architecture, notes = manifest["architecture"], manifest["notes"]
+    named = architecture is None or [type(a) for a in architecture] == [str, dict]
+    if not named or not isinstance(notes, dict):
+        raise ValueError(f"want architecture=(name, arguments) and a dict of notes, got {architecture!r}, {notes!r}")
+    try:
+        text = json.dumps(manifest, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"architecture or notes cannot be written as JSON ({error})") from None
+    if json.dumps(json.loads(text), separators=(",", ":")) != text:
+        raise ValueError("architecture or notes hold a key twice once it is text, such as 1 and '1'; rename one")
+    return text
 
 
 def _nibbles(bits: Tensor) -> Tensor:

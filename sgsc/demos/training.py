@@ -1,7 +1,8 @@
 """Plain float training of a demo task, and the numbers that judge a model. Seeded; prints nothing.
 
-On the CPU the same seed gives the same weights, bit for bit: the initialisation is drawn from torch's global generator
-inside a fork of it, and everything else (order of the samples, shifts) from a generator of its own.
+On one machine and number of threads the same seed gives the same weights on the CPU, bit for bit: the initialisation is
+drawn from torch's global generator inside a fork of it, and everything else (order of the samples, shifts) from a
+generator of its own.
 """
 
 from __future__ import annotations

@@ -14,6 +14,11 @@ from sgsc.kernels import fake_quantize
 QUANTIZERS: dict[str, Callable[[int], Quantizer]] = {}
 
 
+def at_least_float32(before: Tensor, after: Tensor) -> Tensor:
+    """`after`, or where that is a half-precision cast, `before` on the device of `after`."""
+    return before.to(after.device) if after.is_floating_point() and after.element_size() < 4 else after
+
+
 class Codes(NamedTuple):
     """Rows as they will be stored: real = (level + offset) * scale, and 0 where bits is 0."""
 
@@ -47,6 +52,10 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def fit(self, rows: Tensor, where: Tensor | None = None) -> None:
         """Set the grid of each channel (of those marked by `where`, (C,) bool) from its data, (C, K)."""
+
+    def _apply(self, fn, recurse: bool = True):
+        # half precision is for weights and activations: a grid in it would lose the codes
+        return super()._apply(lambda t: at_least_float32(t, fn(t)), recurse)
 
     def forward(self, rows: Tensor) -> Tensor:
         """(C, K) -> (C, K), differentiable in `rows` and in the learned parameters."""

@@ -71,11 +71,13 @@ def large_arguments() -> dict[str, tuple]:
     return found
 
 
+@needs_extension  # torch promises no such thing
 @pytest.mark.parametrize(("op", "arguments"), RUNS)
 def test_the_number_of_threads_changes_nothing(op, arguments, level):
     check_one_and_two_threads(op, arguments)
 
 
+@needs_extension
 def test_the_number_of_threads_changes_nothing_at_size(level):
     for name, arguments in large_arguments().items():
         check_one_and_two_threads(OPS[name.split(",")[0]], arguments)

@@ -15,7 +15,7 @@ from sgsc.kernels import triton_fake_quantize as ours  # noqa: E402
 from sgsc.kernels import triton_fake_quantize_kernels as programs  # noqa: E402
 from sgsc.kernels.op import OPS  # noqa: E402
 from sgsc.kernels.triton_aot import TARGETS, compile_for  # noqa: E402
-from tests.kernels.triton_interpreted import CHECKS, assert_as_good, assert_same, unwritten_memory_is_nan  # noqa: E402
+from tests.kernels.triton_interpreted import CHECKS, assert_as_good, assert_same  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE_CHECKS = [name for name in CHECKS if name in {"forward", "backward", "many", "rounding"}]
@@ -35,18 +35,21 @@ def python(*arguments, **environment):
 # ---- against the reference ----
 
 
+@pytest.fixture(scope="module")
+def interpreted():
+    return python("-m", "tests.kernels.triton_interpreted", TRITON_INTERPRET="1")
+
+
 @pytest.mark.parametrize("check", CHECKS)
-def test_interpreted(check):
-    run = python("-m", "tests.kernels.triton_interpreted", check, TRITON_INTERPRET="1")
-    assert run.returncode == 0, f"exit status {run.returncode}\n{run.stdout}{run.stderr}"
-    assert run.stdout == f"{check} holds\n"
+def test_interpreted(check, interpreted):
+    holds = interpreted.stdout.splitlines()
+    assert f"{check} holds" in holds, f"exit status {interpreted.returncode}, {holds}\n{interpreted.stderr}"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: its results are checked by the interpreter alone")
 @pytest.mark.parametrize("check", DEVICE_CHECKS)
 def test_on_the_gpu(check):
-    with unwritten_memory_is_nan():
-        CHECKS[check]("cuda")
+    CHECKS[check]("cuda")
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1.1, -1.0], ids=["nan", "inf", "ten-percent", "sign"])
@@ -108,6 +111,7 @@ print(sgsc.kernels.OPS["fake_quantize"].reference(torch.ones(2, 3), one, -8 * on
         ((1, 2**24), 1_024, 1_024),
         ((8, 2**20), 128, 1_024),
         ((8, 2**15), 16, 128),
+        ((100, 23 * 2_048), 8, 800),
         ((4_096, 2**15), 1, 4_096),
         ((5, 0), 1, 1),
     ],
@@ -166,7 +170,8 @@ def test_a_captured_graph_gets_no_table(monkeypatch):
         assert ours._together([OnGpu(), OnGpu()], [grid, grid], [None, None]) == together
 
 
-def test_what_the_kernels_cannot_take_goes_to_the_reference():
+def test_what_the_kernels_cannot_take_goes_to_the_reference(monkeypatch):
+    monkeypatch.setattr(ours, "INTERPRETED", tl.constexpr(True))  # so that CPU tensors alone are no reason
     x, one = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.ones(3)
     grid = (one, -8 * one, 7 * one, 0 * one)
     assert_same(ours.forward(x, *grid), x.round() + 0.0)
@@ -179,11 +184,14 @@ def test_what_the_kernels_cannot_take_goes_to_the_reference():
 
 VECTORS = dict.fromkeys(("scale", "lo", "hi", "shift", "to_scale", "to_lo", "to_hi"), "*fp32")
 TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16}
-# 128-bit accesses where a thread holds as many; 4 elements of 16 bits a thread on AMD, whose warps are twice as wide
+# 128-bit accesses where a thread holds that much; 4 elements of 16 bits a thread on AMD, whose warps are twice as wide
 LOAD = {"cuda": r"LDG\.E\.128", "hip fp32": "global_load_dwordx4", "hip bf16": "global_load_dwordx2"}
 STORE = {"cuda": r"STG\.E\.128", "hip fp32": "global_store_dwordx4", "hip bf16": "global_store_dwordx2"}
-EXACT = {"cuda": (r"div\.rn\.f32", "FRND"), "hip": ("v_div_fixup_f32", "v_rndne_f32_e(32|64)")}
-FORBIDDEN = {"cuda": (r"div\.(full|approx).*", "(LDL|STL).*"), "hip": ("scratch_.*", "v_rcp_iflag.*")}
+EXACT = {
+    "cuda": (r"div\.rn\.f32", "FRND", r"max\.NaN\.f32", r"min\.NaN\.f32"),
+    "hip": ("v_div_fixup_f32", "v_rndne_f32_e(32|64)", "v_cmp_o_f32_e(32|64)"),
+}
+FORBIDDEN = {"cuda": (r"div\.(full|approx).*", "(LDL|STL).*"), "hip": ("scratch_.*",)}
 
 
 def machine_code(name, dtype, target, shape=(4_096, 4_096), divisible=True):

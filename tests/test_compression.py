@@ -1,0 +1,291 @@
+"""Self-compression: the sum that it states, the target that it reaches, the guard, and runs that resume."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from sgsc import PreservationSet, SelfCompression, load_checkpoint, nominal_bits, pack, prepare, save_checkpoint, stored_size
+from sgsc.bits import Price
+from sgsc.certificate import compare, outputs
+from sgsc.guard import Check, check, restore, revive, set_widths, widths
+from sgsc.layers import quant_layers
+
+
+def blobs(count: int = 400, seed: int = 0) -> TensorDataset:
+    """Four classes around corners of a cube, overlapping a little."""
+    make = torch.Generator().manual_seed(seed)
+    y = torch.arange(count) % 4
+    corners = torch.tensor([[1, 1, 0], [-1, 1, 0], [0, -1, 1], [0, -1, -1]]).float()
+    return TensorDataset(corners[y].repeat(1, 4) + 0.5 * torch.randn(count, 12, generator=make), y)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 96), nn.BatchNorm1d(96), nn.ReLU(), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 4))
+
+
+def train(model: nn.Module, data: TensorDataset, steps: int, run: SelfCompression | None = None, start: int = 0):
+    """A user's own loop; `run.optimizer` when there is a run."""
+    optimizer = run.optimizer if run is not None else torch.optim.Adam(model.parameters(), 1e-2)
+    x, y = data.tensors
+    for step in range(start, start + steps):
+        pick = torch.randint(len(x), (64,), generator=torch.Generator().manual_seed(step))
+        model.train()
+        loss = F.cross_entropy(model(x[pick]), y[pick])
+        loss = loss if run is None else run.loss(loss)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if run is not None:
+            run.step()
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    net = network()
+    train(net, blobs(), 150)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def keep(trained) -> PreservationSet:
+    return PreservationSet.select(trained, blobs(), 60, seed=0)
+
+
+def started(trained, keep, **settings) -> SelfCompression:
+    model = prepare(trained).model
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    settings = {"target_size": 0.15, "steps": 240, "tolerance": 0.05, "bit_rate": 0.1, "guard_every": 20} | settings
+    return SelfCompression(model, keep, optimizer=optimizer, **settings)
+
+
+def test_the_loss_is_the_stated_sum_and_nothing_else(trained, keep):
+    run = started(trained, keep, sparsity_weight=0.3, preservation_weight=0.7, preservation_batch=60)
+    run.price.value = 2.5
+    run.generator.manual_seed(5)
+    task = torch.tensor(1.25)
+    batch = keep.batch(torch.Generator().manual_seed(5), 60)
+    run.model.eval()
+    magnitude = torch.cat([layer.weight.flatten() for layer in quant_layers(run.model).values()]).abs().mean()
+    want = (
+        task
+        + 2.5 * nominal_bits(run.model, run.coupling) / (8 * run.float_bytes)
+        + 0.3 * magnitude
+        + 0.7 * keep.loss(run.model, batch)
+    )
+    assert run.loss(task).item() == pytest.approx(want.item(), rel=1e-6)
+
+
+def test_reaches_the_target_on_disk_and_holds_the_tolerance(trained, keep):
+    run = started(trained, keep)
+    train(run.model, blobs(), 240, run)
+    outcome = run.finish()
+    assert outcome.target_held, outcome
+    assert outcome.tolerance_held, outcome
+    assert outcome.reason == ""
+    packed = pack(run.model)
+    assert stored_size(packed) / run.float_bytes == pytest.approx(outcome.stored_ratio, abs=1e-9)
+    assert 0.8 * 0.15 < outcome.stored_ratio <= 0.15
+    found = compare(keep.outputs, outputs(packed, keep.inputs), keep.targets)
+    assert found.regressions == outcome.regressions <= math.floor(0.05 * 60)
+
+
+def test_the_users_optimiser_never_sees_the_widths(trained, keep):
+    run = started(trained, keep)
+    train(run.model, blobs(), 3, run)
+    depth = run.model[0].weight_quantizer.bit_depth
+    assert depth.grad is None
+    assert depth not in run.optimizer.state
+
+
+def test_same_seed_same_bits(trained, keep):
+    runs = [started(trained, keep) for _ in range(2)]
+    for run in runs:
+        train(run.model, blobs(), 60, run)
+    assert all(torch.equal(a, b) for a, b in zip(*(r.model.state_dict().values() for r in runs), strict=True))
+    other = started(trained, keep, seed=1)
+    train(other.model, blobs(), 60, other)
+    assert not torch.equal(other.model[0].weight, runs[0].model[0].weight)
+
+
+@pytest.mark.parametrize("at", [1, 37, 100, 150, 239])
+def test_a_resumed_run_equals_an_uninterrupted_one(trained, keep, tmp_path, at):
+    whole = started(trained, keep)
+    train(whole.model, blobs(), 240, whole)
+    first = started(trained, keep)
+    train(first.model, blobs(), at, first)
+    save_checkpoint(tmp_path / "c", {"run": first.state_dict(), "optimizer": first.optimizer.state_dict()})
+    second = started(trained, keep)
+    state = load_checkpoint(tmp_path / "c")
+    second.load_state_dict(state["run"])
+    second.optimizer.load_state_dict(state["optimizer"])
+    train(second.model, blobs(), 240 - at, second, start=at)
+    assert second.finish() == whole.finish()
+    assert second.history == whole.history
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name]), name
+
+
+def changed_by(trained, keep) -> dict:
+    run = started(trained, keep)
+    train(run.model, blobs(), 60, run)
+    return {k: v.clone() for k, v in run.model.state_dict().items()}
+
+
+def test_the_preservation_set_matters(trained, keep):
+    with_set = changed_by(trained, keep)
+    without = changed_by(trained, None)
+    assert not torch.equal(with_set["0.weight"], without["0.weight"])
+    data = blobs()
+    shuffled = TensorDataset(data.tensors[0], data.tensors[1][torch.randperm(len(data))])
+    other = changed_by(trained, PreservationSet.select(trained, shuffled, 60, seed=0))
+    assert not torch.equal(with_set["0.weight"], other["0.weight"])
+
+
+def test_an_impossible_target_says_what_would_have_to_give(trained, keep):
+    run = started(trained, keep, target_size=0.004, steps=40)
+    train(run.model, blobs(), 40, run)
+    outcome = run.finish()
+    assert not outcome.target_held
+    assert "not 0.40%: raise the target size, the tolerance or the steps" in outcome.reason
+
+
+def test_a_target_already_reached_changes_no_width(trained, keep):
+    run = started(trained, keep, target_size=0.9)
+    train(run.model, blobs(), 30, run)
+    assert (run.model[0].weight_quantizer.bits() == 8).all()
+    assert run.finish().target_held
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(trained, keep, bad):
+    run = started(trained, keep)
+    before = copy.deepcopy(run.model.state_dict())
+    with pytest.raises(ValueError, match=r"task loss \[.*\] at step 0: want one finite number; lower the learning rate"):
+        run.loss(torch.tensor(bad))
+    assert all(torch.equal(v, before[k]) for k, v in run.model.state_dict().items())
+
+
+def test_a_step_without_a_loss_is_an_error(trained, keep):
+    with pytest.raises(ValueError, match=r"call run.loss\(task_loss\).backward\(\) before run.step"):
+        started(trained, keep).step()
+
+
+def test_a_float_model_is_refused(trained, keep):
+    with pytest.raises(ValueError, match=r"pass what prepare\(model\).model returned"):
+        SelfCompression(copy.deepcopy(trained), keep)
+
+
+def test_gradient_accumulation_counts_as_one_step(trained, keep):
+    once, twice = started(trained, None), started(trained, None)
+    x, y = blobs().tensors
+    for run, parts in ((once, 1), (twice, 2)):
+        run.model.eval()
+        for _ in range(2):
+            for part in zip(x[:64].chunk(parts), y[:64].chunk(parts), strict=True):
+                (run.loss(F.cross_entropy(run.model(part[0]), part[1])) / parts).backward()
+            run.calls = 1  # the user divides by the parts, so they are one loss
+            run.step()
+    assert torch.allclose(once.model[0].weight_quantizer.bit_depth, twice.model[0].weight_quantizer.bit_depth, atol=1e-4)
+
+
+# ---- price ----
+
+
+def test_the_price_rises_while_too_large_and_is_damped():
+    price = Price()
+    price.value = 1.0
+    values = []
+    for size in (1.3, 1.3, 1.3, 1.0, 0.9, 0.9, 0.9):
+        price.update(size, 1.0)
+        values.append(price.value)
+    assert values[0] < values[1] < values[2]
+    assert values[3] < values[2]  # still at the target, but approached fast: the damping already lowers it
+    assert values[6] < values[5] < values[4] < values[3]
+
+
+def test_the_price_does_not_wind_up_far_from_the_target():
+    far, farther = Price(), Price()
+    far.value = farther.value = 1.0
+    far.update(10.0, 1.0)
+    farther.update(1e9, 1.0)
+    assert far.value == farther.value
+
+
+# ---- guard ----
+
+
+def test_the_guard_fires_on_evidence_and_not_on_noise():
+    assert not Check(2, 0, 100).fires
+    assert Check(3, 0, 100).fires
+    assert not Check(10, 5, 100).held
+    assert not Check(9, 5, 100).fires
+    assert Check(10, 5, 100).fires
+
+
+def test_a_useful_channel_forced_to_no_bits_comes_back(trained, keep):
+    run = started(trained, keep, tolerance=0.0)
+    x, y = blobs().tensors
+    # the channels of the last hidden layer that matter most: those whose loss hurts the most samples
+    hurt = []
+    for i in range(64):
+        model = copy.deepcopy(run.model)
+        with torch.no_grad():
+            model[3].weight_quantizer.bit_depth[i] = 0
+        run.coupling.silence(model)
+        hurt.append(compare(outputs(trained, x), outputs(model, x), y).regressions)
+    worst = torch.tensor(hurt).topk(8).indices
+    with torch.no_grad():
+        run.model[3].weight_quantizer.bit_depth[worst] = 0
+    run.coupling.silence(run.model)
+    before = check(run.model, keep, 0.0)
+    assert before.fires, before
+    assert (run.model[3].bias[worst] == 0).all()
+    run._check()
+    back = run.model[3].weight_quantizer.bits()[worst]
+    assert (back == 8).any()
+    assert run.events[-1]["what"] == "guard"
+    revived = worst[back == 8]
+    assert torch.equal(run.model[3].bias[revived], run.good["3.bias"][revived])
+    assert check(run.model, keep, 0.0).regressions < before.regressions
+    frozen = run.bits.frozen_until["3"]
+    assert (frozen[revived] > 0).all()
+
+
+def test_restoration_gives_back_what_cost_most_first(trained, keep):
+    run = started(trained, keep)
+    good = run.good
+    before = widths(run.model)
+    layer = run.model[0]
+    sensitive = layer.weight.detach().abs().sum(1).argmax()
+    new = {k: v.clone() for k, v in before.items()}
+    new["0"][:] = 7  # everything lost a bit that hardly matters, one channel lost nearly all
+    new["0"][sensitive] = 1
+    set_widths(quant_layers(run.model), new)
+    given = restore(run.model, run.coupling, keep, good, before)
+    assert given["0"][sensitive]
+    assert given["0"].sum() < 96
+
+
+def test_restoration_without_a_loss_of_bits_gives_nothing(trained, keep):
+    run = started(trained, keep)
+    state = copy.deepcopy(run.model.state_dict())
+    assert restore(run.model, run.coupling, keep, run.good, widths(run.model)) == {}
+    assert all(torch.equal(v, state[k]) for k, v in run.model.state_dict().items())
+
+
+def test_revival_brings_back_weights_biases_and_batch_norm(trained, keep):
+    run = started(trained, keep)
+    with torch.no_grad():
+        run.model[0].weight_quantizer.bit_depth[4] = 0
+        run.model[0].weight[4] = 9.0
+    run.coupling.silence(run.model)
+    which = {"0": torch.arange(96) == 4}
+    revive(run.model, run.coupling, run.good, which)
+    for name in ("0.weight", "0.bias", "1.bias", "1.running_mean"):
+        assert torch.equal(run.model.state_dict()[name], run.good[name]), name
