@@ -16,12 +16,17 @@ if __name__ == "kernels":
     sys.modules[__name__] = _module
     _spec.loader.exec_module(_module)
 else:
+    from importlib.util import find_spec
+
     from .fake_quantize import fake_quantize, fake_quantize_many
     from .op import OPS, Op, backend
     from .packed_conv2d import packed_conv2d
     from .packed_embedding import packed_embedding
     from .packed_linear import packed_linear
     from .packing import PackedRows, pack, unpack
+
+    if find_spec("triton") is not None:
+        from . import triton_fake_quantize  # noqa: F401  registers the CUDA kernels
 
     __all__ = [
         "OPS",

@@ -53,7 +53,7 @@ def reference_backward(
     slope = torch.where(inside, code - v, torch.where(below | above, code + z, 0.0))
     return (
         torch.where(inside, grad, 0.0).to(x.dtype),
-        (g * slope).sum(1),
+        torch.where(alive, g * slope, 0.0).sum(1),
         torch.where(below, g * s, 0.0).sum(1),
         torch.where(above, g * s, 0.0).sum(1),
     )
@@ -236,7 +236,9 @@ MANY_BACKWARD = Op(
     name="fake_quantize_many_backward",
     schema="(Tensor[] grad, Tensor[] x, Tensor[] scale, Tensor[] lo, Tensor[] hi, Tensor[] shift) -> Tensor[]",
     reference=_many_reference_backward,
-    fake=lambda grad, x, scale, lo, hi, shift: [torch.empty_like(t) for t in (*x, *scale, *scale, *scale)],
+    fake=lambda grad, x, scale, lo, hi, shift: [
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*x, *scale, *scale, *scale)
+    ],
     cases=lambda: _many_cases(backward_cases()),
     traffic=lambda *lists: sum(BACKWARD.traffic(*one) for one in zip(*lists, strict=True)),
     operations=lambda *lists: sum(BACKWARD.operations(*one) for one in zip(*lists, strict=True)),

@@ -63,7 +63,10 @@ class Op:
     def _fallback(self, *args: Any) -> Any:
         if _device(args) == "cpu":
             extension.say_once_that_the_reference_runs()
-        return self.reference(*args)
+        results = self.reference(*args)
+        if isinstance(results, Tensor):
+            return results.contiguous()
+        return type(results)(t.contiguous() for t in results)
 
     def __call__(self, *args: Any) -> Any:
         """Run whichever implementation the dispatcher holds for the arguments' device."""

@@ -1,52 +1,49 @@
-"""How widths are learned: the price of a bit, and the optimiser that buys and sells them.
+"""How widths are learned: what a bit is worth, the price that clears the market, and the optimiser that trades.
 
-A channel's width moves against the gradient of the whole loss, measured in the gradient of its own size term:
+    worth_c      = -(dloss/dbit_depth_c of all but the size term) / (dsize/dbit_depth_c), averaged over steps
+    bit_depth_c -= rate * clip(1 - worth_c / price, -1, 1)
 
-    ratio_c = dloss/dbit_depth_c / (price * dsize/dbit_depth_c)        1 - (what a bit is worth) / (what it costs)
-    bit_depth_c -= rate * clip(average of ratio_c, -1, 1)
+A channel sells where its bit is worth less than its price and buys where it is worth more, so that all end where worth
+equals price, whatever the scale of the loss. An optimiser that divides each channel's gradient by that channel's own
+magnitude (Adam) cannot do this: the price cancels and acts as a switch.
 
-so that every channel ends where its bit is worth its price, whatever the scale of the loss. An optimiser that divides
-each channel's gradient by that channel's own magnitude (Adam) cannot do this: the price cancels and acts as a switch.
-
-The price follows a schedule of sizes: a proportional-integral controller on its logarithm, since losing a bit makes
-the next one about four times as dear (the squared error of a grid).
+The price is the one at which what is sold, less what is bought, is what the schedule of sizes asks for at this step.
+Solving for it (bisection on C-sized vectors) is dual ascent with an exact inner step: there is no gain to tune, nothing
+winds up, and the size neither lags nor overshoots.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor, nn
 
 from .layers import QuantLayer, quant_layers
 
-AVERAGE = 0.9  # decay of the running mean of ratio_c
-INTEGRAL, PROPORTIONAL = 0.1, 2.0  # of log(size / wanted); the second damps the first
-LARGEST_ERROR = 0.5  # of that logarithm, so that a far target does not wind the price up
+AVERAGE = 0.9  # decay of the running mean of worth_c
+BISECTIONS = 40
+LARGEST_PRICE = 1e3  # in units of the largest worth: all that may be sold is sold there
 
 
-class Price:
-    """What a byte costs, in units of loss per share of the float size."""
+def clearing_price(worth: Tensor, bytes_a_step: Tensor, wanted: float) -> float:
+    """The least price at which the net sale is at least `wanted`, or the largest one where even that is not.
 
-    def __init__(self) -> None:
-        self.value = 0.0
-        self.error = 0.0
+    Args:
+        worth: (C,) loss per unit of size.
+        bytes_a_step: (C,) size that a channel sells at full speed, 0 for one that may not trade.
+        wanted: Size to sell, net; in the unit of `bytes_a_step`.
+    """
+    top = float(worth.abs().max()) if worth.numel() else 0.0
+    if top == 0.0:
+        return 0.0
 
-    def update(self, size: float, wanted: float) -> None:
-        """Move the price, given the size now and the size wanted now (any common unit)."""
-        error = max(-LARGEST_ERROR, min(LARGEST_ERROR, math.log(size / wanted)))
-        if self.value > 0:
-            self.value *= math.exp(INTEGRAL * error + PROPORTIONAL * (error - self.error))
-        self.error = error
+    def sold(price: float) -> float:
+        return float((bytes_a_step * (1 - worth / price).clamp(-1, 1)).sum())
 
-    def state_dict(self) -> dict[str, float]:
-        """What a checkpoint needs."""
-        return {"value": self.value, "error": self.error}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Inverse of `state_dict`."""
-        self.value, self.error = state["value"], state["error"]
+    low, high = top / LARGEST_PRICE**3, top * LARGEST_PRICE
+    for _ in range(BISECTIONS):
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if sold(middle) >= wanted else (middle, high)
+    return high
 
 
 class BitOptimizer:
@@ -63,7 +60,7 @@ class BitOptimizer:
         own = {id(p) for p in self.depths.values()}
         grids = [p for layer in self.layers.values() for p in layer.weight_quantizer.parameters() if id(p) not in own]
         self.grids = torch.optim.Adam(grids, lr=grid_rate)
-        self.ratio = {name: torch.zeros_like(p) for name, p in self.depths.items()}
+        self.worth = {name: torch.zeros_like(p) for name, p in self.depths.items()}
         self.frozen_until = {name: torch.zeros_like(p, dtype=torch.long) for name, p in self.depths.items()}
         self.gradient: dict[nn.Parameter, Tensor] = {}
         self._handles = [p.register_post_accumulate_grad_hook(self._collect) for p in [*self.depths.values(), *grids]]
@@ -82,55 +79,79 @@ class BitOptimizer:
         for handle in self._handles:
             handle.remove()
 
-    def worth(self, cost: dict[str, Tensor], price: float) -> dict[str, Tensor]:
-        """What a bit of each channel is worth over what it costs, from the last gradients: 1 - ratio."""
-        return {name: 1 - ratio for name, ratio in self.ratio.items()}
+    def flat(self, values: dict[str, Tensor]) -> Tensor:
+        """The channels of all layers in one vector."""
+        return torch.cat([values[name] for name in self.depths])
 
     @torch.no_grad()
-    def step(self, unit: dict[str, float], price: float, calls: int, step: int, moving: bool) -> dict[str, Tensor]:
-        """Move ranges and, where `moving`, widths.
+    def step(self, size_gradient: dict[str, Tensor], price: float, calls: int, step: int, sell: float | None) -> float:
+        """Move the ranges and, unless `sell` is None, the widths.
 
         Args:
-            unit: Layer name -> gradient of the size term with respect to one channel's depth.
-            price: What the size term was multiplied by.
+            size_gradient: Layer name -> (C,) gradient of the size by each depth.
+            price: What the size term was multiplied by in the losses.
             calls: Losses that were added up since the last step.
             step: Number of this step; channels frozen beyond it stay.
-            moving: Whether widths move at all.
+            sell: Size to sell in this step, net.
 
         Returns:
-            Layer name -> (C,) bool: the channels whose integer width changed; their ranges were fitted anew.
+            The price at which widths moved; `price` where they did not.
         """
         for group in self.grids.param_groups:
             for p in group["params"]:
                 p.grad = self.gradient.get(p)
         self.grids.step()
-        for group in self.grids.param_groups:
-            for p in group["params"]:
-                p.grad = None
-        changed = {}
+        self.grids.zero_grad()
         for name, depth in self.depths.items():
             gradient = self.gradient.get(depth)
-            if gradient is None or not moving or price <= 0:
-                continue
-            before = depth.clamp_min(0).round()
-            ratio = (gradient / (calls * price * unit[name])).clamp(-1, 1)
-            self.ratio[name].mul_(AVERAGE).add_(ratio, alpha=1 - AVERAGE)
-            free = self.frozen_until[name] <= step
-            depth.sub_(self.bit_rate * self.ratio[name] * free).clamp_(0, 8)
-            changed[name] = depth.round() != before
-            if changed[name].any():
-                layer = self.layers[name]
-                layer.weight_quantizer.fit(layer.rows(), changed[name])
+            if gradient is not None:
+                worth = (price * size_gradient[name] - gradient / calls) / size_gradient[name]
+                self.worth[name].mul_(AVERAGE).add_(worth, alpha=1 - AVERAGE)
         self.gradient.clear()
-        return changed
+        if sell is None:
+            return price
+        free = {name: (until <= step).to(self.worth[name].dtype) for name, until in self.frozen_until.items()}
+        speed = {name: self.bit_rate * free[name] * size_gradient[name] for name in free}
+        price = clearing_price(self.flat(self.worth), self.flat(speed), sell)
+        for name, depth in self.depths.items():
+            pace = (1 - self.worth[name] / price).clamp(-1, 1) if price > 0 else torch.ones_like(depth)
+            self.set_depth(name, (depth - self.bit_rate * free[name] * pace).clamp(0, 8))
+        return price
+
+    @torch.no_grad()
+    def set_depth(self, name: str, new: Tensor) -> None:
+        """Set a layer's depths, (C,), and fit the ranges of the channels whose integer width changes."""
+        depth = self.depths[name]
+        changed = depth.round() != new.round()
+        depth.copy_(new)
+        if changed.any():
+            layer = self.layers[name]
+            layer.weight_quantizer.fit(layer.rows(), changed)
+
+    @torch.no_grad()
+    def sell_cheapest(self, size_gradient: dict[str, Tensor], step: int, size: float) -> bool:
+        """Sell one bit each of the channels whose bits are worth least, until `size` is sold; whether any was."""
+        names = [name for name, depth in self.depths.items() for _ in range(len(depth))]
+        index = torch.cat([torch.arange(len(depth)) for depth in self.depths.values()])
+        width = self.flat({name: depth.round() for name, depth in self.depths.items()})
+        may = (width > 0) & (self.flat(self.frozen_until) <= step)
+        order = torch.where(may, self.flat(self.worth), float("inf")).argsort(stable=True)[: int(may.sum())]
+        weights = self.flat(size_gradient)[order]
+        count = int((weights.cumsum(0) < size).sum()) + 1
+        new = {name: depth.detach().clone() for name, depth in self.depths.items()}
+        for i in order[:count].tolist():
+            new[names[i]][index[i]] = width[i] - 1
+        for name, value in new.items():
+            self.set_depth(name, value)
+        return bool(len(order))
 
     def state_dict(self) -> dict:
         """What a checkpoint needs."""
-        return {"ratio": dict(self.ratio), "frozen_until": dict(self.frozen_until), "grids": self.grids.state_dict()}
+        return {"worth": dict(self.worth), "frozen_until": dict(self.frozen_until), "grids": self.grids.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Inverse of `state_dict`."""
-        for mine, theirs in ((self.ratio, state["ratio"]), (self.frozen_until, state["frozen_until"])):
+        for mine, theirs in ((self.worth, state["worth"]), (self.frozen_until, state["frozen_until"])):
             for name, value in mine.items():
                 value.copy_(theirs[name])
         self.grids.load_state_dict(state["grids"])

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -25,8 +26,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from .config import CompressionConfig, add_settings, from_arguments
+
+# Before torch starts its threads: on a machine that others use too, threads that spin while they wait for one another
+# made a training step 12 times slower (2 threads on 2 busy cores); sleeping ones cost nothing measurable on idle cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 REPORT, CERTIFICATE, PAGE = "report.json", "certificate.json", "report.html"
 
@@ -37,22 +43,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, OSError) as error:
-        print(f"sgsc {options.command}: {error}", file=sys.stderr)
-        return 2 if not options.malformed_is_failure else 1
+    except (ValueError, OSError, RecursionError) as error:
+        print(f"sgsc {options.command}: {_plain(error)}", file=sys.stderr)
+        return 1 if _is_malformed(error) else 2
     except KeyboardInterrupt:
         print(f"sgsc {options.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _is_malformed(error: Exception) -> bool:
+    from .artefact import ArtefactError  # an import of its own: a mistyped flag is answered without torch
+
+    return isinstance(error, ArtefactError)
+
+
+def _plain(value: object) -> str:
+    """Text without control characters: what a file says must not steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(value))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sgsc", description="Networks that compress themselves, safely.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], help: str, malformed_is_failure: bool = False):
+    def command(name: str, run: Callable[[argparse.Namespace], int], help: str):
         sub = commands.add_parser(name, help=help, description=help)
         sub.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
-        sub.set_defaults(run=run, malformed_is_failure=malformed_is_failure)
+        sub.set_defaults(run=run)
         return sub
 
     sub = command("compress", _compress, "compress a demo task, end to end")
@@ -68,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", type=Path, help="a run folder of `sgsc compress`")
 
     for name, run, help in (("inspect", _inspect, "what a file holds"), ("verify", _verify, "whether a file is whole")):
-        sub = command(name, run, help, malformed_is_failure=True)
+        sub = command(name, run, help)
         sub.add_argument("file", type=Path)
 
     sub = command("report", _report, "write report.html again from report.json")
@@ -98,6 +115,7 @@ def _compress(options: argparse.Namespace) -> int:
     from .files import write_atomically
 
     started = time.perf_counter()
+    from_arguments(CompressionConfig, options, steps=1 if options.steps is None else options.steps)  # refuses early
     task = load(options.task, options.data, options.seed, options.limit)
     steps = options.steps if options.steps is not None else task.compress_steps
     config = from_arguments(CompressionConfig, options, steps=steps)
@@ -144,6 +162,9 @@ def _certify(options: argparse.Namespace) -> int:
     from .demos.tasks import load
 
     said = _read_report(options.folder)
+    missing = [key for key in ("task", "seed", "tolerance") if key not in said]
+    if missing:
+        raise ValueError(f"{options.folder / REPORT} lacks {', '.join(missing)}; only `sgsc compress` writes them")
     task = load(said["task"], said.get("data"), said["seed"], said.get("limit"))
     result = certify_run(task, options.folder, said["seed"], said["tolerance"])
     if options.json:
@@ -159,7 +180,13 @@ def _read_report(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder} is no run folder: it has no {REPORT}; `sgsc compress TASK --out {folder}` makes one"
         )
-    return json.loads(path.read_text())
+    try:
+        said = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no report: it is not JSON ({error})") from None
+    if not isinstance(said, dict):
+        raise ValueError(f"{path} is no report: it is not a JSON object")
+    return said
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -228,26 +255,30 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.json:
         _print_json({"file": str(options.file), "bytes": artefact.size, **manifest, "layers": layers, "values": values})
         return 0
-    table = Table(title=f"{options.file.name}: {artefact.size:,} bytes, format {manifest['format']}")
+    table = Table(title=Text(f"{_plain(options.file.name)}: {artefact.size:,} bytes, format {manifest['format']}"))
     for column in ("layer", "type", "weight", "mean bits", "rows by bits", "bytes"):
         table.add_column(column, justify="right" if column in ("mean bits", "bytes") else "left")
     for row in layers:
         shown = " ".join(f"{b}:{n}" for b, n in row["bits"].items())
-        table.add_row(
-            row["name"], row["type"], str(row["shape"]), f"{row['mean_bits']:.2f}", shown, f"{row['bytes']:,}"
-        )
+        name = Text(_plain(row["name"]))  # never markup: a layer may be called "[/bold]"
+        table.add_row(name, row["type"], str(row["shape"]), f"{row['mean_bits']:.2f}", shown, f"{row['bytes']:,}")
     console = Console()
     console.print(table)
     console.print(f"{len(values)} other tensors, {sum(v.numel() for v in artefact.values.values()):,} values")
-    console.print(f"architecture {manifest['architecture']}, notes {manifest['notes']}")
+    console.print(Text(_plain(f"architecture {manifest['architecture']}, notes {manifest['notes']}")))
     console.print(f"sha256 {manifest['sha256']}", soft_wrap=True)
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from .artefact import read
+    from .artefact import ArtefactError, read
 
-    artefact = read(options.file)
+    try:
+        artefact = read(options.file)
+    except ArtefactError as error:
+        if options.json:
+            _print_json({"file": str(options.file), "ok": False, "reason": str(error)})
+        raise
     if options.json:
         _print_json(
             {"file": str(options.file), "ok": True, "bytes": artefact.size, "sha256": artefact.manifest["sha256"]}

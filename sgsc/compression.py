@@ -2,14 +2,14 @@
 
     loss = task + size_weight * size + sparsity_weight * mean |w| + preservation_weight * preservation
 
-    size          nominal bits of the live weights over the bits of the float32 model (differentiable in the widths)
+    size          nominal bits of the live weights over the bits of the float32 model, differentiable in the widths
     preservation  KL divergence from the float model's outputs on a random part of the preservation set
 
 `size_weight` is a price: it follows from the target size, stored bytes over float32 bytes (bits.py). A run shrinks
-until the stored size reaches the target, then holds the widths while the weights recover. Every `guard_every` steps the
-guard compares with the float model on the whole preservation set: on evidence of harm it gives bits back where their
-loss cost most (guard.py), freezes these channels for a while and halves the price; any excess raises
-`preservation_weight`. The last model that held everything is kept; `finish` returns to it.
+along a geometric schedule until the stored size reaches the target, then holds the widths while the weights recover.
+Every `guard_every` steps the guard compares with the float model on the whole preservation set: on evidence of harm it
+gives bits back where their loss cost most (guard.py), freezes these channels for a while and halves the price; any
+excess raises `preservation_weight`. The last model that held everything is kept; `finish` returns to it.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from .artefact import stored_size
-from .bits import BitOptimizer, Price
+from .bits import BitOptimizer
 from .config import CompressionConfig
 from .coupling import couple
-from .guard import Check, check, restore, widths
+from .guard import Check, check, restore
 from .layers import quant_layers
 from .packed import pack
 from .preservation import PreservationSet
 from .size import float_bytes, nominal_bits, weight_count
 
+LANDINGS = 200  # rounds of selling that a landing may take; each sells at most one bit a channel
 FREEZE_CHECKS = 3  # checks for which a restored channel keeps its bits
 INSIST, RELAX, INSIST_MOST = 1.5, 0.9, 64.0  # how the preservation weight follows violations, and its limit
 
@@ -73,7 +74,7 @@ class SelfCompression:
             raise ValueError("the model has no quantized layer; pass what prepare(model).model returned")
         self.coupling = couple(model)
         self.bits = BitOptimizer(model, self.config.bit_rate, self.config.grid_rate)
-        self.price = Price()
+        self.price = 0.0
         self.float_bytes = float_bytes(model)
         self.preservation_weight = self.config.preservation_weight
         self.generator = torch.Generator().manual_seed(self.config.seed)
@@ -120,8 +121,8 @@ class SelfCompression:
         self.calls += 1
         total = task_loss
         self.last = {"loss": task_loss.item()}
-        if self.price.value > 0 and not self.holding:
-            total = total + self.price.value * self._nominal() / (8 * self.float_bytes)
+        if self.price > 0 and not self.holding:
+            total = total + self.price * self._nominal() / (8 * self.float_bytes)
         if self.config.sparsity_weight > 0:
             count = weight_count(self.model)
             magnitude = sum(layer.weight.abs().sum() for layer in quant_layers(self.model).values())
@@ -143,7 +144,7 @@ class SelfCompression:
         if not self.holding:
             self._move_widths()
         else:
-            self.bits.step({}, 0.0, self.calls, self.steps, moving=False)
+            self.bits.step(self._size_gradient(), 0.0, self.calls, self.steps, None)
         self.calls = 0
         self.steps += 1
         self.coupling.silence(self.model)
@@ -176,59 +177,33 @@ class SelfCompression:
     def _nominal(self) -> Tensor:
         return nominal_bits(self.model, self.coupling)
 
-    def _units(self) -> dict[str, float]:
-        """Layer name -> gradient of the size by one channel's depth, dead inputs left out."""
-        alive = self.coupling.alive(widths(self.model))
-        units = {}
-        for name, layer in quant_layers(self.model).items():
-            width = layer.weight[0].numel()
-            ids = self.coupling.read.get(name)
-            share = 1.0 if ids is None else float(alive[ids.to(alive.device)].mean())
-            units[name] = max(width * share, 1.0) / (8 * self.float_bytes)
-        return units
+    def _size_gradient(self) -> dict[str, Tensor]:
+        """Layer name -> (C,) gradient of the size by each depth; positive, also where a layer's inputs are all dead."""
+        depths = self.bits.depths
+        gradients = torch.autograd.grad(self._nominal() / (8 * self.float_bytes), list(depths.values()))
+        return {n: g.clamp_min(1 / (8 * self.float_bytes)) for n, g in zip(depths, gradients, strict=True)}
 
     def _move_widths(self) -> None:
-        units = self._units()
-        if self.price.value == 0:
-            # The first price is what a bit is worth on average now, so that half of the channels would sell.
-            worth = [
-                (g.abs() / (self.calls * units[name])).mean()
-                for name, depth in self.bits.depths.items()
-                if (g := self.bits.gradient.get(depth)) is not None
-            ]
-            self.price.value = max(float(torch.stack(worth).mean()) if worth else 0.0, 1e-8)
-            self.bits.step(units, 0.0, self.calls, self.steps, moving=False)
-            return
-        before = widths(self.model)
-        self.bits.step(units, self.price.value, self.calls, self.steps, moving=True)
-        self.price.update(self.size, self.wanted)
-        if self.size <= self.config.target_size:
-            self._land(before)
+        gradient = self._size_gradient()
+        with torch.no_grad():
+            # the size if fractions of bits could be stored: integer widths follow it, a channel at a time
+            fraction = {name: depth - depth.round() for name, depth in self.bits.depths.items()}
+            relaxed = self.size + float((self.bits.flat(fraction) * self.bits.flat(gradient)).sum())
+        self.price = self.bits.step(gradient, self.price, self.calls, self.steps, relaxed - self.wanted)
+        if self.size <= self.config.target_size or self.wanted <= self.config.target_size:
+            self._land()
 
-    @torch.no_grad()
-    def _land(self, before: dict[str, Tensor]) -> None:
-        """At the target: give back the dearest of the last sales as far as the target allows, then hold."""
+    def _land(self) -> None:
+        """Sell the cheapest bits until the stored size is at the target, then hold."""
         self._measure()
-        sales = [
-            (float(self.bits.ratio[name][i]), name, int(i))
-            for name, width in widths(self.model).items()
-            for i in (width < before[name]).nonzero().flatten()
-        ]
-        units = self._units()
-        room = self.config.target_size - self.size
-        for _, name, i in sorted(sales):
-            layer = quant_layers(self.model)[name]
-            depth = layer.weight_quantizer.get_parameter("bit_depth")
-            price = float(before[name][i] - depth[i].round()) * units[name]
-            if price <= room and depth[i].round() > 0:
-                depth[i] = before[name][i]
-                where = torch.zeros_like(depth, dtype=torch.bool)
-                where[i] = True
-                layer.weight_quantizer.fit(layer.rows(), where)
-                room -= price
-        self._measure()
-        if self.size <= self.config.target_size:
-            self._hold(f"reached {self.size:.2%} of the float32 bytes; widths are held from here")
+        for _ in range(LANDINGS):
+            excess = self.size - self.config.target_size
+            if excess <= 0:
+                self._hold(f"reached {self.size:.2%} of the float32 bytes; widths are held from here")
+                return
+            if not self.bits.sell_cheapest(self._size_gradient(), self.steps, excess):
+                return
+            self._measure()
 
     def _hold(self, text: str) -> None:
         self.holding = True
@@ -275,7 +250,7 @@ class SelfCompression:
                 "step": self.steps,
                 "size": size,
                 "target": self.wanted,
-                "size_weight": self.price.value,
+                "size_weight": self.price,
                 "preservation_weight": self.preservation_weight,
                 "regressions": found.regressions,
                 **self.last,
@@ -296,9 +271,9 @@ class SelfCompression:
         until = self.steps + FREEZE_CHECKS * self.config.guard_every
         for name, mask in given.items():
             self.bits.frozen_until[name][mask] = until
-            self.bits.ratio[name][mask] = 0.0
+            self.bits.worth[name][mask] = 0.0
             self._forget_moments(self.bits.layers[name].weight, mask)
-        self.price.value /= 2
+        self.price /= 2
         self._measure()
         self.holding = self.size <= self.config.target_size
         self._event(
@@ -324,7 +299,6 @@ class SelfCompression:
         return {
             "model": self.model.state_dict(),
             "bits": self.bits.state_dict(),
-            "price": self.price.state_dict(),
             "generator": self.generator.get_state(),
             "good": self.good,
             "best": self.best,
@@ -332,14 +306,23 @@ class SelfCompression:
         }
 
     _VALUES = (
-        *("preservation_weight", "steps", "holding", "history", "events", "best_size", "start_size", "overhead"),
+        *(
+            "price",
+            "preservation_weight",
+            "steps",
+            "holding",
+            "history",
+            "events",
+            "best_size",
+            "start_size",
+            "overhead",
+        ),
     )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`, for a run made from the same model, set and settings."""
         self.model.load_state_dict(state["model"])
         self.bits.load_state_dict(state["bits"])
-        self.price.load_state_dict(state["price"])
         self.generator.set_state(state["generator"])
         self.good, self.best = dict(state["good"]), dict(state["best"])
         for name in self._VALUES:

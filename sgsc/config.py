@@ -29,6 +29,10 @@ class CompressionConfig:
     seed: int = setting(0, "seed of every random choice")
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, kind)):
+                raise ValueError(f"{name}={value!r}: want {'a whole number' if kind is int else 'a number'}")
         _between("target_size", self.target_size, 0, 1, "a share of the float32 bytes, such as 0.05")
         _between("shrink_share", self.shrink_share, 0, 1, "a share of the steps, such as 0.6")
         if not 0 <= self.tolerance < 1:
@@ -36,6 +40,8 @@ class CompressionConfig:
         for name in ("steps", "guard_every", "preservation_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: want at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed}: want a whole number from 0 up to, not including, 2**63")
         for name in ("preservation_weight", "sparsity_weight", "bit_rate", "grid_rate"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)}: want a finite number, 0 or more")

@@ -13,6 +13,8 @@ import torch
 
 from .kernels import OPS, backend, op
 
+CLAIM = {"claim", "target", "measured", "unit", "holds"}  # what a claim of a result file says, at least
+
 
 def interleaved(runs: Mapping[str, Callable[[], Any]], budget: float = 0.2) -> dict[str, list[float]]:
     """Seconds of each call, taking turns, so that a noisy machine disturbs all alike.
@@ -20,7 +22,12 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], budget: float = 0.2) -> d
     Args:
         runs: What to time, by name; each is run once untimed first.
         budget: Seconds to spend on each, at least; at least five rounds are run.
+
+    Raises:
+        ValueError: If the budget is not a finite number of seconds.
     """
+    if not 0 <= budget < float("inf"):
+        raise ValueError(f"budget={budget}: want a finite number of seconds, 0 or more")
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -56,7 +63,7 @@ def measure_ops(only: str | None = None, budget: float = 0.2) -> list[dict[str, 
     """Median time and throughput of every operation on its bench cases, beside its plain PyTorch reference.
 
     Raises:
-        ValueError: If `only` names no operation that has bench cases.
+        ValueError: If `only` names no operation that has bench cases, or the result of one is wrong.
     """
     chosen = {name: o for name, o in OPS.items() if only in (None, name) and o.bench_cases()}
     if not chosen:
@@ -99,8 +106,11 @@ def broken_claims(folder: Path) -> list[dict[str, Any]]:
     broken = []
     for path in files:
         try:
-            claims = json.loads(path.read_text())["claims"]
-            broken += [{"file": path.name, **claim} for claim in claims if not claim["holds"]]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            claims = [{"file": path.name, **claim} for claim in json.loads(path.read_text())["claims"]]
+            odd = [claim for claim in claims if not claim.keys() >= CLAIM or type(claim["holds"]) is not bool]
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no result file ({type(error).__name__}: {error})") from None
+        if odd:
+            raise ValueError(f"{path}: a claim needs {', '.join(sorted(CLAIM))}, holds true or false; got {odd[0]}")
+        broken += [claim for claim in claims if not claim["holds"]]
     return broken

@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Iterator
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of a busy machine wait for one another
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms on a GPU ask for it
 
 import numpy as np

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from checks import assert_close_to, assert_same, relative_error
+
+from tests.checks import assert_close_to, assert_same, relative_error
 
 EXACT = torch.tensor([[1.0, -2.0, 3.0, 0.0], [0.5, -0.25, 4.0, 1.5]], dtype=torch.float64)
 TINY = EXACT * 1e-30

@@ -9,7 +9,8 @@ Tensors (each is absent when it would be empty), for all packed layers in the or
     codes         U8           packed rows of every layer, one after the other, each as kernels/packing.py lays it out
     bits          U8           width of every row, 0 to 8: two a byte, the first in the low half; a last odd half is 0
     scales        BF16 or F32  step of every row that has bits, rows without have none
-    values.DTYPE  DTYPE        everything else of the state dict, one flat tensor a dtype (F32, BF16, F16, F64, I64 …)
+    values.DTYPE  DTYPE        everything else of the state dict, one flat tensor a dtype (F32, BF16, F16, F64, I64 …);
+                               a module in two places stands here once, a batch norm's counter of batches not at all
 
 Few tensors, because each costs about 70 bytes of header, and channels of small networks cost little more than that.
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +131,11 @@ def _join(name: str, part: str) -> str:
 
 
 def _unfuse_attention(model: nn.Module, artefact: Artefact) -> nn.Module:
-    """Give every attention whose projections the file holds these projections, as `prepare` did."""
+    """Give every attention whose projections the file holds these projections, as `prepare` did.
+
+    Raises:
+        ArtefactError: If `prepare` could not have done so.
+    """
     for name, module in list(model.named_modules()):
         query = _join(name, "q_proj")
         if isinstance(module, nn.MultiheadAttention) and query in artefact.layers:
@@ -144,8 +149,12 @@ def _unfuse_attention(model: nn.Module, artefact: Artefact) -> nn.Module:
     return model
 
 
-def _check_fits(name: str, module: nn.Module, layer: PackedLayer) -> None:
-    """Check type, shape and settings; smaller is right where `pack` may have cut removed channels out."""
+def _check_fits(name: str, module: Any, layer: PackedLayer) -> None:
+    """Check type, shape and settings; smaller is right where `pack` may have cut removed channels out.
+
+    Raises:
+        ArtefactError: If one of them is not the model's.
+    """
     if not isinstance(module, getattr(nn, layer.type_name)):
         raise ArtefactError(f"layer {name!r}: a {layer.type_name} in the file, a {type(module).__name__} in the model")
     have, want = layer.weight_shape(), tuple(module.weight.shape)

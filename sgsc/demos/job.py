@@ -44,6 +44,7 @@ from .tasks import Task
 from .training import augmentation, batches, evaluate, train
 
 MODEL, FLOAT, KEPT, CHECKPOINT = "model.sgsc", "float.safetensors", "preservation.safetensors", "checkpoint.safetensors"
+TUNING = 1 / 3  # peak learning rate of the compression, over that of the float training: it starts from a good network
 CHECKPOINT_EVERY = 4  # checks of the guard
 SHOWN = 24  # changed samples that the report shows, at most
 LOOK = 2000  # validation samples that the curve over steps is measured on, at most
@@ -64,12 +65,25 @@ def float_model(task: Task, seed: int, folder: Path, progress: Progress) -> nn.M
     """The float network: from the run folder where it is there and fits, else trained and written there."""
     path = folder / FLOAT
     if path.is_file():
-        model = task.build()
-        model.load_state_dict(safetensors.torch.load_file(path))
-        return model.eval()
+        return _read_float(task, path)
     model = train(task, seed, progress=lambda step, steps, values: progress("float training", step, steps, values))
     write_atomically(path, safetensors.torch.save({k: v.contiguous() for k, v in model.state_dict().items()}))
     return model
+
+
+def _read_float(task: Task, path: Path) -> nn.Module:
+    """The float network that a file holds.
+
+    Raises:
+        ValueError: If the file is damaged, or of another network.
+    """
+    model = task.build()
+    try:
+        model.load_state_dict(safetensors.torch.load_file(path))
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(f"{path} does not hold the float network of {task.name}: {said}; compress anew") from None
+    return model.eval()
 
 
 def compress(
@@ -92,13 +106,20 @@ def compress(
         progress: Called as progress(phase, step, steps, values).
 
     Raises:
-        ValueError: If `resume` finds no checkpoint or one of other settings.
+        ValueError: If there are not so many samples, or `resume` finds a checkpoint of other settings or data.
+        FileNotFoundError: If `resume` finds no checkpoint.
     """
     clock = _Clock()
-    settings = {"config": config.as_dict(), "task": task.name, "samples": samples}
+    if not 1 <= samples <= len(task.train):  # before the float training, not after it
+        raise ValueError(f"samples={samples}: want 1 to {len(task.train)}, the number of training samples")
+    settings = {"config": config.as_dict(), "task": task.name, "samples": samples, "data": _data_hash(task)}
     saved = load_checkpoint(folder / CHECKPOINT) if resume else None
-    if saved is not None and saved["settings"] != settings:
-        raise ValueError(f"{folder / CHECKPOINT} is of a run with other settings: {saved['settings']}; want {settings}")
+    if saved is not None and (found := _settings(saved)) != settings:
+        other = ", ".join(k for k in settings if found.get(k) != settings[k])
+        raise ValueError(
+            f"{folder / CHECKPOINT} is of a run with another {other}: {found}; want {settings}. "
+            "Give the settings of that run, or start anew without --resume"
+        )
     if saved is None:
         for name in (FLOAT, KEPT, CHECKPOINT, MODEL):
             (folder / name).unlink(missing_ok=True)
@@ -140,6 +161,21 @@ def compress(
     return Compressed(outcome, report)
 
 
+def _settings(saved: Any) -> dict[str, Any]:
+    settings = saved.get("settings") if isinstance(saved, dict) else None
+    return settings if isinstance(settings, dict) else {}
+
+
+def _data_hash(task: Task) -> str:
+    """sha256, in hex, of what a run is trained and judged on; the test split is not read for it."""
+    digest = hashlib.sha256()
+    for split in (task.train, task.validation, task.guard):
+        for tensor in split.tensors:
+            digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def _train_compressed(
     task: Task,
     config: CompressionConfig,
@@ -160,7 +196,7 @@ def _train_compressed(
     data = batches(task.train, task.batch_size, order, augmentation(task))
     look = torch.utils.data.TensorDataset(*task.validation[:LOOK])
     while run.steps < config.steps:
-        rate = task.learning_rate * _schedule(run.steps / config.steps)
+        rate = TUNING * task.learning_rate * _schedule(run.steps / config.steps)
         for group in optimiser.param_groups:
             group["lr"] = rate
         model.train()
@@ -239,9 +275,7 @@ def certify_run(task: Task, folder: Path, seed: int, tolerance: float) -> dict[s
     started = time.perf_counter()
     artefact = read(folder / MODEL)
     packed = load_artefact(folder / MODEL)
-    network = task.build()
-    network.load_state_dict(safetensors.torch.load_file(folder / FLOAT))
-    network.eval()
+    network = _read_float(task, folder / FLOAT)
     keep = PreservationSet.from_state(*load_checkpoint(folder / KEPT))
     hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (MODEL, FLOAT)}
     certificate = certify(

@@ -6,12 +6,12 @@ import itertools
 
 import pytest
 import torch
-from checks import as_list, assert_close_to, assert_same
 from torch import Tensor
 from torch._functorch import config as functorch
 from torch._inductor import config as inductor
 
 from sgsc.kernels import OPS, fake_quantize, fake_quantize_many
+from tests.checks import as_list, assert_close_to, assert_same
 
 
 def near_ties(dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -10,13 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from checks import as_list, assert_agrees, assert_same
 from torch import Tensor
 
 from sgsc.kernels import OPS, extension
 from sgsc.kernels.op import set_isa
 from sgsc.kernels.packed_linear import grid
 from sgsc.kernels.packing import case
+from tests.checks import as_list, assert_agrees, assert_same
 
 RUNS = [
     pytest.param(op, arguments, id=f"{op.name}-{case}") for op in OPS.values() for case, arguments in op.cases().items()

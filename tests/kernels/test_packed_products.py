@@ -6,13 +6,13 @@ import itertools
 
 import pytest
 import torch
-from checks import assert_agrees, assert_same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sgsc.kernels import OPS, extension
 from sgsc.kernels.packed_linear import grid
 from sgsc.kernels.packing import case, dequantize
+from tests.checks import assert_agrees, assert_same
 
 
 @pytest.mark.parametrize("width", [1, 8, 13, 601])

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from checks import assert_same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sgsc.kernels import OPS, PackedRows, extension, pack, unpack
 from sgsc.kernels.packing import case
+from tests.checks import assert_same
 
 U8 = torch.uint8
 
