@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .preservation import PreservationSet
-from .selectors import check_outputs, check_targets, fetch, outputs
+from .samples import check_outputs, check_targets, fetch, outputs
 
 # Outputs recorded at selection may differ from today's by device and batch size, relative to the largest one; a
 # compressed model differs by more.

@@ -29,6 +29,7 @@ from .guard import Check, check, restore
 from .layers import quant_layers
 from .packed import pack
 from .preservation import PreservationSet
+from .samples import evaluating
 from .size import float_bytes, nominal_bits, weight_count
 
 LANDINGS = 200  # rounds of selling that a landing may take; each sells at most one bit a channel
@@ -220,14 +221,9 @@ class SelfCompression:
     def _preservation_loss(self) -> Tensor:
         """On a random part of the set, in eval mode: what is deployed is what is preserved."""
         assert self.keep is not None
-        flags = {m: m.training for m in self.model.modules()}
-        self.model.eval()
-        try:
-            size = min(self.config.preservation_batch, len(self.keep))
+        size = min(self.config.preservation_batch, len(self.keep))
+        with evaluating(self.model):
             return self.keep.loss(self.model, self.keep.batch(self.generator, size))
-        finally:
-            for module, was in flags.items():
-                module.training = was
 
     def _check(self) -> None:
         self._measure()

@@ -17,6 +17,7 @@ from .certificate import compare, outputs
 from .coupling import Coupling
 from .layers import QuantLayer, quant_layers
 from .preservation import PreservationSet
+from .samples import evaluating
 
 SAMPLES = 512  # of the preservation set that a cost estimate uses at most
 GIVE_BACK = 0.03  # share of the present bits that one restoration returns
@@ -90,14 +91,12 @@ def revive(model: nn.Module, coupling: Coupling, good: dict[str, Tensor], which:
 def _weight_gradients(model: nn.Module, keep: PreservationSet) -> dict[str, tuple[Tensor, Tensor]]:
     """Layer name -> (quantized rows, gradient of the preservation loss by them), in eval mode."""
     layers = quant_layers(model)
-    training = {m: m.training for m in model.modules()}
-    model.eval()
     for layer in layers.values():
         layer.probing = True
     try:
         count = min(SAMPLES, len(keep))
         chosen = torch.linspace(0, len(keep) - 1, count).long()
-        with torch.enable_grad():
+        with evaluating(model), torch.enable_grad():
             loss = keep.loss(model, chosen)
         probes = {name: layer.probe for name, layer in layers.items() if layer.probe is not None}
         gradients = torch.autograd.grad(loss, list(probes.values()), allow_unused=True)
@@ -108,8 +107,6 @@ def _weight_gradients(model: nn.Module, keep: PreservationSet) -> dict[str, tupl
     finally:
         for layer in layers.values():
             layer.probing, layer.probe = False, None
-        for module, was in training.items():
-            module.training = was
 
 
 def restore(

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from .selectors import SELECTORS, check_outputs, device_of, fetch, gather, outputs, probing, projection
+from .samples import check_outputs, device_of, fetch, outputs
+from .selectors import SELECTORS, gather, probing, projection
 
 DEFAULT_SHARES = {"uncertain": 0.25, "salient": 0.25, "representative": 0.25, "hard": 0.25}
 PROJECTION_SAMPLES = 1024  # that the principal axes are found from: many more than 64, few enough to hold

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 from warnings import catch_warnings, simplefilter
 
@@ -26,105 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+
+from .samples import check_outputs, check_targets, device_of, evaluating
 
 FEATURES = 64  # most features a sample that are kept
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put `model` into evaluation mode, and give each submodule the mode back that it had."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Device of the first parameter, or of the first buffer of a model without parameters, or the CPU."""
-    first = next(chain(model.parameters(), model.buffers()), None)
-    return torch.device("cpu") if first is None else first.device
-
-
-def fetch(data: Dataset, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
-    """Stack samples of a map-style dataset: inputs (n, ...), targets (n, ...).
-
-    Raises:
-        ValueError: If a sample is not a pair of tensors (or numbers), or samples differ in shape.
-    """
-    pairs: list[tuple[Tensor, Tensor]] = []
-    for index in indices:
-        sample: Any = data[int(index)]
-        try:
-            x, y = (torch.as_tensor(value) for value in sample)
-        except (TypeError, ValueError, RuntimeError):
-            raise ValueError(
-                f"data[{index}] is a {type(sample).__name__} that does not split into two tensors; wrap the data in a "
-                "Dataset that returns (input, target) pairs of tensors or numbers"
-            ) from None
-        if pairs and (x.shape != pairs[0][0].shape or y.shape != pairs[0][1].shape):
-            raise ValueError(
-                f"data[{index}] has shapes {tuple(x.shape)} and {tuple(y.shape)}, samples before it "
-                f"{tuple(pairs[0][0].shape)} and {tuple(pairs[0][1].shape)}; crop or pad the samples to one shape"
-            )
-        pairs.append((x, y))
-    if not pairs:
-        raise ValueError("no samples to fetch; pass data with at least one")
-    return torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs])
-
-
-def check_outputs(outputs: Any) -> None:
-    """Refuse outputs that are neither those of a classifier nor those of a sequence model.
-
-    Raises:
-        ValueError: Unless `outputs` is a tensor (N, classes) or (N, T, vocabulary) with two classes or more.
-    """
-    if not isinstance(outputs, Tensor) or outputs.dim() not in (2, 3) or outputs.shape[-1] < 2:
-        got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ValueError(
-            f"model outputs: got {got}, want a tensor (N, classes) of a classifier or (N, T, vocabulary) of a sequence "
-            "model, with at least two classes; wrap the model so that it returns its logits"
-        )
-
-
-def check_targets(targets: Tensor, outputs: Tensor) -> None:
-    """Refuse targets that do not name one class an output row.
-
-    Raises:
-        ValueError: Unless `targets` are integers of shape (N,) or (N, T), those of `outputs`, and in range.
-    """
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        nan = " with NaN" if targets.isnan().any() else ""
-        raise ValueError(f"targets: got {targets.dtype}{nan}, want integers: class ids, or token ids of a sequence")
-    if targets.shape != outputs.shape[:-1]:
-        raise ValueError(
-            f"targets: got {tuple(targets.shape)}, but outputs {tuple(outputs.shape)} need {tuple(outputs.shape[:-1])}"
-        )
-    if targets.numel() and (int(targets.min()) < 0 or int(targets.max()) >= outputs.shape[-1]):
-        raise ValueError(
-            f"targets run from {int(targets.min())} to {int(targets.max())}, but the outputs have {outputs.shape[-1]} "
-            f"classes: allowed are 0 to {outputs.shape[-1] - 1}"
-        )
-
-
-def outputs(model: nn.Module, inputs: Tensor, batch_size: int = 256) -> Tensor:
-    """Outputs of `model` for `inputs` (N, ...), in evaluation mode, without gradients, on the device of the inputs.
-
-    Raises:
-        ValueError: If the model does not return logits (N, classes) or (N, T, vocabulary).
-    """
-    device = device_of(model)
-    parts = []
-    with evaluating(model), torch.no_grad():
-        for batch in inputs.split(max(batch_size, 1)):
-            part = model(batch.to(device))
-            check_outputs(part)
-            parts.append(part.to(inputs.device))
-    return torch.cat(parts)
 
 
 @dataclass(frozen=True, eq=False)

@@ -242,7 +242,7 @@ def test_a_channel_that_is_worth_more_keeps_more_bits():
     for step in range(200):
         loss = (importance * (model.quantized_weight() - exact).square()).sum()
         (loss + price * 200 * model.weight_quantizer.bit_cost().sum()).backward()
-        over = float(model.weight_quantizer.bit_depth.sum()) - 15.0
+        over = float(model.weight_quantizer.bit_depth.detach().sum()) - 15.0
         price = bits.step(size, price, 1, step, 200 * over)
     widths_now = model.weight_quantizer.bits().tolist()
     assert widths_now == sorted(widths_now, reverse=True)
@@ -279,7 +279,8 @@ def test_a_useful_channel_forced_to_no_bits_comes_back(trained, keep):
     before = check(run.model, keep, 0.0)
     assert before.fires, before
     assert (run.model[3].bias[worst] == 0).all()
-    run._check()
+    for _ in range(8):  # each check gives back a limited share of the bits
+        run._check()
     back = run.model[3].weight_quantizer.bits()[worst]
     assert (back == 8).any()
     assert run.events[-1]["what"] == "guard"
