@@ -22,6 +22,10 @@
 #include "packed_linear.h"
 #include "packed_rows.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name up to torch 2.12
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace {
 
 using sgsc::PackedRows;

@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--limit", type=int, default=None, help="at most so many samples a split")
     sub.add_argument("--samples", type=int, default=200, help="size of the preservation set (default: 200)")
     sub.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint")
-    add_settings(sub, CompressionConfig, {"steps": None})
+    add_settings(sub, CompressionConfig, {"steps": None, "tolerance": None})
 
     sub = command("certify", _certify, "compare a run's packed network with its float network")
     sub.add_argument("folder", type=Path, help="a run folder of `sgsc compress`")
@@ -117,8 +117,8 @@ def _compress(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     from_arguments(CompressionConfig, options, steps=1 if options.steps is None else options.steps)  # refuses early
     task = load(options.task, options.data, options.seed, options.limit)
-    steps = options.steps if options.steps is not None else task.compress_steps
-    config = from_arguments(CompressionConfig, options, steps=steps)
+    own = {"steps": task.compress_steps, "tolerance": task.tolerance}
+    config = from_arguments(CompressionConfig, options, **{k: v for k, v in own.items() if vars(options)[k] is None})
     folder = options.out or Path("runs") / options.task
     folder.mkdir(parents=True, exist_ok=True)
     with _Progress(quiet=options.json) as progress:

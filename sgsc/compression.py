@@ -56,6 +56,7 @@ class SelfCompression:
         model: From `prepare`; its quantizers must learn a `bit_depth`.
         keep: The preservation set, chosen with the float model; None turns preservation and guard off.
         optimizer: The user's optimiser, if its moments shall be reset for channels that the guard revives.
+        file: Further arguments that `save` will get (architecture, notes): the target counts the whole file.
         settings: Fields of `CompressionConfig`.
 
     Once a step: `run.loss(task_loss).backward()`, the user's optimiser, `run.step()`; after the last, `run.finish()`.
@@ -67,10 +68,12 @@ class SelfCompression:
         keep: PreservationSet | None,
         *,
         optimizer: torch.optim.Optimizer | None = None,
+        file: dict[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         self.config = CompressionConfig(**settings)
         self.model, self.keep, self.optimizer = model, keep, optimizer
+        self.file = file or {}
         if not quant_layers(model):
             raise ValueError("the model has no quantized layer; pass what prepare(model).model returned")
         self.coupling = couple(model)
@@ -214,7 +217,7 @@ class SelfCompression:
         """Pack, and learn how far the stored size lies above the nominal one."""
         self.coupling.silence(self.model)
         with torch.no_grad():
-            self.overhead = stored_size(pack(self.model)) - float(self._nominal()) / 8
+            self.overhead = stored_size(pack(self.model), **self.file) - float(self._nominal()) / 8
 
     # ---- preservation ----
 

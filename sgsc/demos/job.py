@@ -17,13 +17,14 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from sgsc import __version__
 from sgsc.artefact import ARCHITECTURES, read, save
@@ -46,6 +47,7 @@ from .training import augmentation, batches, evaluate, train
 MODEL, FLOAT, KEPT, CHECKPOINT = "model.sgsc", "float.safetensors", "preservation.safetensors", "checkpoint.safetensors"
 TUNING = 1 / 3  # peak learning rate of the compression, over that of the float training: it starts from a good network
 CHECKPOINT_EVERY = 4  # checks of the guard
+CANDIDATES = 5000  # training samples that the preservation set is chosen from, at most: each costs a backward pass
 SHOWN = 24  # changed samples that the report shows, at most
 LOOK = 2000  # validation samples that the curve over steps is measured on, at most
 
@@ -127,17 +129,18 @@ def compress(
     clock.lap("float training")
     if saved is None:
         progress("selection", 0, 1, {})
-        keep = PreservationSet.select(network, task.train, samples, seed=config.seed)
+        keep = _select(task, network, samples, config.seed)
         save_checkpoint(folder / KEPT, keep.state())
     else:
         keep = PreservationSet.from_state(*load_checkpoint(folder / KEPT))
     clock.lap("selection")
     model = prepare(network).model
-    run, outcome = _train_compressed(task, config, model, keep, folder, settings, saved, progress)
+    file: dict[str, Any] = {"architecture": task.architecture}
+    file["notes"] = {"task": task.name, "seed": config.seed, "float_bytes": float_bytes(network)}
+    run, outcome = _train_compressed(task, config, model, keep, folder, settings, saved, progress, file)
     clock.lap("compression")
     packed = pack(model)
-    notes = {"task": task.name, "seed": config.seed, "float_bytes": float_bytes(network)}
-    size = save(packed, folder / MODEL, architecture=task.architecture, notes=notes)
+    size = save(packed, folder / MODEL, **file)
     (folder / CHECKPOINT).unlink(missing_ok=True)
     clock.lap("packing")
     report = {
@@ -185,16 +188,17 @@ def _train_compressed(
     settings: dict[str, Any],
     saved: dict[str, Any] | None,
     progress: Progress,
+    file: dict[str, Any],
 ) -> tuple[SelfCompression, Outcome]:
     optimiser = torch.optim.AdamW(model.parameters(), lr=task.learning_rate, weight_decay=0.01)
-    run = SelfCompression(model, keep, optimizer=optimiser, **config.as_dict())
+    run = SelfCompression(model, keep, optimizer=optimiser, file=file, **config.as_dict())
     order = torch.Generator().manual_seed(config.seed)
     if saved is not None:
         run.load_state_dict(saved["run"])
         optimiser.load_state_dict(saved["optimiser"])
         order.set_state(saved["order"])
     data = batches(task.train, task.batch_size, order, augmentation(task))
-    look = torch.utils.data.TensorDataset(*task.validation[:LOOK])
+    look = TensorDataset(*task.validation[:LOOK])
     while run.steps < config.steps:
         rate = TUNING * task.learning_rate * _schedule(run.steps / config.steps)
         for group in optimiser.param_groups:
@@ -216,6 +220,14 @@ def _train_compressed(
         progress("compression", run.steps, config.steps, shown)
     outcome = run.finish()
     return run, outcome
+
+
+def _select(task: Task, network: nn.Module, samples: int, seed: int) -> PreservationSet:
+    """The preservation set, from a random part of a large training split; indices are of the whole split."""
+    order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(seed))
+    part = order[: max(CANDIDATES, samples)].sort().values
+    keep = PreservationSet.select(network, TensorDataset(*task.train[part]), samples, seed=seed)
+    return replace(keep, indices=part[keep.indices])
 
 
 def _schedule(share: float) -> float:

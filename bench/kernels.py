@@ -1,0 +1,271 @@
+"""The CPU operators against what a user would take instead, all in one process, taking turns.
+
+    fake_quantize   forward, and forward + backward, against the same formula in eager PyTorch under autograd, the same
+                    with a hand-written backward, `torch.compile` of the formula, and torch's own learnable quantizer
+    packed          every other operation on its bench cases, against torch on float weights ("float") and against
+                    the operation's reference in plain PyTorch ("reference": it dequantizes for each call)
+
+A row is written only for a result that was judged against float64 in the same run. Ratios are peer time over ours:
+below 1 the peer is faster. Float weights of 4096 x 4096 are larger than most caches, and as the peers take turns with
+us they push the packed weights out between our calls.
+
+python -m bench.kernels [--quick --results FOLDER]
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sgsc.kernels import OPS, backend, fake_quantize
+from sgsc.kernels.packing import dequantize
+from sgsc.measure import copy_bandwidth, interleaved
+from tests.checks import assert_agrees, in_double
+
+from .record import claim, options, write
+
+BUDGET = 0.5  # seconds that the fastest of a comparison is measured for, at least
+SMALL = "64x576"  # the case of a quick run
+LARGE = "4096x4096"  # the case that the claims speak of
+COMPILER = "inductor"
+AUTOGRAD, BY_HAND, COMPILED, LEARNABLE = "eager, autograd", "eager, hand-written backward", "torch.compile", "learnable"
+FASTER_THAN_EAGER = 3.0  # what fusing must bring at LARGE, at least
+STRAY = 1e-5  # share of the elements that float32 may round to the other side of a tie than float64
+
+Quantize = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Runs = dict[str, Callable[[], Any]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and write both sections of cpu_kernels.json."""
+    chosen = options(arguments, "The CPU operators against what a user would take instead.")
+    budget = 0.0 if chosen.quick else BUDGET
+    copy = copy_bandwidth(budget)
+    for section, measure in (("fake_quantize", measure_fake_quantize), ("packed", measure_packed)):
+        rows, claims = measure(budget, copy, chosen.quick)
+        path = write("cpu_kernels", section, rows, claims, "python -m bench.kernels", chosen.results)
+        print(f"wrote {len(rows)} rows and {len(claims)} claims of {section} to {path}", file=sys.stderr)
+    return 0
+
+
+def compare(runs: Runs, budget: float, traffic: int, copy: float, missing: Mapping[str, str]) -> dict[str, Any]:
+    """Medians of `runs`, of which the one called "ours" is compared with each other; the measured part of a row."""
+    times = interleaved(runs, budget)
+    median = {name: statistics.median(t) * 1e6 for name, t in times.items()}
+    ours = median.pop("ours")
+    return {
+        "bytes": traffic,
+        "microseconds": ours,
+        "fastest_microseconds": min(times["ours"]) * 1e6,
+        "rounds": len(times["ours"]),
+        "share_of_copy": traffic / (ours * 1e-6) / copy,
+        "copy_gigabytes_per_second": copy / 1e9,
+        "peer_microseconds": median | dict.fromkeys(missing),
+        "ratio": {name: t / ours for name, t in median.items()} | dict.fromkeys(missing),
+        "missing": dict(missing),
+    }
+
+
+# ---- fake_quantize ----
+
+
+def formula(x: Tensor, scale: Tensor, lo: Tensor, hi: Tensor, shift: Tensor) -> Tensor:
+    """What kernels/fake_quantize.py states, as one writes it without an operator of one's own: autograd does it."""
+    s, low, high, z = (t[:, None] for t in (scale, lo, hi, shift))
+    v = torch.minimum(torch.maximum(x / s - z, low), high)
+    code = v + (v.round() - v).detach()
+    return torch.where(high > low, (code + z) * s, 0.0)
+
+
+class _ByHand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *tensors):
+        ctx.save_for_backward(*tensors)
+        return OPS["fake_quantize"].reference(*tensors)
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return *OPS["fake_quantize_backward"].reference(grad, *ctx.saved_tensors), None
+
+
+def peers(arguments: tuple[Tensor, ...]) -> dict[str, Quantize]:
+    """Everyone who computes the same from (x, scale, lo, hi, shift), for arguments with one range for all rows."""
+    low, high = int(arguments[2][0]), int(arguments[3][0])
+    torch._dynamo.reset()  # each shape is compiled for itself
+
+    def learnable(x: Tensor, scale: Tensor, lo: Tensor, hi: Tensor, shift: Tensor) -> Tensor:
+        return torch._fake_quantize_learnable_per_channel_affine(x, scale, shift, 0, low, high, 1.0)
+
+    return {
+        AUTOGRAD: formula,
+        BY_HAND: _ByHand.apply,
+        COMPILED: torch.compile(formula, dynamic=False, fullgraph=True, backend=COMPILER),
+        LEARNABLE: learnable,
+    }
+
+
+def learnable_gradients(grad: Tensor, x: Tensor, scale: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+    """Of x and scale by the formula of torch's quantizer: inside is what rounds into the range, not what lies in it."""
+    s, low, high = (t[:, None] for t in (scale, lo, hi))
+    v = x / s
+    code = v.round()
+    inside = (code >= low) & (code <= high)
+    slope = torch.where(inside, code - v, torch.minimum(torch.maximum(code, low), high))
+    return torch.where(inside, grad, 0.0), (grad * slope).sum(1)
+
+
+def same(found: Sequence[Tensor | None], exact: Sequence[Tensor]) -> bool:
+    """Whether float32 results are those of float64, but for the few elements that lie on a tie."""
+    allowed = STRAY * exact[0].numel() + 1
+    for f, e in zip(found, exact, strict=False):  # a forward alone has one result
+        if f is not None and int((~((f - e).abs() <= 1e-4 * e.abs().max())).sum()) > allowed:  # ~: NaN is wrong
+            return False
+    return True
+
+
+def measure_fake_quantize(budget: float, copy: float, quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and claims of the section "fake_quantize".
+
+    Raises:
+        ValueError: If our own result is wrong.
+    """
+    rows = []
+    for case, arguments in OPS["fake_quantize"].bench_cases().items():
+        if quick and case != SMALL:
+            continue
+        leaves = [t.clone().requires_grad_() for t in arguments[:4]]
+        upstream = torch.randn(arguments[0].shape, generator=torch.Generator().manual_seed(3))
+        candidates: dict[str, Quantize] = {"ours": fake_quantize, **peers(arguments)}
+
+        @torch.no_grad()
+        def forward(quantize: Quantize, arguments: tuple[Tensor, ...] = arguments) -> tuple[Tensor]:
+            return (quantize(*arguments),)
+
+        def both(quantize: Quantize, leaves=leaves, upstream=upstream, shift=arguments[4]) -> tuple[Tensor | None, ...]:
+            q = quantize(*leaves, shift)
+            return q, *torch.autograd.grad(q, leaves, upstream, allow_unused=True)
+
+        exact = [OPS["fake_quantize"].reference(*in_double(arguments))]
+        exact += OPS["fake_quantize_backward"].reference(*in_double((upstream, *arguments)))
+        exact_of = {name: exact for name in candidates}
+        exact_of[LEARNABLE] = [exact[0], *learnable_gradients(*in_double((upstream, *arguments[:4]))), *exact[3:]]
+        traffic = OPS["fake_quantize"].traffic(*arguments)
+        round_trip = traffic + OPS["fake_quantize_backward"].traffic(upstream, *arguments)
+        for name, call, moved in (("forward", forward, traffic), ("forward + backward", both, round_trip)):
+            runs, missing = admit(candidates, call, exact_of)
+            if "ours" in missing:
+                raise ValueError(f"fake_quantize, {case}, {name}: {missing['ours']}; no speed is written for it")
+            row = {"op": "fake_quantize", "case": case, "pass": name, "backend": backend(OPS["fake_quantize"])}
+            rows.append(row | compare(runs, budget, moved, copy, missing))
+            say(rows[-1])
+    return rows, fake_quantize_claims(rows)
+
+
+def admit(
+    candidates: Mapping[str, Quantize],
+    call: Callable[[Quantize], Sequence[Tensor | None]],
+    exact: Mapping[str, Sequence[Tensor]],
+) -> tuple[Runs, dict[str, str]]:
+    """Who may be timed: those whose result is right; and of the others, why not."""
+    runs: Runs = {}
+    missing = {}
+    for name, quantize in candidates.items():
+        try:
+            right = same(call(quantize), exact[name])
+        except Exception as error:  # a peer may fail in any way, such as torch.compile without a compiler: noted
+            missing[name] = f"{type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"
+            continue
+        if right:
+            runs[name] = lambda quantize=quantize: call(quantize)
+        else:
+            missing[name] = "the result differs from float64"
+    return runs, missing
+
+
+def fake_quantize_claims(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of forward + backward at the largest shape that was measured."""
+    last = [row for row in rows if row["pass"] == "forward + backward"][-1]
+    what, least = f"fake_quantize, forward + backward at {last['case']}", FASTER_THAN_EAGER
+    return [
+        claim(f"{what}, against the eager formula", least, last["ratio"][AUTOGRAD], "times as fast", at_least=least),
+        claim(f"{what}, against torch.compile", 1.0, last["ratio"][COMPILED], "times as fast", at_least=1.0),
+    ]
+
+
+# ---- packed operations ----
+
+
+def float_form(name: str, arguments: tuple) -> Callable[[], Tensor] | None:
+    """torch's own operation on weights that were dequantized beforehand; None where it has no such operation."""
+    if name == "packed_linear":
+        x, data, bits, starts, scale, offset, bias, width = arguments
+        weight = dequantize(data, bits, starts, scale, offset, width, x.dtype)
+        return lambda: F.linear(x, weight, bias)
+    if name == "packed_conv2d":
+        x, data, bits, starts, scale, offset, bias, kernel, stride, padding, dilation, groups = arguments
+        inputs = x.shape[1] // groups
+        rows = dequantize(data, bits, starts, scale, offset, inputs * kernel[0] * kernel[1], x.dtype)
+        weight = rows.view(-1, inputs, *kernel)
+        return lambda: F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if name == "packed_embedding":
+        index, data, bits, starts, scale, offset, width = arguments
+        table = dequantize(data, bits, starts, scale, offset, width, torch.float32)
+        return lambda: F.embedding(index, table)
+    return None
+
+
+def measure_packed(budget: float, copy: float, quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and claims of the section "packed": every operation but the quantizers."""
+    rows = []
+    for name, op in OPS.items():
+        if name.startswith("fake_quantize"):
+            continue
+        cases = dict(list(op.cases().items())[:2]) if quick else op.bench_cases()
+        for case, arguments in cases.items():
+            assert_agrees(op, arguments, case)
+            runs: Runs = {"ours": lambda op=op, a=arguments: op(*a)}
+            as_float = float_form(name, arguments)
+            if as_float is not None:
+                runs["float"] = as_float
+            runs["reference"] = lambda op=op, a=arguments: op.reference(*a)
+            bits = arguments[2 if name.startswith("packed_") else 1]
+            counts = torch.bincount(bits.long(), minlength=9).tolist()
+            row = {
+                "op": name,
+                "case": case,
+                "batch": arguments[0].shape[0] if name.startswith("packed_") else None,
+                "channels_by_bits": {str(b): n for b, n in enumerate(counts) if n},
+                "backend": backend(op),
+                **compare(runs, budget, op.traffic(*arguments), copy, {}),
+            }
+            row["gigaoperations_per_second"] = op.operations(*arguments) / row["microseconds"] / 1e3
+            rows.append(row)
+            say(row)
+    return rows, packed_claims(rows)
+
+
+def packed_claims(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """That a packed operation is worth having at all: at no bench case slower than unpacking for each call."""
+    claims = []
+    for op in dict.fromkeys(row["op"] for row in rows if row["op"].startswith("packed_")):
+        worst = min((row for row in rows if row["op"] == op), key=lambda row: row["ratio"]["reference"])
+        text = f"{op}, worst case, against dequantizing for each call"
+        claims.append(claim(text, 1.0, worst["ratio"]["reference"], "times as fast", at_least=1.0))
+    return claims
+
+
+def say(row: Mapping[str, Any]) -> None:
+    """One line on what was measured, for whoever waits."""
+    ratios = ", ".join(f"{name} {'missing' if r is None else f'{r:.2f}x'}" for name, r in row["ratio"].items())
+    what = " ".join(row[key] for key in ("op", "case", "pass") if key in row)
+    print(f"{what}: {row['microseconds']:,.1f} µs, {row['share_of_copy']:.0%} of copy; {ratios}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
