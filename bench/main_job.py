@@ -15,17 +15,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from bench import record
 from sgsc import nominal_bits, prepare
 from sgsc.demos import models
 from sgsc.layers import quant_layers
 from sgsc.size import weight_count
-
-from bench import record
 
 SEEDS = range(5)
 CURVE = {0.03: range(2), 0.02: range(2), 0.015: range(2), 0.01: range(2)}  # target size -> seeds

@@ -24,7 +24,7 @@ from sgsc.demos.tasks import Task, load
 from sgsc.demos.training import augmentation, batches, train
 from sgsc.kernels import Op
 from sgsc.measure import interleaved
-from sgsc.prepare import prepare
+from sgsc.preparation import prepare
 from sgsc.preservation import PreservationSet
 
 from .record import claim, options, write

@@ -27,7 +27,7 @@ _HOME = {
     "PackedEmbedding": "packed",
     "PackedLinear": "packed",
     "pack": "packed",
-    "prepare": "prepare",
+    "prepare": "preparation",
     "PreservationSet": "preservation",
     "SelfCompression": "compression",
     "certify": "certificate",
@@ -79,7 +79,7 @@ if TYPE_CHECKING:
     from .kernels import fake_quantize, fake_quantize_many
     from .layers import QuantConv1d, QuantConv2d, QuantEmbedding, QuantLinear, QuantMultiheadAttention
     from .packed import PackedConv1d, PackedConv2d, PackedEmbedding, PackedLinear, pack
-    from .prepare import prepare
+    from .preparation import prepare
     from .preservation import PreservationSet
     from .size import float_bytes, nominal_bits
 
@@ -88,5 +88,5 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'sgsc' has no attribute {name!r}")
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value  # also over a submodule of that name, such as `prepare`
+    globals()[name] = value
     return value

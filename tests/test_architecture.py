@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "sgsc/packed": {"kernels", "quantizers", "layers", "coupling"},
     "sgsc/files": set(),
     "sgsc/artefact": {"kernels", "artefact", "files", "layers", "packed"},
-    "sgsc/prepare": {"layers"},
+    "sgsc/preparation": {"layers"},
     "sgsc/size": {"coupling", "layers"},
     "sgsc/config": set(),
     "sgsc/checkpoint": {"files"},
@@ -155,3 +155,8 @@ def test_a_failed_build_is_said_once_too():
 def test_the_other_package_called_kernels_is_not_shadowed():
     done = run("import kernels")
     assert "No module named 'kernels' (this project's are sgsc.kernels)" in done.stderr
+
+
+def test_no_public_name_is_hidden_by_a_module_of_that_name():
+    done = run("import sgsc, sgsc.demos.job, sgsc.cli; assert all(callable(getattr(sgsc, n)) for n in sgsc.__all__)")
+    assert done.returncode == 0, done.stderr

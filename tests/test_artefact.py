@@ -24,7 +24,7 @@ from sgsc.kernels import pack as pack_rows
 from sgsc.kernels.packing import unpack
 from sgsc.layers import quant_layers
 from sgsc.packed import PACKED, PackedLayer, pack
-from sgsc.prepare import prepare
+from sgsc.preparation import prepare
 from tests.checks import assert_same
 
 GOLDEN = Path(__file__).parent / "golden" / "v1.sgsc"

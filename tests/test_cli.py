@@ -20,7 +20,7 @@ from sgsc.cli import main
 from sgsc.demos import job, tasks
 from sgsc.kernels import OPS
 from sgsc.packed import pack
-from sgsc.prepare import prepare
+from sgsc.preparation import prepare
 
 ROOT = Path(__file__).parents[1]
 FILES = {

@@ -36,7 +36,7 @@ from sgsc.config import CompressionConfig
 from sgsc.files import write_atomically
 from sgsc.kernels import OPS, backend
 from sgsc.packed import PackedLayer, pack
-from sgsc.prepare import prepare
+from sgsc.preparation import prepare
 from sgsc.preservation import PreservationSet
 from sgsc.size import float_bytes, nominal_bits
 
