@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sgsc.demos.job import environment
+from sgsc.environment import environment
 from sgsc.files import write_atomically
 from sgsc.measure import CLAIM
 

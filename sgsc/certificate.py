@@ -197,9 +197,9 @@ class Certificate:
         guard: On held-out samples that neither training nor selection saw.
         preservation: On the preservation set, or None without one.
         tolerance: Share of the preservation samples that may regress.
-        seeds: Seed of each random choice, by name.
-        hashes: Digests of model, data and file, by name.
         stored_bytes: Bytes of the artefact on disk.
+        seeds: Seed of each random choice, by name, for the record.
+        hashes: Digests of model, data and file, by name, for the record.
     """
 
     guard: Comparison
@@ -264,9 +264,9 @@ def certify(
     preservation: PreservationSet | None = None,
     *,
     tolerance: float,
-    seeds: Mapping[str, int],
-    hashes: Mapping[str, str],
     stored_bytes: int,
+    seeds: Mapping[str, int] | None = None,
+    hashes: Mapping[str, str] | None = None,
     batch_size: int = 256,
 ) -> Certificate:
     """Compare a packed model with the float model that it came from.
@@ -308,7 +308,7 @@ def certify(
         guard=compare(outputs(float_model, inputs, batch_size), outputs(packed, inputs, batch_size), targets),
         preservation=kept,
         tolerance=tolerance,
-        seeds=dict(seeds),
-        hashes=dict(hashes),
+        seeds=dict(seeds or {}),
+        hashes=dict(hashes or {}),
         stored_bytes=stored_bytes,
     )

@@ -110,15 +110,19 @@ def _print_json(value: Any) -> None:
 
 def _compress(options: argparse.Namespace) -> int:
     from . import report as reports
-    from .demos.job import compress, environment
+    from .demos.job import compress
     from .demos.tasks import load
+    from .environment import environment
     from .files import write_atomically
 
     started = time.perf_counter()
-    from_arguments(CompressionConfig, options, steps=1 if options.steps is None else options.steps)  # refuses early
+
+    def settings(**own: Any) -> CompressionConfig:  # the task's own values where no flag was given
+        return from_arguments(CompressionConfig, options, **{k: v for k, v in own.items() if vars(options)[k] is None})
+
+    settings(steps=1, tolerance=0.0)  # a bad flag is refused before the data is read
     task = load(options.task, options.data, options.seed, options.limit)
-    own = {"steps": task.compress_steps, "tolerance": task.tolerance}
-    config = from_arguments(CompressionConfig, options, **{k: v for k, v in own.items() if vars(options)[k] is None})
+    config = settings(steps=task.compress_steps, tolerance=task.tolerance)
     folder = options.out or Path("runs") / options.task
     folder.mkdir(parents=True, exist_ok=True)
     with _Progress(quiet=options.json) as progress:
@@ -158,7 +162,7 @@ def _in_a_fresh_process(folder: Path) -> dict[str, Any]:
 
 
 def _certify(options: argparse.Namespace) -> int:
-    from .demos.job import certify_run
+    from .demos.certification import certify_run
     from .demos.tasks import load
 
     said = _read_report(options.folder)

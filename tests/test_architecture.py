@@ -35,6 +35,7 @@ MAY_IMPORT = {
     },
     "sgsc/report": set(),
     "sgsc/measure": {"kernels"},
+    "sgsc/environment": {"__version__"},
 }
 EVERYTHING = ("sgsc/demos", "sgsc/cli", "sgsc/__main__", "sgsc/__init__", "bench")
 

@@ -607,7 +607,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from sgsc.artefact import ARCHITECTURES, ArtefactError, load, load_into, read
-import sgsc.demos.job  # registers char-lm
+import sgsc.demos  # registers char-lm
 from tests.test_artefact_malformed import base, build, model, sealed
 
 folder = Path(sys.argv[1])

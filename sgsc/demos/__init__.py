@@ -1,5 +1,7 @@
 """Data that is always there, small networks for it and a float trainer: what the main job is shown on."""
 
+from sgsc import artefact
+
 from .models import ARCHITECTURES as ARCHITECTURES
 from .tasks import TASKS as TASKS
 from .tasks import Task as Task
@@ -9,3 +11,5 @@ from .training import augmentation as augmentation
 from .training import batches as batches
 from .training import evaluate as evaluate
 from .training import train as train
+
+artefact.ARCHITECTURES.update(ARCHITECTURES)  # so that `sgsc.load` can build them

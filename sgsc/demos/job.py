@@ -12,35 +12,27 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-import platform
-import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import TensorDataset
 
-from sgsc import __version__
-from sgsc.artefact import ARCHITECTURES, read, save
-from sgsc.artefact import load as load_artefact
-from sgsc.certificate import answers, certify, compare, outputs
+from sgsc.artefact import save
 from sgsc.checkpoint import load_checkpoint, save_checkpoint
 from sgsc.compression import Outcome, SelfCompression
 from sgsc.config import CompressionConfig
 from sgsc.files import write_atomically
-from sgsc.kernels import OPS, backend
 from sgsc.packed import PackedLayer, pack
 from sgsc.preparation import prepare
 from sgsc.preservation import PreservationSet
 from sgsc.size import float_bytes, nominal_bits
 
-from . import models
 from .tasks import Task
 from .training import augmentation, batches, evaluate, train
 
@@ -48,10 +40,8 @@ MODEL, FLOAT, KEPT, CHECKPOINT = "model.sgsc", "float.safetensors", "preservatio
 TUNING = 1 / 3  # peak learning rate of the compression, over that of the float training: it starts from a good network
 CHECKPOINT_EVERY = 4  # checks of the guard
 CANDIDATES = 5000  # training samples that the preservation set is chosen from, at most: each costs a backward pass
-SHOWN = 24  # changed samples that the report shows, at most
 LOOK = 2000  # validation samples that the curve over steps is measured on, at most
 
-ARCHITECTURES.update(models.ARCHITECTURES)  # so that `load` can build them
 Progress = Callable[[str, int, int, dict[str, float]], None]
 
 
@@ -67,13 +57,13 @@ def float_model(task: Task, seed: int, folder: Path, progress: Progress) -> nn.M
     """The float network: from the run folder where it is there and fits, else trained and written there."""
     path = folder / FLOAT
     if path.is_file():
-        return _read_float(task, path)
+        return read_float(task, path)
     model = train(task, seed, progress=lambda step, steps, values: progress("float training", step, steps, values))
     write_atomically(path, safetensors.torch.save({k: v.contiguous() for k, v in model.state_dict().items()}))
     return model
 
 
-def _read_float(task: Task, path: Path) -> nn.Module:
+def read_float(task: Task, path: Path) -> nn.Module:
     """The float network that a file holds.
 
     Raises:
@@ -267,7 +257,9 @@ def _layers(network: nn.Module, packed: nn.Module) -> dict[str, Any]:
                 }
             )
         elif any(True for _ in original.parameters(recurse=False)):
-            size = 4 * sum(p.numel() for p in packed.get_submodule(name).parameters(recurse=False))
+            left_here = packed.get_submodule(name)
+            values = [*left_here.parameters(recurse=False), *left_here.buffers(recurse=False)]
+            size = 4 * sum(v.numel() for v in values if v.is_floating_point())
             left.append({"name": name, "why": f"{type(original).__name__} stays float32", "bytes": size})
     return {
         "bits_per_weight": total_bits / total_weights,
@@ -277,106 +269,6 @@ def _layers(network: nn.Module, packed: nn.Module) -> dict[str, Any]:
         "layers": rows,
         "left_float": left,
     }
-
-
-def certify_run(task: Task, folder: Path, seed: int, tolerance: float) -> dict[str, Any]:
-    """Load the file as a user would and compare it with the float network; reads the test split, once.
-
-    Meant to run in a process that has not trained: what it sees is what the file holds.
-    """
-    started = time.perf_counter()
-    artefact = read(folder / MODEL)
-    packed = load_artefact(folder / MODEL)
-    network = _read_float(task, folder / FLOAT)
-    keep = PreservationSet.from_state(*load_checkpoint(folder / KEPT))
-    hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (MODEL, FLOAT)}
-    certificate = certify(
-        network,
-        packed,
-        task.guard,
-        keep,
-        tolerance=tolerance,
-        seeds={"run": seed},
-        hashes={**hashes, "training data": keep.data_hash},
-        stored_bytes=artefact.size,
-    )
-    test = task.test()
-    x, y = test.tensors
-    on_test = compare(outputs(network, x), outputs(packed, x), y)
-    changed = _changed(task, "guard", task.guard.tensors, (network, packed), certificate.guard.changed)
-    if certificate.preservation is not None:
-        reasons, pair = list(keep.reasons), (keep.inputs, keep.targets)
-        kept = _changed(task, "preservation", pair, (network, packed), certificate.preservation.changed)
-        changed += [entry | {"reason": reasons[entry["index"]]} for entry in kept]
-    counts = {reason: keep.reasons.count(reason) for reason in dict.fromkeys(keep.reasons)}
-    values = certificate.as_dict()
-    return {
-        "certificate": values,
-        "statement": certificate.statement(),
-        "preservation": (values["preservation"] or {}) | {"reasons": counts},
-        "guard": values["guard"],
-        "tolerance_held": bool(certificate.held),
-        "float_accuracy": on_test.float_accuracy,
-        "packed_accuracy": on_test.packed_accuracy,
-        "accuracy_standard_error": on_test.standard_error,
-        "test": on_test.as_dict(),
-        "float_loss": evaluate(network, test)["loss"],
-        "packed_loss": evaluate(packed, test)["loss"],
-        "changed": changed[:SHOWN],
-        "backend": backend(OPS["packed_linear"]),
-        "backends": {name: backend(op) for name, op in OPS.items() if name.startswith("packed")},
-        "sha256": artefact.manifest["sha256"],
-        "file": MODEL,
-        "certify_seconds": time.perf_counter() - started,
-    }
-
-
-def _changed(
-    task: Task, split: str, pair: tuple[Tensor, ...], models: tuple[nn.Module, nn.Module], which: Iterable[int]
-) -> list[dict[str, Any]]:
-    which = list(which)[:SHOWN]
-    if not which:
-        return []
-    x, y = pair
-    before, after = (answers(outputs(model, x[which])) for model in models)
-    shown = []
-    for n, i in enumerate(which):
-        target = y[i] if y.dim() == 1 else y[i, -1]
-        say = [task.alphabet[int(v)] if task.text else str(int(v)) for v in (target, before[n], after[n])]
-        picture = task.show(x[i])
-        entry = {"split": split, "index": int(i), "target": say[0], "float_answer": say[1], "packed_answer": say[2]}
-        shown.append(entry | ({"text": picture} if task.text else {"picture": picture}))
-    return shown
-
-
-def environment() -> dict[str, Any]:
-    """Versions, machine and commit, for reports and bench results."""
-    return {
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "sgsc": __version__},
-        "machine": f"{_processor()}, {torch.get_num_threads()} threads, {platform.system()}",
-        "commit": _commit(),
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in _lines(info) if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.is_file() else []
-
-
-def _commit() -> str:
-    here = Path(__file__).resolve().parents[2]
-    if not (here / ".git").exists():
-        return os.environ.get("SGSC_COMMIT", "unknown")
-    try:
-        described = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 class _Clock:
