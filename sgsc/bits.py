@@ -110,7 +110,8 @@ class BitOptimizer:
         self.gradient.clear()
         if sell is None:
             return price
-        free = {name: (until <= step).to(self.worth[name].dtype) for name, until in self.frozen_until.items()}
+        # a removed channel has nothing left to sell, and only the guard brings it back
+        free = {n: ((until <= step) & (self.depths[n] > 0)).float() for n, until in self.frozen_until.items()}
         speed = {name: self.bit_rate * free[name] * size_gradient[name] for name in free}
         price = clearing_price(self.flat(self.worth), self.flat(speed), sell)
         for name, depth in self.depths.items():

@@ -124,6 +124,18 @@ def test_a_peer_that_fails_is_missing_with_its_reason(monkeypatch):
     assert (against_compile["measured"], against_compile["holds"]) == (None, False)
 
 
+def test_everyone_admitted_is_timed_as_itself():
+    exact = torch.ones(3, dtype=torch.float64)
+    ran = []
+    candidates = {name: lambda name=name: ran.append(name) or torch.ones(3) for name in ("a", "b", "c")}
+    runs, missing = kernels.admit(candidates, lambda quantize: (quantize(),), dict.fromkeys(candidates, [exact]))
+    assert missing == {}
+    ran.clear()
+    for run in runs.values():
+        run()
+    assert ran == list(runs) == ["a", "b", "c"]
+
+
 def test_no_speed_for_a_wrong_quantizer(monkeypatch):
     monkeypatch.setattr(kernels, "COMPILER", "aot_eager")
     monkeypatch.setattr(kernels, "fake_quantize", lambda x, s, lo, hi, z: fake_quantize(x, s, lo, hi + 1, z))
@@ -207,7 +219,7 @@ def test_steps_that_differ_are_not_compared(monkeypatch):
 
     monkeypatch.setattr(training, "eager_formula", wrong)
     with pytest.raises(ValueError, match="digits: fused and eager quantizer disagree on"):
-        training.check(task, network)
+        training.measure(task, 0.0, True)
 
 
 # ---- result files ----
