@@ -128,7 +128,7 @@ def test_everyone_admitted_is_timed_as_itself():
     exact = torch.ones(3, dtype=torch.float64)
     ran = []
     candidates = {name: lambda name=name: ran.append(name) or torch.ones(3) for name in ("a", "b", "c")}
-    runs, missing = kernels.admit(candidates, lambda quantize: (quantize(),), dict.fromkeys(candidates, [exact]))
+    runs, missing = kernels.admit(candidates, lambda quantize: (quantize(),), {key: [exact] for key in candidates})
     assert missing == {}
     ran.clear()
     for run in runs.values():
