@@ -30,6 +30,7 @@ bench: $(READY)
 	$(BIN)/python -m bench.kernels
 	$(BIN)/python -m bench.training
 	$(BIN)/python -m bench.main_job
+	$(BIN)/python -m bench.readme
 
 clean:
 	rm -rf build dist *.egg-info sgsc/_C*.so

@@ -39,7 +39,9 @@ def reference(
     """The meaning: dequantize, then torch's own convolution."""
     inputs = x.shape[1] // groups
     rows = dequantize(data, bits, starts, scale, offset, inputs * kernel[0] * kernel[1], x.dtype)
-    return F.conv2d(x, rows.view(-1, inputs, *kernel), bias, stride, padding, dilation, groups)
+    y = F.conv2d(x, rows.view(-1, inputs, *kernel), bias, stride, padding, dilation, groups)
+    alone = torch.zeros_like(y) if bias is None else bias.to(y.dtype)[:, None, None]
+    return torch.where((bits > 0)[:, None, None], y, alone)  # also where x is not finite
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
@@ -76,7 +78,8 @@ def _case(
 
 def cases() -> dict[str, tuple]:
     """Geometries, named after the edge each presses on."""
-    wide = _case(size=(12, 11))
+    wide, odd = _case(size=(12, 11)), _case()
+    odd[0][0, 0, 3, 3], odd[0][1, 1, 0, 0] = float("nan"), float("inf")
     return {
         "three-by-three": _case(),
         "one-by-one": _case(kernel=(1, 1), padding=(0, 0)),
@@ -95,6 +98,7 @@ def cases() -> dict[str, tuple]:
         "no-bias": _case(with_bias=False),
         "bfloat16": _case(dtype=torch.bfloat16),
         "float16": _case(dtype=torch.float16),
+        "nan-and-infinity": odd,
         "channels-last": (wide[0].to(memory_format=torch.channels_last), *wide[1:]),
     }
 
@@ -156,4 +160,5 @@ def packed_conv2d(
                 f"packed_conv2d: kernel {kernel} with dilation {dilation} is larger than the input "
                 f"{tuple(x.shape[2:])} with padding {padding}"
             )
+    bias = None if bias is None else bias.to(x.dtype)  # as under autocast
     return OP(x, data, bits, starts, scale, offset, bias, kernel, stride, padding, dilation, groups)

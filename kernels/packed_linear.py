@@ -33,7 +33,9 @@ def reference(
     width: int,
 ) -> Tensor:
     """The meaning: dequantize, then torch's own linear."""
-    return F.linear(x, dequantize(data, bits, starts, scale, offset, width, x.dtype), bias)
+    y = F.linear(x, dequantize(data, bits, starts, scale, offset, width, x.dtype), bias)
+    alone = torch.zeros_like(y) if bias is None else bias.to(y.dtype)
+    return torch.where(bits > 0, y, alone)  # also where x is not finite
 
 
 def grid(bits: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,6 +60,9 @@ def cases() -> dict[str, tuple]:
     found["no-bias"] = _case(*every, 2, with_bias=False)
     found["bfloat16"] = _case(*every, 5, torch.bfloat16)
     found["float16"] = _case(*every, 5, torch.float16)
+    odd = _case(*every, 3)
+    odd[0][0, 3], odd[0][1, 24], odd[0][2, 0] = float("nan"), float("inf"), -float("inf")
+    found["nan-and-infinity"] = odd
     wide = _case(*shapes()["wider-than-a-block"], 4)
     found["x-not-contiguous"] = (wide[0].t().contiguous().t(), *wide[1:])
     return found
@@ -108,6 +113,7 @@ def packed_linear(
             f"packed_linear: x has shape {tuple(x.shape)}; want (..., {width}), the layer's input features"
         )
     rows = prod(x.shape[:-1])
+    bias = None if bias is None else bias.to(x.dtype)  # as under autocast
     return OP(x.reshape(rows, width), data, bits, starts, scale, offset, bias, width).reshape(
         *x.shape[:-1], bits.shape[0]
     )

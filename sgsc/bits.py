@@ -53,8 +53,15 @@ class BitOptimizer:
     weight decay see None there.
     """
 
-    def __init__(self, model: nn.Module, bit_rate: float, grid_rate: float) -> None:
+    def __init__(self, model: nn.Module, bit_rate: float, grid_rate: float, least_size: float = 1e-12) -> None:
         self.layers: dict[str, QuantLayer] = quant_layers(model)
+        for name, layer in self.layers.items():
+            if not all(p.requires_grad for p in layer.weight_quantizer.parameters()):
+                raise ValueError(
+                    f"layer {name!r}: its quantizer is frozen and cannot learn; leave requires_grad set, "
+                    "or prepare the model with the layer named in `skip`"
+                )
+        self.least_size = least_size  # of a bit, where a channel's inputs are all dead and its weights cost nothing
         self.bit_rate = bit_rate
         self.depths = {name: layer.weight_quantizer.get_parameter("bit_depth") for name, layer in self.layers.items()}
         own = {id(p) for p in self.depths.values()}
@@ -88,7 +95,7 @@ class BitOptimizer:
         """Move the ranges and, unless `sell` is None, the widths.
 
         Args:
-            size_gradient: Layer name -> (C,) gradient of the size by each depth.
+            size_gradient: Layer name -> (C,) gradient of the size by each depth, 0 or more.
             price: What the size term was multiplied by in the losses.
             calls: Losses that were added up since the last step.
             step: Number of this step; channels frozen beyond it stay.
@@ -96,28 +103,46 @@ class BitOptimizer:
 
         Returns:
             The price at which widths moved; `price` where they did not.
+
+        Raises:
+            ValueError: If a gradient is not finite (the message names the layer); nothing has moved then.
         """
+        self._check_gradients()
         for group in self.grids.param_groups:
             for p in group["params"]:
                 p.grad = self.gradient.get(p)
         self.grids.step()
         self.grids.zero_grad()
+        per = {name: g.clamp_min(self.least_size) for name, g in size_gradient.items()}
         for name, depth in self.depths.items():
             gradient = self.gradient.get(depth)
             if gradient is not None:
-                worth = (price * size_gradient[name] - gradient / calls) / size_gradient[name]
+                worth = (price * size_gradient[name] - gradient / calls) / per[name]
                 self.worth[name].mul_(AVERAGE).add_(worth, alpha=1 - AVERAGE)
         self.gradient.clear()
         if sell is None:
             return price
         # a removed channel has nothing left to sell, and only the guard brings it back
         free = {n: ((until <= step) & (self.depths[n] > 0)).float() for n, until in self.frozen_until.items()}
-        speed = {name: self.bit_rate * free[name] * size_gradient[name] for name in free}
+        speed = {name: self.bit_rate * free[name] * per[name] for name in free}
+        if not any(bool(s.any()) for s in speed.values()):
+            return price
         price = clearing_price(self.flat(self.worth), self.flat(speed), sell)
         for name, depth in self.depths.items():
             pace = (1 - self.worth[name] / price).clamp(-1, 1) if price > 0 else torch.ones_like(depth)
             self.set_depth(name, (depth - self.bit_rate * free[name] * pace).clamp(0, 8))
         return price
+
+    def _check_gradients(self) -> None:
+        for name, layer in self.layers.items():
+            for parameter in layer.weight_quantizer.parameters():
+                gradient = self.gradient.get(parameter)
+                if gradient is not None and not torch.isfinite(gradient).all():
+                    self.gradient.clear()
+                    raise ValueError(
+                        f"layer {name!r}: the gradient of its quantizer is not finite; lower the learning rate, "
+                        "or load the last checkpoint"
+                    )
 
     @torch.no_grad()
     def set_depth(self, name: str, new: Tensor) -> None:

@@ -43,6 +43,11 @@ def _deciding(outputs: Tensor) -> Tensor:
     return outputs[:, -1] if outputs.dim() == 3 else outputs
 
 
+def allowed(tolerance: float, samples: int) -> int:
+    """Samples that may regress: floor(tolerance * samples)."""
+    return floor(tolerance * samples + 1e-9)  # 0.29 * 100 is 28.999999999999996
+
+
 def upper_bound(regressions: int, samples: int, confidence: float = 0.95) -> float:
     """Clopper-Pearson one-sided exact upper bound of the rate of regressions, from 0 to 1; 1 for no samples.
 
@@ -214,7 +219,7 @@ class Certificate:
         """Preservation samples that may regress: floor(tolerance * samples); None without a preservation set."""
         if self.preservation is None:
             return None
-        return floor(self.tolerance * self.preservation.samples + 1e-9)  # 0.29 * 100 is 28.999999999999996
+        return allowed(self.tolerance, self.preservation.samples)
 
     @property
     def held(self) -> bool | None:

@@ -32,6 +32,7 @@ from .preservation import PreservationSet
 from .samples import evaluating
 from .size import float_bytes, nominal_bits, weight_count
 
+WAY_OUT = "lower the learning rate, or load the last checkpoint"
 LANDINGS = 200  # rounds of selling that a landing may take; each sells at most one bit a channel
 FREEZE_CHECKS = 3  # checks for which a restored channel keeps its bits
 INSIST, RELAX, INSIST_MOST = 1.5, 0.9, 64.0  # how the preservation weight follows violations, and its limit
@@ -59,6 +60,9 @@ class SelfCompression:
         file: Further arguments that `save` will get (architecture, notes): the target counts the whole file.
         settings: Fields of `CompressionConfig`.
 
+    Losses must reach `backward` unscaled: the worth of a bit is read off its gradient, so loss scaling (float16 with
+    GradScaler) is not served; bfloat16 autocast is.
+
     Once a step: `run.loss(task_loss).backward()`, the user's optimiser, `run.step()`; after the last, `run.finish()`.
     """
 
@@ -77,9 +81,10 @@ class SelfCompression:
         if not quant_layers(model):
             raise ValueError("the model has no quantized layer; pass what prepare(model).model returned")
         self.coupling = couple(model)
-        self.bits = BitOptimizer(model, self.config.bit_rate, self.config.grid_rate)
-        self.price = 0.0
         self.float_bytes = float_bytes(model)
+        least = 1 / (8 * self.float_bytes)
+        self.bits = BitOptimizer(model, self.config.bit_rate, self.config.grid_rate, least)
+        self.price = 0.0
         self.preservation_weight = self.config.preservation_weight
         self.generator = torch.Generator().manual_seed(self.config.seed)
         self.steps = 0
@@ -118,10 +123,8 @@ class SelfCompression:
             ValueError: If the task loss is not one finite number; the model is then still as it was before this step.
         """
         if task_loss.numel() != 1 or not math.isfinite(task_loss.item()):
-            raise ValueError(
-                f"task loss {task_loss.detach().flatten()[:3].tolist()} at step {self.steps}: want one finite number; "
-                "lower the learning rate, or load the last checkpoint"
-            )
+            got = task_loss.detach().flatten()[:3].tolist()
+            raise ValueError(f"task loss {got} at step {self.steps}: want one finite number; {WAY_OUT}")
         self.calls += 1
         total = task_loss
         self.last = {"loss": task_loss.item()}
@@ -135,6 +138,8 @@ class SelfCompression:
             preserved = self._preservation_loss()
             self.last["preservation_loss"] = preserved.item()
             total = total + self.preservation_weight * preserved
+        if not math.isfinite(total.item()):
+            raise ValueError(f"the loss at step {self.steps} is {total.item()}, its parts {self.last}; {WAY_OUT}")
         return total
 
     def step(self) -> None:
@@ -182,10 +187,10 @@ class SelfCompression:
         return nominal_bits(self.model, self.coupling)
 
     def _size_gradient(self) -> dict[str, Tensor]:
-        """Layer name -> (C,) gradient of the size by each depth; positive, also where a layer's inputs are all dead."""
+        """Layer name -> (C,) gradient of the size by each depth; 0 where a layer's inputs are all dead."""
         depths = self.bits.depths
         gradients = torch.autograd.grad(self._nominal() / (8 * self.float_bytes), list(depths.values()))
-        return {n: g.clamp_min(1 / (8 * self.float_bytes)) for n, g in zip(depths, gradients, strict=True)}
+        return dict(zip(depths, gradients, strict=True))
 
     def _move_widths(self) -> None:
         gradient = self._size_gradient()
@@ -299,6 +304,7 @@ class SelfCompression:
             "model": self.model.state_dict(),
             "bits": self.bits.state_dict(),
             "generator": self.generator.get_state(),
+            "config": self.config.as_dict(),
             "good": self.good,
             "best": self.best,
             "values": {name: getattr(self, name) for name in self._VALUES},
@@ -319,11 +325,18 @@ class SelfCompression:
     )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`, for a run made from the same model, set and settings."""
+        """Inverse of `state_dict`, for a run made from the same model, set and settings.
+
+        Raises:
+            ValueError: If the settings are others.
+        """
+        if state["config"] != self.config.as_dict():
+            raise ValueError(f"the checkpoint is of a run with settings {state['config']}; this one has {self.config}")
         self.model.load_state_dict(state["model"])
         self.bits.load_state_dict(state["bits"])
         self.generator.set_state(state["generator"])
-        self.good, self.best = dict(state["good"]), dict(state["best"])
+        here = {name: value.device for name, value in self.model.state_dict().items()}
+        self.good, self.best = ({n: v.to(here[n]) for n, v in state[kind].items()} for kind in ("good", "best"))
         for name in self._VALUES:
             setattr(self, name, state["values"][name])
         self.calls = 0

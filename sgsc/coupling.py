@@ -2,8 +2,9 @@
 
 A channel is *dead* when every row that produces it has 0 bits. It may be cut out where the graph proves that it then
 is exactly zero all the way to the layers that read it: through batch norm, activations that keep zero, pooling,
-flatten, sums and concatenation. Everything else (attention, reshapes, the model's outputs, code that cannot be
-traced) *pins* the channel: it keeps its place, at no bytes for its own weights.
+flatten, sums and concatenation. (A BatchNorm1d behind a Linear is taken to see (B, C), as it does everywhere but in a
+model whose sequence length equals its width.) Everything else (attention, reshapes, the model's outputs, code that
+cannot be traced) *pins* the channel: it keeps its place, at no bytes for its own weights.
 
 The proof is by value, so that nothing hidden is needed at run time: a dead channel's biases, batch-norm shift and
 running mean must be zero. `Coupling.silence` sets them so while training; `remove_channels` checks before it cuts.
@@ -11,6 +12,7 @@ running mean must be zero. `Coupling.silence` sets them so while training; `remo
 
 from __future__ import annotations
 
+import inspect
 import operator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +26,7 @@ from .layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear, QuantMult
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 # Modules and functions with f(0) = 0 a channel at a time, so that a zero channel stays a zero channel.
 _KEEP_ZERO_MODULES = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Hardswish, nn.Hardtanh, nn.Softsign),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Hardswish, nn.Softsign),
     *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d),
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d),
 )
@@ -135,11 +137,13 @@ class _Walk:
         self.read: dict[str, tuple[int, ...]] = {}
         self.norms: dict[str, tuple[int, ...]] = {}
         self.shared: set[str] = set()
+        self.called: set[str] = set()
         self.space: dict[fx.Node, Space | None] = {}
         seen: dict[int, str] = {}
         for node in graph.nodes:
             if node.op == "call_module":
                 name = seen.setdefault(id(self.modules[str(node.target)]), str(node.target))
+                self.called.add(name)
                 if name in self.produced or name in self.norms:
                     self.shared.add(name)
             self.space[node] = self.visit(node)
@@ -256,10 +260,16 @@ def _arguments(node: fx.Node, **defaults: Any) -> tuple[Any, ...]:
 def couple(model: nn.Module) -> Coupling:
     """Trace a prepared model and find which channels stand or fall together; never fails: see `Coupling.why`."""
     try:
-        graph = _Tracer().trace(model)
-        walk = _Walk(model, graph)
+        # optional arguments take their defaults, as when they are not given: `if mask is None` then goes the usual way
+        parameters = inspect.signature(model.forward).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        walk = _Walk(model, _Tracer().trace(model, concrete_args=defaults or None))
     except Exception as error:  # anything may come out of a user's forward
         return Coupling(why=f"the model cannot be traced ({type(error).__name__}: {str(error).splitlines()[0][:200]})")
+    inside = [n for n, m in model.named_modules() if isinstance(m, QuantMultiheadAttention)]
+    unseen = {n for n in quant_layers(model) if not n.startswith(tuple(f"{i}." for i in inside))} - walk.called
+    if unseen:
+        return Coupling(why=f"layer {min(unseen)!r} is not reached when the model is traced with its default arguments")
     roots = [walk.find(i) for i in range(len(walk.parent))]
     pinned = torch.zeros(len(roots), dtype=torch.bool)
     for i in walk.pinned:

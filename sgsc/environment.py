@@ -37,7 +37,14 @@ def _commit() -> str:
     if not (here / ".git").exists():
         return os.environ.get("SGSC_COMMIT", "unknown")
     try:
-        described = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
+        commit = _git(here, "rev-parse", "--short=12", "HEAD")
+        # what a bench writes does not change what the next one measures
+        changed = _git(here, "status", "--porcelain", "--", ".", ":!bench/results", ":!README.md")
+        return f"{commit}-dirty" if changed else commit
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .certificate import compare, outputs
+from .certificate import allowed, compare, outputs
 from .coupling import Coupling
 from .layers import QuantLayer, quant_layers
 from .preservation import PreservationSet
@@ -45,7 +45,7 @@ class Check:
 def check(model: nn.Module, keep: PreservationSet, tolerance: float) -> Check:
     """Compare the model as it stands with the float model on the preservation set."""
     found = compare(keep.outputs, outputs(model, keep.inputs), keep.targets)
-    return Check(found.regressions, math.floor(tolerance * len(keep)), len(keep))
+    return Check(found.regressions, allowed(tolerance, len(keep)), len(keep))
 
 
 def widths(model: nn.Module) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ class QuantLayer(nn.Module):
     bias: Tensor | None
     weight_quantizer: Quantizer
     input_quantizer: nn.Module | None
-    probe: Tensor | None = None  # while `probing`: the last quantized weight, keeping its gradient
+    probe: Tensor | None = None  # while `probing`: the last quantized weight
     probing: bool = False
 
     def attach(self, quantizer: str) -> None:
@@ -41,7 +41,6 @@ class QuantLayer(nn.Module):
         """The weight on its grid, in its own shape."""
         weight = self.weight_quantizer(self.rows()).view(self.weight.shape)
         if self.probing and weight.requires_grad:
-            weight.retain_grad()
             self.probe = weight
         return weight
 
@@ -120,11 +119,13 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
 
     def __init__(self, *args, quantizer: str = "integer", **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        if self.max_norm is not None or self.sparse:
+            raise ValueError("QuantEmbedding serves neither max_norm nor sparse gradients; use nn.Embedding for these")
         self.attach(quantizer)
 
     def forward(self, input: Tensor) -> Tensor:
         """(...) int -> (..., K)."""
-        return F.embedding(input, self.quantized_weight(), self.padding_idx)
+        return F.embedding(input, self.quantized_weight(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
 
 
 class QuantMultiheadAttention(nn.Module):

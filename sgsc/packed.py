@@ -167,13 +167,18 @@ class PackedConv1d(PackedConv2d):
 
 
 class PackedEmbedding(PackedLayer):
-    """`nn.Embedding` from packed rows."""
+    """`nn.Embedding` from packed rows; the result has the dtype that the model was last cast to."""
 
     type_name = "Embedding"
+    like: Tensor
+
+    def __init__(self, rows: PackedRows, scale: Tensor, offset: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(rows, scale, offset, bias)
+        self.register_buffer("like", torch.empty(0), persistent=False)  # follows .half() and .bfloat16()
 
     def forward(self, input: Tensor) -> Tensor:
         """(...) int -> (..., K)."""
-        return packed_embedding(input, *self.grid, self.width)
+        return packed_embedding(input, *self.grid, self.width).to(self.like.dtype)
 
 
 PACKED: dict[str, type[PackedLayer]] = {
@@ -208,6 +213,10 @@ def pack_layer(layer: QuantLayer) -> PackedLayer:
     """
     if layer.input_quantizer is not None:
         raise ValueError("a layer with an input_quantizer has no packed form yet; set input_quantizer to None")
+    if type(layer) not in _KIND:
+        raise ValueError(
+            f"{type(layer).__name__} has no packed form; those that have are {[c.__name__ for c in _KIND]}"
+        )
     cls, settings = _KIND[type(layer)]
     codes = layer.weight_quantizer.codes(layer.rows().detach())
     bias = None if layer.bias is None else layer.bias.detach().clone()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from torch import nn
@@ -60,6 +60,9 @@ def prepare(model: nn.Module, *, quantizer: str = "integer", skip: Iterable[str]
             f"layer {name!r} is a {type(layer).__name__}, which has no quantized form here; "
             f"leave it float with skip=[{name!r}]" + (f" ({len(refused)} such layers)" if len(refused) > 1 else "")
         )
+    _refuse_shared_weights(
+        {n: m for n, m in model.named_modules() if isinstance(m, tuple(QUANTIZED)) and not skipped(n)}
+    )
     model = copy.deepcopy(model)
     model = _unfuse_attention(model, skipped)
     made: dict[int, QuantLayer] = {}
@@ -96,16 +99,30 @@ def _why_not(module: nn.Module) -> str:
         return f"{type(module).__name__} overrides {base.__name__}.forward"
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
         return "an Embedding with max_norm or sparse gradients changes its table outside autograd"
-    if hasattr(module, "parametrizations"):
-        return "its weight is parametrized; remove the parametrization first"
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed (parametrization, weight_norm, spectral_norm, prune); remove that first"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it carries forward hooks, which a swapped layer would lose; remove them first"
     return ""
 
 
-def _unfuse_attention(model: nn.Module, skipped) -> nn.Module:
-    for name, module in list(model.named_modules()):
+def _refuse_shared_weights(layers: dict[str, nn.Module]) -> None:
+    owner: dict[int, str] = {}
+    for name, layer in layers.items():
+        first = owner.setdefault(id(layer.weight), name)
+        if first != name:
+            raise ValueError(
+                f"layers {first!r} and {name!r} share one weight, which would be quantized twice; give each its own "
+                f"(weight = nn.Parameter(weight.clone())), or leave both float with skip=[{first!r}, {name!r}]"
+            )
+
+
+def _unfuse_attention(model: nn.Module, skipped: Callable[[str], bool]) -> nn.Module:
+    made: dict[int, QuantMultiheadAttention] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, nn.MultiheadAttention) and not skipped(name):
             try:
-                unfused = QuantMultiheadAttention(module)
+                unfused = made.setdefault(id(module), made.get(id(module)) or QuantMultiheadAttention(module))
             except ValueError as error:
                 raise ValueError(f"layer {name!r}: {error}") from None
             if name == "":

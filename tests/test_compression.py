@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -142,20 +143,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, keep, tmp_path, at):
         assert torch.equal(value, second.model.state_dict()[name]), name
 
 
-def changed_by(trained, keep) -> dict:
-    run = started(trained, keep)
-    train(run.model, blobs(), 60, run)
-    return {k: v.clone() for k, v in run.model.state_dict().items()}
+def regressions_of(trained, run_keep, keep) -> tuple[int, list]:
+    """On `keep`, after a compression whose task no longer shows the last class."""
+    run = started(trained, run_keep)
+    run.optimizer.param_groups[0]["lr"] = 1e-2
+    x, y = blobs().tensors
+    train(run.model, TensorDataset(x[y != 3], y[y != 3]), 240, run)
+    run.finish()
+    return compare(keep.outputs, outputs(run.model, keep.inputs), keep.targets).regressions, run.history
 
 
 def test_the_preservation_set_matters(trained, keep):
-    with_set = changed_by(trained, keep)
-    without = changed_by(trained, None)
-    assert not torch.equal(with_set["0.weight"], without["0.weight"])
-    data = blobs()
-    shuffled = TensorDataset(data.tensors[0], data.tensors[1][torch.randperm(len(data))])
-    other = changed_by(trained, PreservationSet.select(trained, shuffled, 60, seed=0))
-    assert not torch.equal(with_set["0.weight"], other["0.weight"])
+    with_set, history = regressions_of(trained, keep, keep)
+    without, _ = regressions_of(trained, None, keep)
+    assert with_set <= 3
+    assert without >= 10  # of the 15 samples of the class that the task forgot
+    # labels and outputs of other samples: what is preserved then is nonsense, and the guard sees it
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
+    shuffled = replace(keep, targets=keep.targets[order], outputs=keep.outputs[order])
+    _, other = regressions_of(trained, shuffled, keep)
+    assert max(h["regressions"] for h in other) > max(h["regressions"] for h in history) + 10
 
 
 def test_an_impossible_target_says_what_would_have_to_give(trained, keep):
@@ -182,6 +189,36 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(trained, keep
     ):
         run.loss(torch.tensor(bad))
     assert all(torch.equal(v, before[k]) for k, v in run.model.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_names_the_layer_and_moves_nothing(trained, keep):
+    run = started(trained, keep)
+    train(run.model, blobs(), 5, run)
+    before = {n: d.detach().clone() for n, d in run.bits.depths.items()}
+    run.loss(F.cross_entropy(run.model(blobs().tensors[0]), blobs().tensors[1])).backward()
+    run.bits.gradient[run.bits.depths["3"]][2] = float("nan")
+    with pytest.raises(ValueError, match=r"layer '3': the gradient of its quantizer is not finite"):
+        run.step()
+    assert all(torch.equal(d, before[n]) for n, d in run.bits.depths.items())
+
+
+def test_an_unreachable_target_keeps_price_and_worth_finite(trained):
+    run = started(trained, None, target_size=0.01, steps=60, bit_rate=0.4)
+    train(run.model, blobs(), 120, run)
+    assert math.isfinite(run.price)
+    assert all(torch.isfinite(w).all() for w in run.bits.worth.values())
+
+
+def test_a_checkpoint_of_other_settings_is_refused(trained, keep):
+    with pytest.raises(ValueError, match="the checkpoint is of a run with settings"):
+        started(trained, keep, steps=50).load_state_dict(started(trained, keep).state_dict())
+
+
+def test_a_frozen_quantizer_is_refused_by_name(trained, keep):
+    model = prepare(trained).model
+    model[3].requires_grad_(False)
+    with pytest.raises(ValueError, match="layer '3': its quantizer is frozen"):
+        SelfCompression(model, keep)
 
 
 def test_a_step_without_a_loss_is_an_error(trained, keep):

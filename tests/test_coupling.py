@@ -165,6 +165,30 @@ def test_a_model_that_cannot_be_traced_keeps_every_place_and_says_why():
     assert pack(model)(torch.ones(3, 4)).shape == (3, 2)
 
 
+class Optional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.extra = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x, activation=None):
+        h = self.a(x)
+        return self.b(torch.sigmoid(h) if activation is None else activation(h))
+
+
+def test_optional_arguments_take_the_way_of_their_defaults():
+    model = prepare(Optional(), skip=["extra"]).model.eval()
+    kill(model, a=[1])
+    couple(model).silence(model)
+    x = torch.randn(5, 4)
+    assert_close_to(pack(model)(x), model(x).detach().double(), 1e-5)
+    assert remove_channels(model) == {}  # a sigmoid of zero is not zero
+
+
+def test_a_layer_that_the_trace_does_not_reach_stops_the_proof():
+    model = prepare(Optional()).model
+    assert "layer 'extra' is not reached" in couple(model).why
+
+
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()

@@ -182,6 +182,21 @@ def test_half_precision_follows_the_weight():
         assert_close_to(half(x.bfloat16()).detach(), exact.double(), 0.03, dtype=torch.bfloat16)
 
 
+def test_packed_models_run_under_autocast_and_in_half_precision():
+    model = prepare(nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), skip=["1"]).model
+    x = torch.randint(9, (4, 5))
+    packed = pack(model.eval())
+    exact = packed(x).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close_to(packed(x), exact, 0.03, dtype=torch.bfloat16)
+    assert_close_to(packed.bfloat16()(x), exact, 0.03, dtype=torch.bfloat16)
+
+
+def test_what_an_embedding_cannot_serve_is_refused():
+    with pytest.raises(ValueError, match="serves neither max_norm nor sparse gradients"):
+        QuantEmbedding(4, 4, max_norm=1.0)
+
+
 @pytest.mark.parametrize("fullgraph_backend", ["aot_eager"])
 def test_compiles_whole_and_trains(fullgraph_backend):
     torch._dynamo.reset()

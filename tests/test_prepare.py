@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from sgsc import prepare
 from sgsc.layers import QuantLayer, quant_layers
@@ -127,3 +128,33 @@ def test_a_skip_that_matches_nothing_is_an_error():
 def test_an_unknown_quantizer_is_an_error():
     with pytest.raises(ValueError, match="quantizer 'int4' is not known"):
         prepare(Net(), quantizer="int4")
+
+
+def test_layers_that_share_a_weight_are_refused_by_name():
+    net = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6, bias=False))
+    net[1].weight = net[0].weight
+    with pytest.raises(ValueError, match=r"layers '0' and '1' share one weight, .* skip=\['0', '1'\]"):
+        prepare(net)
+
+
+def test_a_shared_attention_stays_shared():
+    shared = nn.MultiheadAttention(8, 2)
+    model = prepare(nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(2, 2)})).model
+    assert model["a"] is model["b"]
+    assert type(model["a"]).__name__ == "QuantMultiheadAttention"
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.spectral_norm, parametrizations.weight_norm])
+def test_a_weight_that_is_computed_is_left(wrap):
+    prepared = prepare(nn.Sequential(wrap(nn.Linear(3, 3)), nn.Linear(3, 2)))
+    assert prepared.swapped == ("1",)
+    assert any("its weight is computed" in why or "no quantized form" in why for why in prepared.left.values())
+
+
+def test_a_layer_with_hooks_is_left():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    net[0].register_forward_hook(lambda module, args, output: 2 * output)
+    prepared = prepare(net)
+    assert "forward hooks" in prepared.left["0"]
+    x = torch.randn(4, 3)
+    assert torch.allclose(prepared.model(x), net(x), atol=0.05)

@@ -38,7 +38,8 @@ def load(path: str | os.PathLike) -> nn.Module:
         named = "names no architecture" if known is None else f"names the architecture {known[0]!r}"
         raise ArtefactError(
             f"{Path(path).name} {named}; known here: {', '.join(sorted(ARCHITECTURES)) or 'none'}. "
-            "Construct the float model yourself and call load_into(model, path)"
+            "Construct the float model yourself and call load_into(model, path); or register its builder in "
+            "sgsc.artefact.ARCHITECTURES (`import sgsc.demos` registers those of the demos)"
         )
     try:
         with torch.device("meta"), _at_most(64 + 8 * len(artefact.layers) + 2 * len(artefact.values)):
@@ -136,11 +137,12 @@ def _unfuse_attention(model: nn.Module, artefact: Artefact) -> nn.Module:
     Raises:
         ArtefactError: If `prepare` could not have done so.
     """
-    for name, module in list(model.named_modules()):
+    made: dict[int, QuantMultiheadAttention] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         query = _join(name, "q_proj")
-        if isinstance(module, nn.MultiheadAttention) and query in artefact.layers:
+        if isinstance(module, nn.MultiheadAttention) and (query in artefact.layers or id(module) in made):
             try:
-                unfused = QuantMultiheadAttention(module)
+                unfused = made.setdefault(id(module), made.get(id(module)) or QuantMultiheadAttention(module))
             except ValueError as error:
                 raise ArtefactError(f"layer {query!r}: {error}") from None
             if name == "":

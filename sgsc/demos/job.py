@@ -37,6 +37,7 @@ from .tasks import Task
 from .training import augmentation, batches, evaluate, train
 
 MODEL, FLOAT, KEPT, CHECKPOINT = "model.sgsc", "float.safetensors", "preservation.safetensors", "checkpoint.safetensors"
+REPORTS = ("report.json", "certificate.json", "report.html")  # written last: those of an older run must not stay
 TUNING = 1 / 3  # peak learning rate of the compression, over that of the float training: it starts from a good network
 CHECKPOINT_EVERY = 4  # checks of the guard
 CANDIDATES = 5000  # training samples that the preservation set is chosen from, at most: each costs a backward pass
@@ -113,7 +114,7 @@ def compress(
             "Give the settings of that run, or start anew without --resume"
         )
     if saved is None:
-        for name in (FLOAT, KEPT, CHECKPOINT, MODEL):
+        for name in (FLOAT, KEPT, CHECKPOINT, MODEL, *REPORTS):
             (folder / name).unlink(missing_ok=True)
     network = float_model(task, config.seed, folder, progress)
     clock.lap("float training")
