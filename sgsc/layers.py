@@ -6,15 +6,13 @@ live under `weight_quantizer`. Rows of the (C, K) view are output channels (entr
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .quantizers import Quantizer, make_quantizer
-
-Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class QuantLayer(nn.Module):
@@ -140,7 +138,7 @@ class QuantMultiheadAttention(nn.Module):
     in_proj_bias = None  # tells nn.TransformerEncoderLayer not to take its fast path around us
     _qkv_same_embed_dim = True
 
-    def __init__(self, source: nn.MultiheadAttention, linear=nn.Linear) -> None:
+    def __init__(self, source: nn.MultiheadAttention) -> None:
         super().__init__()
         if source.bias_k is not None or source.add_zero_attn:
             raise ValueError(
@@ -230,6 +228,26 @@ class QuantMultiheadAttention(nn.Module):
             if separate is not None:
                 state_dict[f"{prefix}{name}_proj.weight"] = separate
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def unfuse_attention(model: nn.Module, wanted: Callable[[str], bool]) -> nn.Module:
+    """Put a `QuantMultiheadAttention` in place of every wanted `nn.MultiheadAttention`; shared ones stay shared.
+
+    Raises:
+        ValueError: If one cannot be replaced; the message names it.
+    """
+    made: dict[int, QuantMultiheadAttention] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(module, nn.MultiheadAttention) or not (wanted(name) or id(module) in made):
+            continue
+        try:
+            made[id(module)] = made.get(id(module)) or QuantMultiheadAttention(module)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from None
+        if name == "":
+            return made[id(module)]
+        model.set_submodule(name, made[id(module)])
+    return model
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

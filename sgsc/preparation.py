@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import nn
 
-from .layers import QUANTIZED, REFUSED, QuantLayer, QuantMultiheadAttention
+from .layers import QUANTIZED, REFUSED, QuantLayer, unfuse_attention
 
 
 class Prepared(NamedTuple):
@@ -64,7 +64,7 @@ def prepare(model: nn.Module, *, quantizer: str = "integer", skip: Iterable[str]
         {n: m for n, m in model.named_modules() if isinstance(m, tuple(QUANTIZED)) and not skipped(n)}
     )
     model = copy.deepcopy(model)
-    model = _unfuse_attention(model, skipped)
+    model = unfuse_attention(model, lambda name: not skipped(name))
     made: dict[int, QuantLayer] = {}
     swapped: list[str] = []
     left: dict[str, str] = {}
@@ -115,17 +115,3 @@ def _refuse_shared_weights(layers: dict[str, nn.Module]) -> None:
                 f"layers {first!r} and {name!r} share one weight, which would be quantized twice; give each its own "
                 f"(weight = nn.Parameter(weight.clone())), or leave both float with skip=[{first!r}, {name!r}]"
             )
-
-
-def _unfuse_attention(model: nn.Module, skipped: Callable[[str], bool]) -> nn.Module:
-    made: dict[int, QuantMultiheadAttention] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, nn.MultiheadAttention) and not skipped(name):
-            try:
-                unfused = made.setdefault(id(module), made.get(id(module)) or QuantMultiheadAttention(module))
-            except ValueError as error:
-                raise ValueError(f"layer {name!r}: {error}") from None
-            if name == "":
-                return unfused
-            model.set_submodule(name, unfused)
-    return model

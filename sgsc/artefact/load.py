@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from sgsc.layers import QuantMultiheadAttention
+from sgsc.layers import unfuse_attention
 from sgsc.packed import PackedConv2d, PackedEmbedding, PackedLayer, _geometry
 
 from .format import ArtefactError
@@ -78,7 +78,10 @@ def load_into(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
 
 def _fill(model: nn.Module, artefact: Artefact) -> nn.Module:
-    model = _unfuse_attention(model, artefact)
+    try:
+        model = unfuse_attention(model, lambda name: _join(name, "q_proj") in artefact.layers)
+    except ValueError as error:
+        raise ArtefactError(str(error)) from None
     modules = dict(model.named_modules(remove_duplicate=False))
     values = dict(artefact.values)
     for name, layer in artefact.layers.items():
@@ -129,26 +132,6 @@ def _fill(model: nn.Module, artefact: Artefact) -> nn.Module:
 
 def _join(name: str, part: str) -> str:
     return f"{name}.{part}" if name else part
-
-
-def _unfuse_attention(model: nn.Module, artefact: Artefact) -> nn.Module:
-    """Give every attention whose projections the file holds these projections, as `prepare` did.
-
-    Raises:
-        ArtefactError: If `prepare` could not have done so.
-    """
-    made: dict[int, QuantMultiheadAttention] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        query = _join(name, "q_proj")
-        if isinstance(module, nn.MultiheadAttention) and (query in artefact.layers or id(module) in made):
-            try:
-                unfused = made.setdefault(id(module), made.get(id(module)) or QuantMultiheadAttention(module))
-            except ValueError as error:
-                raise ArtefactError(f"layer {query!r}: {error}") from None
-            if name == "":
-                return unfused
-            model.set_submodule(name, unfused)
-    return model
 
 
 def _check_fits(name: str, module: Any, layer: PackedLayer) -> None:
