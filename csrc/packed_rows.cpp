@@ -48,9 +48,12 @@ void panel(const Row* rows, const float* offsets, int count, std::int64_t n, flo
 }
 
 void multiply(const float* x, std::int64_t stride, std::int64_t m, const float* panel, std::int64_t n, float* sums) {
-  for (std::int64_t i = 0; i < m; ++i)
+  for (std::int64_t i = 0; i < m; ++i) {
+    float block[PANEL] = {};  // a sum of block sums errs less than one long chain
     for (std::int64_t k = 0; k < n; ++k)
-      for (int r = 0; r < PANEL; ++r) sums[i * PANEL + r] += x[i * stride + k] * panel[k * PANEL + r];
+      for (int r = 0; r < PANEL; ++r) block[r] += x[i * stride + k] * panel[k * PANEL + r];
+    for (int r = 0; r < PANEL; ++r) sums[i * PANEL + r] += block[r];
+  }
 }
 
 constexpr RowKernels row_kernels_scalar{levels, values, dot, panel, multiply};

@@ -56,6 +56,7 @@ def cases() -> dict[str, tuple]:
     """All edges of packing, for one row of x and for several, and the dtypes."""
     found = {f"{name}-{rows}-rows": _case(*shape, rows) for name, shape in shapes().items() for rows in (1, 3, 17)}
     every = shapes()["every-width-one-past-a-group"]
+    found["deployment-depth"] = _case(shapes()["every-width"][0], 4_096, 17)  # long sums must not drift
     found["no-rows-of-x"] = _case(*every, 0)
     found["no-bias"] = _case(*every, 2, with_bias=False)
     found["bfloat16"] = _case(*every, 5, torch.bfloat16)
