@@ -46,6 +46,16 @@ def clearing_price(worth: Tensor, bytes_a_step: Tensor, wanted: float) -> float:
     return high
 
 
+@torch.no_grad()
+def set_depth(layer: QuantLayer, new: Tensor) -> None:
+    """Set a layer's depths, (C,), and fit the ranges of the channels whose integer width changes."""
+    depth = layer.weight_quantizer.get_parameter("bit_depth")
+    changed = depth.round() != new.round()
+    depth.copy_(new)
+    if changed.any():
+        layer.weight_quantizer.fit(layer.rows(), changed)
+
+
 class BitOptimizer:
     """Owns the learned parameters of all quantizers, so that the user's optimiser may be any and need not know them.
 
@@ -130,7 +140,7 @@ class BitOptimizer:
         price = clearing_price(self.flat(self.worth), self.flat(speed), sell)
         for name, depth in self.depths.items():
             pace = (1 - self.worth[name] / price).clamp(-1, 1) if price > 0 else torch.ones_like(depth)
-            self.set_depth(name, (depth - self.bit_rate * free[name] * pace).clamp(0, 8))
+            set_depth(self.layers[name], (depth - self.bit_rate * free[name] * pace).clamp(0, 8))
         return price
 
     def _check_gradients(self) -> None:
@@ -143,16 +153,6 @@ class BitOptimizer:
                         f"layer {name!r}: the gradient of its quantizer is not finite; lower the learning rate, "
                         "or load the last checkpoint"
                     )
-
-    @torch.no_grad()
-    def set_depth(self, name: str, new: Tensor) -> None:
-        """Set a layer's depths, (C,), and fit the ranges of the channels whose integer width changes."""
-        depth = self.depths[name]
-        changed = depth.round() != new.round()
-        depth.copy_(new)
-        if changed.any():
-            layer = self.layers[name]
-            layer.weight_quantizer.fit(layer.rows(), changed)
 
     @torch.no_grad()
     def sell_cheapest(self, size_gradient: dict[str, Tensor], step: int, size: float) -> bool:
@@ -168,7 +168,7 @@ class BitOptimizer:
         for i in order[:count].tolist():
             new[names[i]][index[i]] = width[i] - 1
         for name, value in new.items():
-            self.set_depth(name, value)
+            set_depth(self.layers[name], value)
         return bool(len(order))
 
     def state_dict(self) -> dict:

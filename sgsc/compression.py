@@ -166,7 +166,7 @@ class SelfCompression:
             self.model.load_state_dict(self.best)
         self.bits.detach()
         self._measure()
-        found = check(self.model, self.keep, self.config.tolerance) if self.keep is not None else Check(0, 0, 0)
+        found = self._look()
         target_held = self.size <= self.config.target_size
         reasons = []
         if not found.held:
@@ -233,11 +233,14 @@ class SelfCompression:
         with evaluating(self.model):
             return self.keep.loss(self.model, self.keep.batch(self.generator, size))
 
+    def _look(self) -> Check:
+        return Check(0, 0, 0) if self.keep is None else check(self.model, self.keep, self.config.tolerance)
+
     def _check(self) -> None:
         self._measure()
         if self.holding and self.size > self.config.target_size:
             self.holding = False  # removed channels or restored ones moved the stored size
-        found = check(self.model, self.keep, self.config.tolerance) if self.keep is not None else Check(0, 0, 0)
+        found = self._look()
         size = self.size
         if found.held:
             self.good = self._snapshot()

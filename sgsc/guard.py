@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .bits import set_depth
 from .certificate import allowed, compare, outputs
 from .coupling import Coupling
 from .layers import QuantLayer, quant_layers
@@ -54,14 +55,10 @@ def widths(model: nn.Module) -> dict[str, Tensor]:
 
 
 def set_widths(layers: dict[str, QuantLayer], new: dict[str, Tensor]) -> None:
-    """Set integer widths and fit the ranges of the channels that change."""
-    with torch.no_grad():
-        for name, layer in layers.items():
-            depth = layer.weight_quantizer.get_parameter("bit_depth")
-            changed = depth.round() != new[name]
-            depth[changed] = new[name][changed]
-            if changed.any():
-                layer.weight_quantizer.fit(layer.rows(), changed)
+    """Set the integer widths of the channels that change; the others keep the fraction of their depth."""
+    for name, layer in layers.items():
+        depth = layer.weight_quantizer.get_parameter("bit_depth").detach()
+        set_depth(layer, torch.where(depth.round() == new[name], depth, new[name]))
 
 
 def revive(model: nn.Module, coupling: Coupling, good: dict[str, Tensor], which: dict[str, Tensor]) -> None:

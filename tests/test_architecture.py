@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "sgsc/preservation": {"selectors", "samples"},
     "sgsc/certificate": {"preservation", "samples"},
     "sgsc/bits": {"layers"},
-    "sgsc/guard": {"certificate", "coupling", "layers", "preservation", "samples"},
+    "sgsc/guard": {"bits", "certificate", "coupling", "layers", "preservation", "samples"},
     "sgsc/compression": {
         *("artefact", "bits", "config", "coupling", "guard", "layers", "packed", "preservation", "samples", "size"),
     },
