@@ -1,0 +1,108 @@
+// The quantizer's operations as torch sees them.
+#include "fake_quantize.h"
+#include "torch_args.h"
+
+namespace {
+
+using sgsc::ANY;
+using sgsc::empty;
+using sgsc::Sizes;
+using sgsc::take;
+using sgsc::threads;
+using sgsc::Type;
+using sgsc::type_of;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+// Tensors of one call and what they point into: copies must outlive the kernel.
+struct Batch {
+  const char* op;
+  std::vector<sgsc::GridRows> tensors;
+  Tensors alive, out, grad_scale, grad_lo, grad_hi;
+
+  const void* keep(const char* name, const Tensor& t, ScalarType dtype, const Sizes& want) {
+    alive.push_back(take(op, name, t, dtype, want));
+    return alive.back().const_data_ptr();
+  }
+
+  void* make(Tensors& results, const Tensor& like, const Sizes& sizes) {
+    results.push_back(empty(like, sizes));
+    return results.back().mutable_data_ptr();
+  }
+
+  void add(const Tensor* grad, const Tensor& x, const Tensor& scale, const Tensor& lo, const Tensor& hi,
+           const Tensor& shift) {
+    const Type type = type_of(op, x, true);
+    const ScalarType real = type == Type::f64 ? ScalarType::Double : ScalarType::Float;
+    sgsc::GridRows t{};
+    t.type = type;
+    t.x = keep("x", x, x.scalar_type(), {ANY, ANY});
+    t.rows = x.size(0), t.width = x.size(1);
+    t.scale = keep("scale", scale, real, {t.rows});
+    t.lo = keep("lo", lo, real, {t.rows});
+    t.hi = keep("hi", hi, real, {t.rows});
+    t.shift = keep("shift", shift, real, {t.rows});
+    if (grad) {
+      t.grad = keep("grad", *grad, x.scalar_type(), {t.rows, t.width});
+      t.grad_scale = make(grad_scale, scale, {t.rows});
+      t.grad_lo = make(grad_lo, scale, {t.rows});
+      t.grad_hi = make(grad_hi, scale, {t.rows});
+    }
+    t.out = make(out, x, {t.rows, t.width});
+    tensors.push_back(t);
+  }
+
+  void add(const Tensors* grad, const Tensors& x, const Tensors& scale, const Tensors& lo, const Tensors& hi,
+           const Tensors& shift) {
+    for (const auto* list : {grad ? grad : &x, &scale, &lo, &hi, &shift})
+      if (list->size() != x.size())
+        throw std::invalid_argument(std::string(op) + ": lists of " + std::to_string(x.size()) + " and " +
+                                    std::to_string(list->size()) + " tensors; want one grid a tensor");
+    for (size_t i = 0; i < x.size(); ++i) add(grad ? &(*grad)[i] : nullptr, x[i], scale[i], lo[i], hi[i], shift[i]);
+  }
+};
+
+Tensor fake_quantize(const Tensor& x, const Tensor& scale, const Tensor& lo, const Tensor& hi, const Tensor& shift) {
+  Batch batch{"fake_quantize"};
+  batch.add(nullptr, x, scale, lo, hi, shift);
+  sgsc::fake_quantize(batch.tensors, threads());
+  return batch.out[0];
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_backward(const Tensor& grad, const Tensor& x,
+                                                                  const Tensor& scale, const Tensor& lo,
+                                                                  const Tensor& hi, const Tensor& shift) {
+  Batch batch{"fake_quantize_backward"};
+  batch.add(&grad, x, scale, lo, hi, shift);
+  sgsc::fake_quantize_backward(batch.tensors, threads());
+  return {batch.out[0], batch.grad_scale[0], batch.grad_lo[0], batch.grad_hi[0]};
+}
+
+Tensors fake_quantize_many(const Tensors& x, const Tensors& scale, const Tensors& lo, const Tensors& hi,
+                           const Tensors& shift) {
+  Batch batch{"fake_quantize_many"};
+  batch.add(nullptr, x, scale, lo, hi, shift);
+  sgsc::fake_quantize(batch.tensors, threads());
+  return batch.out;
+}
+
+Tensors fake_quantize_many_backward(const Tensors& grad, const Tensors& x, const Tensors& scale, const Tensors& lo,
+                                    const Tensors& hi, const Tensors& shift) {
+  Batch batch{"fake_quantize_many_backward"};
+  batch.add(&grad, x, scale, lo, hi, shift);
+  sgsc::fake_quantize_backward(batch.tensors, threads());
+  Tensors all = batch.out;
+  for (const Tensors* kind : {&batch.grad_scale, &batch.grad_lo, &batch.grad_hi})
+    all.insert(all.end(), kind->begin(), kind->end());
+  return all;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sgsc, CPU, m) {
+  m.impl("fake_quantize", TORCH_BOX(&fake_quantize));
+  m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward));
+  m.impl("fake_quantize_many", TORCH_BOX(&fake_quantize_many));
+  m.impl("fake_quantize_many_backward", TORCH_BOX(&fake_quantize_many_backward));
+}
