@@ -51,13 +51,14 @@ def extensions() -> list[Extension]:
             warnings.warn("sgsc: no torch>=2.10 here; installing without the C++ extension", stacklevel=1)
         return []
     sanitize = os.environ.get("SGSC_SANITIZE")
-    flags = ["-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-maybe-uninitialized"]
+    flags = ["-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
+    flags += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # false in the AVX-512 headers of gcc 12
     flags += ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitize}"] if sanitize else ["-O3", "-g0"]
     return [
         Extension(
             "sgsc._C",
             sources=sorted(str(p.relative_to(HERE)) for p in (HERE / "csrc").glob("*.cpp")),
-            depends=sorted(str(p.relative_to(HERE)) for p in (HERE / "csrc").glob("*.h")),
+            depends=sorted(str(p.relative_to(HERE)) for kind in ("h", "inc") for p in (HERE / "csrc").glob(f"*.{kind}")),
             include_dirs=["csrc", str(torch / "include")],
             library_dirs=[str(torch / "lib")],
             libraries=["torch_cpu"],

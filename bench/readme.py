@@ -18,11 +18,14 @@ from typing import Any
 
 from sgsc.files import write_atomically
 
+from .peer_claims import best_peer, groups, ours
+from .peer_problem import EXACT, INT8, WIDTHS
 from .record import RESULTS, read
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BLOCK = re.compile(r"(<!-- tables: (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
 STAMP = {"section", "machine", "commit", "date", "command"}
+SHOWN = "4096x4096, 2 threads"  # the section of cpu_peers that is shown width by width
 RATIOS = "A ratio is that peer's time over ours: below 1 (bold) the peer is faster."
 
 Row = Mapping[str, Any]
@@ -68,8 +71,9 @@ def filled(text: str, results: Path) -> str:
 
 def tables(found: Mapping[str, list[dict[str, Any]]]) -> str:
     """Markdown for one result file: each section's table and where it was measured, then the claims."""
-    sections = {row["section"] for row in found["rows"]}
-    parts = []
+    others = [row for row in found["rows"] if "candidate" in row]
+    sections = {row["section"] for row in found["rows"] if "candidate" not in row}
+    parts = [("other libraries", libraries(others), origin(others))] if others else []
     for section in [*(s for s in LAYOUTS if s in sections), *sorted(sections - LAYOUTS.keys())]:
         rows = [row for row in found["rows"] if row["section"] == section]
         parts.append((section, LAYOUTS.get(section, as_they_are)(rows), origin(rows)))
@@ -164,6 +168,41 @@ def peers(rows: Rows) -> str:
     notes = "".join(f" {name} is missing where it failed: {cell(why)}." for name, why in missing)
     head = ["case", "MB moved", "µs", "share of copy bandwidth", *names]
     return f"{table(head, lines)}\n\n{RATIOS}{notes}"
+
+
+def libraries(rows: Rows) -> str:
+    """Ours against the best peer: each width in the section that matters most, the worst width in every section."""
+    timed = [row for row in rows if "missing" not in row]
+    cases = [*groups(timed, None, False), *groups(timed, None, True)]
+    batches = sorted({row["rows"] for row in timed})
+    full = [[str(width), kind] for kind in (INT8, EXACT) for width in WIDTHS]
+    worst = [[place, kind] for place in dict.fromkeys(where for where, *_ in cases) for kind in (INT8, EXACT)]
+    for m in batches:
+        of = {where: group for where, rows_of_x, group in cases if rows_of_x == m}
+        for line in full:
+            line.append(versus(of.get(SHOWN, []), next(w for w in WIDTHS if str(w) == line[0]), line[1])[1])
+        for line in worst:
+            found = [versus(of.get(line[0], []), width, line[1]) for width in WIDTHS]
+            line.append(min((v for v in found if v[1]), key=lambda v: v[0], default=(0.0, ""))[1])
+    columns = [f"M = {m}" for m in batches]
+    parts = []
+    if any(where == SHOWN for where, *_ in cases):
+        parts += [f"{SHOWN}, by width, µs:", table(["bits", "numerics", *columns], full, text=2)]
+    parts += ["The worst width of each shape, µs:", table(["shape", "numerics", *columns], worst, text=2)]
+    missing = dict.fromkeys((r["library"], r["missing"]) for r in rows if "missing" in r and not r["candidate"])
+    notes = "".join(f" {library} is missing: {cell(why)}." for library, why in missing)
+    exact = " An int8 layer is compared with every peer of its width, an exact one with exact peers."
+    return "\n\n".join([*parts, f"{RATIOS}{exact}{notes}"])
+
+
+def versus(rows: Rows, width: int | str, numerics: str) -> tuple[float, str]:
+    """(ratio, our time with the ratio to the best peer and its name); the text is empty where there is no pair."""
+    mine, peer = ours(rows, width, numerics), best_peer(rows, width, numerics)
+    if not mine or not peer:
+        return 0.0, ""
+    value = peer["microseconds"] / mine["microseconds"]
+    shown = f"**{value:.2f}×**" if value < 1 else f"{value:.2f}×"
+    return value, f"{mine['microseconds']:,.0f}, {shown} {peer['library']}"
 
 
 def ratio(row: Row, name: str) -> str:

@@ -1,5 +1,8 @@
 """Time of one training step: float, prepared, prepared with the eager formula, and with SelfCompression.
 
+Beside the tasks of the demos, two networks of usual size on random data: ResNet-20 on 32 x 32 images, and a transformer
+of four layers, 256 wide. There quantizing must vanish in the step.
+
 A step draws the batch, runs forward and backward, clips, and moves AdamW, as sgsc/demos/training.py does. The four
 take turns from the same trained float network. The step of SelfCompression adds the preservation loss on its own batch,
 the size, and moving the widths; every `guard_every` steps it checks the guard, which the mean shows and the median not.
@@ -17,9 +20,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from sgsc.compression import SelfCompression
+from sgsc.demos.models import CharLM
 from sgsc.demos.tasks import Task, load
 from sgsc.demos.training import augmentation, batches, train
 from sgsc.kernels import Op
@@ -32,6 +37,8 @@ from .record import claim, options, write
 TASKS = ("digits", "char-lm")
 BUDGET = 3.0  # seconds that the fastest variant is measured for, at least
 FLOAT, FUSED, EAGER, COMPRESSING = "float", "prepared, fused", "prepared, eager formula", "SelfCompression"
+OVER_FLOAT = 1.02  # of a prepared step of a network of usual size, at most
+CLASSES = 64  # of the random labels, and tokens of the transformer
 SAMPLES = 200  # of the preservation set, as `sgsc compress` takes
 
 
@@ -47,6 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         claims.append(claim(text, 1.0, times[EAGER] / times[FUSED], "times as fast", at_least=1.0))
         shown = ", ".join(f"{variant} {t:.1f} ms" for variant, t in times.items())
         print(f"{name}: {shown}", file=sys.stderr)
+    for name, (network, x, y) in usual_networks(2 if chosen.quick else None).items():
+        found = measure_usual(name, network, x, y, 0.0 if chosen.quick else BUDGET)
+        rows += found
+        times = {row["variant"]: row["over_float"] for row in found}
+        text = f"{name}: prepared training step with the fused quantizer, against the float step"
+        claims.append(claim(text, OVER_FLOAT, times[FUSED], "times the time", at_most=OVER_FLOAT))
+        print(f"{name}: {', '.join(f'{v} {t:.3f}' for v, t in times.items())} of float", file=sys.stderr)
     path = write("main_job", "training", rows, claims, "python -m bench.training", chosen.results)
     print(f"wrote {len(rows)} rows and {len(claims)} claims of training to {path}", file=sys.stderr)
     return 0
@@ -89,20 +103,24 @@ def measure(task: Task, budget: float, quick: bool) -> list[dict[str, Any]]:
         EAGER: eagerly,
         COMPRESSING: stepper(task, prepared[COMPRESSING], keep),
     }
-    times = interleaved(runs, budget)
+    return rows_of(task.name, task.architecture[0], task.batch_size, interleaved(runs, budget))
+
+
+def rows_of(task: str, architecture: str, batch_size: int, times: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """One row a variant, of the seconds of its steps."""
     median = {name: 1e3 * statistics.median(t) for name, t in times.items()}
     return [
         {
-            "task": task.name,
-            "architecture": task.architecture[0],
-            "batch_size": task.batch_size,
+            "task": task,
+            "architecture": architecture,
+            "batch_size": batch_size,
             "variant": name,
             "milliseconds": median[name],
             "mean_milliseconds": 1e3 * statistics.fmean(times[name]),
             "rounds": len(times[name]),
             "over_float": median[name] / median[FLOAT],
         }
-        for name in runs
+        for name in times
     ]
 
 
@@ -149,6 +167,77 @@ def check(task: Task, network: nn.Module) -> None:
     for name, f, e in zip(names, fused, eager, strict=True):
         if not torch.allclose(f, e, rtol=1e-3, atol=1e-3 * float(e.abs().max())):
             raise ValueError(f"{task.name}: fused and eager quantizer disagree on {name}; no speed is written for them")
+
+
+# ---- networks of usual size, on random data ----
+
+
+class _Residual(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.path = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.shortcut = nn.Identity() if stride == 1 else shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.path(x) + self.shortcut(x))
+
+
+def resnet20() -> nn.Module:
+    """ResNet-20 of arXiv 1512.03385 for (N, 3, 32, 32), with convolutions on its two shortcuts: -> (N, CLASSES)."""
+    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    shapes = [(16, 16, 1)] * 3 + [(16, 32, 2)] + [(32, 32, 1)] * 2 + [(32, 64, 2)] + [(64, 64, 1)] * 2
+    blocks = [_Residual(*shape) for shape in shapes]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES))
+
+
+def usual_networks(batch: int | None) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
+    """Network, inputs and labels by name; `batch` samples in place of as many as is usual."""
+    torch.manual_seed(0)
+    images, texts = batch or 128, batch or 32
+    return {
+        "ResNet-20": (resnet20(), torch.randn(images, 3, 32, 32), torch.randint(CLASSES, (images,))),
+        "transformer, 4 x 256": (
+            CharLM(CLASSES, context=128, width=256, layers=4, heads=4),
+            torch.randint(CLASSES, (texts, 128)),
+            torch.randint(CLASSES, (texts, 128)),
+        ),
+    }
+
+
+def measure_usual(name: str, network: nn.Module, x: Tensor, y: Tensor, budget: float) -> list[dict[str, Any]]:
+    """One row a variant; every layer with weights is quantized by the default quantizer."""
+
+    def stepper_of(model: nn.Module) -> Callable[[], None]:
+        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01)
+
+        def step() -> None:
+            loss = F.cross_entropy(model(x).flatten(0, -2), y.flatten())
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+
+        return step
+
+    eager = stepper_of(prepare(copy.deepcopy(network)).model)
+
+    def eagerly() -> None:
+        with eager_formula():
+            eager()
+
+    runs = {
+        FLOAT: stepper_of(copy.deepcopy(network)),
+        FUSED: stepper_of(prepare(copy.deepcopy(network)).model),
+        EAGER: eagerly,
+    }
+    return rows_of(name, type(network).__name__, len(x), interleaved(runs, budget))
 
 
 if __name__ == "__main__":

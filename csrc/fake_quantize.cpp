@@ -1,15 +1,18 @@
 #include "fake_quantize.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
 #include "isa.h"
+#include "memory.h"
 
 namespace sgsc {
 namespace {
 
-constexpr std::int64_t BLOCK = 16384;  // elements a task: some microseconds, well above the cost of starting one
+constexpr std::int64_t ALONE = 1 << 18;  // below so many elements one thread is done before others have woken up
+constexpr std::int64_t BLOCK = 16384;    // elements a task: some microseconds, well above the cost of starting one
 
 // The meaning, in the arithmetic of the reference: S is the type of the grid, T that of the elements. A division stays
 // a division and nothing is contracted, or codes next to a tie would differ. Comparisons are such that a NaN is kept.
@@ -60,9 +63,10 @@ GridKernels grid_kernels_scalar(Type type) {
   }
 }
 
-GridKernels grid_kernels(Type type) {
+GridKernels grid_kernels(Type type, [[maybe_unused]] bool stream) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (isa() == Isa::avx2 && type != Type::f64) return grid_kernels_avx2(type);
+  if (isa() == Isa::avx512 && type != Type::f64) return grid_kernels_avx512(type, stream);
+  if (isa() >= Isa::avx2 && type != Type::f64) return grid_kernels_avx2(type, stream);
 #endif
   return grid_kernels_scalar(type);
 }
@@ -91,20 +95,30 @@ std::int64_t rows_a_task(const GridRows& t) {
   return std::max<std::int64_t>(BLOCK / std::max<std::int64_t>(t.width, 1), 1);
 }
 
+std::int64_t elements_of(const std::vector<GridRows>& tensors) {
+  std::int64_t elements = 0;
+  for (const GridRows& t : tensors) elements += t.rows * t.width;
+  return elements;
+}
+
 // Runs work(tensor, row, block, first element of the block, its length) once for every block of every row.
 template <class Work>
 void for_each_block(const std::vector<GridRows>& tensors, const Threads& threads, const Work& work) {
   std::vector<std::int64_t> first_task(1, 0);  // of each tensor, and the number of all
   for (const GridRows& t : tensors)
     first_task.push_back(first_task.back() + divide_up(t.rows, rows_a_task(t)) * blocks_a_row(t));
-  threads.run(first_task.back(), [&](std::int64_t task) {
+  const auto run = [&](std::int64_t task) {
     const auto which = std::upper_bound(first_task.begin(), first_task.end(), task) - first_task.begin() - 1;
     const GridRows& t = tensors[which];
     const std::int64_t blocks = blocks_a_row(t), step = rows_a_task(t), inner = task - first_task[which];
     const std::int64_t block = inner % blocks, row = inner / blocks * step, begin = block * BLOCK;
     for (std::int64_t r = row; r < std::min(row + step, t.rows); ++r)
       work(static_cast<std::size_t>(which), r, block, r * t.width + begin, std::min(BLOCK, t.width - begin));
-  });
+  };
+  if (elements_of(tensors) < ALONE)
+    for (std::int64_t task = 0; task < first_task.back(); ++task) run(task);
+  else
+    threads.run(first_task.back(), run);
 }
 
 struct Part {  // of a tensor
@@ -112,11 +126,24 @@ struct Part {  // of a tensor
   std::vector<Sums> sums;  // one a block; empty where a row is one block
 };
 
+std::atomic<std::int64_t>& stream_from() {
+  static std::atomic<std::int64_t> bytes{last_cache()};
+  return bytes;
+}
+
+// Results that fit no cache would only push out what is in it, after reading in the lines that they overwrite.
+bool streams(const std::vector<GridRows>& tensors) {
+  std::int64_t bytes = 0;
+  for (const GridRows& t : tensors) bytes += t.rows * t.width * size_of(t.type);
+  return bytes >= stream_from();
+}
+
 std::vector<Part> parts_of(const std::vector<GridRows>& tensors, bool with_sums) {
   std::vector<Part> parts;
+  const bool stream = streams(tensors);
   for (const GridRows& t : tensors) {
     const std::int64_t blocks = blocks_a_row(t);
-    parts.push_back({grid_kernels(t.type), std::vector<Sums>(with_sums && blocks > 1 ? t.rows * blocks : 0)});
+    parts.push_back({grid_kernels(t.type, stream), std::vector<Sums>(with_sums && blocks > 1 ? t.rows * blocks : 0)});
   }
   return parts;
 }
@@ -182,6 +209,19 @@ void fake_quantize_backward(const std::vector<GridRows>& tensors, const Threads&
       set_sums(tensors[i], row, sums);
     }
   }
+}
+
+std::int64_t set_stream_from(std::int64_t bytes) { return stream_from().exchange(bytes); }
+
+void stream(const float* from, const float* with, float* to, std::int64_t n, const Threads& threads) {
+  threads.run(divide_up(n, BLOCK), [&](std::int64_t task) {
+    const std::int64_t begin = task * BLOCK, length = std::min(BLOCK, n - begin);
+    const float* second = with ? with + begin : nullptr;
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (isa() >= Isa::avx2) return stream_avx2(from + begin, second, to + begin, length);
+#endif
+    for (std::int64_t i = 0; i < length; ++i) to[begin + i] = second ? from[begin + i] + second[i] : from[begin + i];
+  });
 }
 
 }  // namespace sgsc

@@ -6,6 +6,8 @@
 // Gradient sums do not depend on the number of threads: a row is cut into fixed blocks, each block is summed in float
 // lanes of at most 32 terms and in double beyond, and the blocks of a row are added in order.
 //
+// Results larger than the last-level cache are written past it, so that no line is read before it is overwritten.
+//
 // Floor in float32: forward 8 bytes an element (read x, write q), about 6 operations; backward 12 bytes (read grad and
 // x, write the gradient of x), about 14 operations. Both are bound by memory.
 #pragma once
@@ -31,6 +33,12 @@ struct GridRows {
 void fake_quantize(const std::vector<GridRows>& tensors, const Threads& threads);
 void fake_quantize_backward(const std::vector<GridRows>& tensors, const Threads& threads);
 
+// For tests: results of so many bytes and more go past the caches. Returns what held before.
+std::int64_t set_stream_from(std::int64_t bytes);
+
+// to = from, or from + with, past the caches: what a bench compares the two above with. No aliasing.
+void stream(const float* from, const float* with, float* to, std::int64_t n, const Threads& threads);
+
 // What an instruction set provides: a stretch of one row whose hi exceeds lo.
 struct Grid {
   double scale, lo, hi, shift;  // of a float row: values of float
@@ -45,6 +53,9 @@ struct GridKernels {
   void (*backward)(const void* grad, const void* x, const Grid& grid, void* grad_x, std::int64_t n, Sums& sums);
 };
 
-GridKernels grid_kernels_avx2(Type type);  // not for f64
+// Not for f64. With `stream`, results go past the caches, to memory.
+GridKernels grid_kernels_avx2(Type type, bool stream);
+GridKernels grid_kernels_avx512(Type type, bool stream);
+void stream_avx2(const float* from, const float* with, float* to, std::int64_t n);
 
 }  // namespace sgsc

@@ -1,34 +1,18 @@
 #include "packed_conv2d.h"
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace sgsc {
 namespace {
 
-constexpr std::int64_t TILE_FLOATS = 65536;  // of patches: 256 KiB
-constexpr std::int64_t MOST_PIXELS = 96;     // a tile
-constexpr std::int64_t FEWEST_PIXELS = 6;
-
-// The patch under each of `pixels` output pixels from `first` on, (pixels, K), zeros where it hangs over the edge.
-// `x` is the first input channel of the group.
-void gather(const float* x, const Convolution& c, std::int64_t channels, std::int64_t first, std::int64_t pixels,
-            float* patch) {
-  for (std::int64_t pixel = first; pixel < first + pixels; ++pixel) {
-    const std::int64_t top = pixel / c.out_width * c.stride[0] - c.padding[0];
-    const std::int64_t left = pixel % c.out_width * c.stride[1] - c.padding[1];
-    for (std::int64_t channel = 0; channel < channels; ++channel)
-      for (std::int64_t i = 0; i < c.kernel[0]; ++i) {
-        const std::int64_t y = top + i * c.dilation[0];
-        const std::int64_t line = (channel * c.height + y) * c.width;
-        for (std::int64_t j = 0; j < c.kernel[1]; ++j) {
-          const std::int64_t at = left + j * c.dilation[1];
-          *patch++ = y >= 0 && y < c.height && at >= 0 && at < c.width ? x[line + at] : 0.0f;
-        }
-      }
-  }
-}
+constexpr std::int64_t UNIT = 4;                // bytes
+constexpr std::int64_t STRIP_BYTES = 1 << 19;   // of the strips of a task
+constexpr std::int64_t MOST_STRIPS = 16;        // of a task
+constexpr std::int64_t PLANE_VALUES = 1 << 14;  // of x a task, where planes are made
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("packed_conv2d: " + what); }
 
@@ -40,11 +24,244 @@ void check_pair(const char* name, const Convolution::Sizes& pair, std::int64_t l
   if (pair.size() != 2) refuse(std::string(name) + " has " + std::to_string(pair.size()) + " numbers; want 2");
 }
 
+template <class T>
+void pad_as(const T* x, const Convolution& c, float* padded) {
+  const std::int64_t wide = c.padded_width(), side = c.padding[1];
+  std::fill_n(padded, c.padding[0] * wide + side, 0.0f);
+  padded += c.padding[0] * wide + side;
+  for (std::int64_t y = 0; y < c.height; ++y, x += c.width, padded += wide) {
+    if constexpr (std::is_same<T, float>::value)
+      std::memcpy(padded, x, c.width * sizeof(float));
+    else
+      for (std::int64_t i = 0; i < c.width; ++i) padded[i] = widen(x[i]);
+    std::fill_n(padded + c.width, y + 1 < c.height ? 2 * side : side, 0.0f);  // and the left of the next
+  }
+  std::fill_n(padded - side, c.padding[0] * wide, 0.0f);
+}
+
+template <class T>
+void write_as(const ConvolutionData& data, const Convolution& c, std::int64_t image, const std::int32_t* rows,
+              std::int64_t first, std::int64_t n, const float* values) {
+  const T* bias = static_cast<const T*>(data.bias);
+  T* images = static_cast<T*>(data.y) + image * c.rows * c.area() + first;
+  for (int r = 0; r < TILE && rows[r] >= 0; ++r, values += n < TILE ? TILE : n) {
+    const float add = bias ? widen(bias[rows[r]]) : 0.0f;
+    T* y = images + rows[r] * c.area();
+    for (std::int64_t i = 0; i < n; ++i) narrow(values[i] + add, y[i]);
+  }
+}
+
+// Runs use(i) for all i < n, some to a task of about `size` values each.
+template <class Use>
+void in_tasks(std::int64_t n, std::int64_t size, const Threads& threads, const Use& use) {
+  const std::int64_t each = std::max<std::int64_t>(PLANE_VALUES / std::max<std::int64_t>(size, 1), 1);
+  threads.run((n + each - 1) / each, [&](std::int64_t task) {
+    for (std::int64_t i = task * each; i < std::min((task + 1) * each, n); ++i) use(i);
+  });
+}
+
+// One image as planes of units, and the step of its values where they are int8. A quad is four channels at one tap.
+class Exact {
+ public:
+  using Value = float;
+  using Sum = float;
+  static constexpr std::int64_t LINES = 4;  // of 16 units, a quad
+
+  Exact(const ConvolutionData& data, const Convolution& c, std::int64_t image, const Threads& threads)
+      : as_it_is_(data.type == Type::f32 && !c.padding[0] && !c.padding[1]),
+        padded_(as_it_is_ ? 0 : c.inputs * c.plane()),
+        units_(as_it_is_ ? static_cast<const float*>(data.x) + image * c.inputs * c.plane() : padded_.data()) {
+    if (!as_it_is_)
+      in_tasks(c.inputs, c.plane(), threads,
+               [&](std::int64_t i) { pad_plane(data, c, image, i, padded_.data() + i * c.plane()); });
+  }
+
+  // The units of line `line` of quad channel `quad` of a group, or null where there is no such channel.
+  const float* units(const Convolution& c, std::int64_t group, std::int64_t quad, std::int64_t line) const {
+    const std::int64_t channel = 4 * quad + line;
+    return channel < c.channels() ? units_ + (group * c.channels() + channel) * c.plane() : nullptr;
+  }
+  Side side(const float*, const std::int64_t*, std::int64_t) const { return side_of_x(nullptr, nullptr); }
+  static void settle(const float* sums, const Side& x, const Side& rows, float* out) {
+    tile_kernels().scale(sums, TILE, x, rows, out);
+  }
+
+ private:
+  bool as_it_is_;
+  Scratch<float> padded_;
+  const float* units_;
+};
+
+class Int8 {
+ public:
+  using Value = std::int8_t;
+  using Sum = std::int32_t;
+  static constexpr std::int64_t LINES = 1;
+
+  Int8(const ConvolutionData& data, const Convolution& c, std::int64_t image, const Threads& threads)
+      : quads_((c.channels() + 3) / 4), units_(c.groups * quads_ * c.plane() * UNIT) {
+    const TileKernels& kernels = tile_kernels();
+    const Exact floats(data, c, image, threads);
+    const auto plane = [&](std::int64_t channel) {
+      return floats.units(c, channel / c.channels(), channel % c.channels() / 4, channel % c.channels() % 4);
+    };
+    std::vector<float> largest(c.inputs);
+    in_tasks(c.inputs, c.plane(), threads, [&](std::int64_t i) { largest[i] = kernels.largest(plane(i), c.plane()); });
+    const Step step(kernels.largest(largest.data(), c.inputs));
+    step_ = step.step;
+    in_tasks(c.groups * quads_, 4 * c.plane(), threads, [&](std::int64_t i) {
+      const std::int64_t first = i % quads_ * 4, some = std::min<std::int64_t>(c.channels() - first, 4);
+      std::int8_t* out = units_.data() + i * c.plane() * UNIT;
+      if (step.step == step.step)
+        kernels.quantize_four(plane(i / quads_ * c.channels() + first), c.plane(), some, step.inverse, out);
+      else
+        std::fill_n(out, c.plane() * UNIT, std::int8_t{0});
+    });
+  }
+
+  const std::int8_t* units(const Convolution& c, std::int64_t group, std::int64_t quad, std::int64_t) const {
+    return units_.data() + (group * quads_ + quad) * c.plane() * UNIT;
+  }
+  Side side(const std::int8_t* strip, const std::int64_t* at, std::int64_t quads) const {
+    constexpr std::uint8_t ones[4] = {1, 1, 1, 1};
+    std::int32_t totals[TILE] = {};
+    float steps[TILE];
+    std::fill(steps, steps + TILE, step_);
+    tile_kernels().dot_values(strip, at, 1, quads, ones, 0, 1, totals);
+    return side_of_x(totals, steps);
+  }
+  static void settle(const std::int32_t* sums, const Side& x, const Side& rows, float* out) {
+    tile_kernels().settle(sums, TILE, x, rows, out);
+  }
+
+ private:
+  std::int64_t quads_;
+  Scratch<std::int8_t> units_;
+  float step_;
+};
+
+// Units of a strip's 16 pixels from the first on; equal steps of 1 where the pixels are neighbours.
+struct Pixels {
+  std::int64_t at[TILE];
+  bool neighbours = true;
+
+  Pixels(const Convolution& c, std::int64_t first) {
+    for (int p = 0; p < TILE; ++p) {
+      at[p] = c.place_of(std::min(first + p, c.area() - 1));
+      neighbours &= at[p] == at[0] + p;
+    }
+  }
+};
+
+// Where each line of a strip lies from the strip's first pixel on, in values: x is then used as it is. Only where all
+// strips are neighbours and all quads full.
+template <class Numerics>
+std::vector<std::int64_t> places(const Convolution& c, const Numerics& image) {
+  std::vector<std::int64_t> at;
+  if (c.stride[1] != 1 || c.out_width % TILE || c.channels() % 4) return at;
+  constexpr std::int64_t unit = UNIT / static_cast<std::int64_t>(sizeof(typename Numerics::Value));
+  const auto* base = image.units(c, 0, 0, 0);
+  for (std::int64_t quad = 0; quad < c.channels() / 4; ++quad)
+    for (std::int64_t tap = 0; tap < c.taps(); ++tap)
+      for (std::int64_t line = 0; line < Numerics::LINES; ++line)
+        at.push_back(image.units(c, 0, quad, line) - base + c.place_of_tap(tap) * unit);
+  return at;
+}
+
+// The 16 pixels from `first` on at all K of a group.
+template <class Numerics>
+void gather(const Convolution& c, const Numerics& image, const std::vector<std::int64_t>& taps, std::int64_t group,
+            std::int64_t first, std::int64_t size, typename Numerics::Value* strip) {
+  const Pixels pixels(c, first);
+  auto* out = reinterpret_cast<std::uint8_t*>(strip);
+  for (std::int64_t quad = 0; quad < (c.channels() + 3) / 4; ++quad)
+    for (const std::int64_t tap : taps)
+      for (std::int64_t line = 0; line < Numerics::LINES; ++line, out += LINE) {
+        const auto* units = reinterpret_cast<const std::uint8_t*>(image.units(c, group, quad, line));
+        if (!units) {
+          std::memset(out, 0, LINE);
+        } else if (pixels.neighbours) {
+          std::memcpy(out, units + (pixels.at[0] + tap) * UNIT, LINE);
+        } else {
+          for (int p = 0; p < TILE; ++p) std::memcpy(out + p * UNIT, units + (pixels.at[p] + tap) * UNIT, UNIT);
+        }
+      }
+  std::fill(out, reinterpret_cast<std::uint8_t*>(strip + size), std::uint8_t{0});
+}
+
+// Consecutive tiles of one group.
+struct Stretch {
+  std::int64_t group, first, end;
+};
+
+std::vector<Stretch> by_group(const Convolution& c, const TileList& tiles, std::int64_t most) {
+  std::vector<Stretch> all;
+  for (std::int64_t t = 0; t < tiles.count(); ++t) {
+    const std::int64_t group = std::max(tiles[t].slots[0], 0) / (c.rows / c.groups);
+    if (all.empty() || all.back().group != group || all.back().end - all.back().first == most)
+      all.push_back({group, t, t});
+    ++all.back().end;
+  }
+  return all;
+}
+
+template <class Numerics>
+void one_image(const ConvolutionData& data, const Convolution& c, const TileList& tiles, std::int64_t image,
+               const Threads& threads) {
+  using Value = typename Numerics::Value;
+  const Numerics planes(data, c, image, threads);
+  const std::vector<std::int64_t> at = places(c, planes);
+  std::vector<std::int64_t> taps(c.taps());
+  for (std::int64_t tap = 0; tap < c.taps(); ++tap) taps[tap] = c.place_of_tap(tap);
+  const std::int64_t levels = (c.channels() + 3) / 4 * 4 * c.taps();
+
+  const std::int64_t strips = (c.area() + TILE - 1) / TILE, strip_size = tiles.blocks() * BLOCK * TILE;
+  const std::int64_t fit = STRIP_BYTES / std::max<std::int64_t>(strip_size * sizeof(Value), 1);
+  const std::int64_t fair = (strips + 2 * threads.count - 1) / (2 * threads.count);
+  const std::int64_t step = std::max<std::int64_t>(std::min({fit, fair, MOST_STRIPS}), 1);
+  const std::int64_t pieces = (strips + step - 1) / step;
+  // few pixels: what they lack in tasks, the rows bring
+  const std::vector<Stretch> stretches = by_group(c, tiles, pieces < threads.count ? 1 : tiles.count());
+  threads.run(static_cast<std::int64_t>(stretches.size()) * pieces, [&](std::int64_t task) {
+    const Stretch& rows = stretches[task / pieces];
+    const std::int64_t from = task % pieces * step, count = std::min(step, strips - from);
+    const Scratch<Value> gathered(at.empty() ? count * strip_size : 0);
+    std::int64_t starts[MOST_STRIPS];
+    Strips<Value> x{gathered.data(), count, strip_size};
+    if (at.empty()) {
+      for (std::int64_t s = 0; s < count; ++s)
+        gather(c, planes, taps, rows.group, (from + s) * TILE, strip_size, gathered.data() + s * strip_size);
+    } else {
+      for (std::int64_t s = 0; s < count; ++s)
+        starts[s] = c.place_of((from + s) * TILE) * (UNIT / static_cast<std::int64_t>(sizeof(Value)));
+      x = {planes.units(c, rows.group, 0, 0), count, 0, starts, at.data()};
+    }
+    const Scratch<typename Numerics::Sum> sums(count * GROUP * TILE * TILE);
+    std::vector<Side> sides;
+    for (std::int64_t s = 0; s < count; ++s)
+      sides.push_back(planes.side(x.at ? x.x + starts[s] : x.x + s * strip_size, x.at, levels / 4));
+    for (std::int64_t first = rows.first; first < rows.end; first += GROUP) {
+      const std::int64_t n = std::min(GROUP, rows.end - first);
+      multiply_pixels(tiles, first, n, levels, x, sums.data());
+      for (std::int64_t t = 0; t < n; ++t) {
+        const Tile tile = tiles[first + t];
+        const Side side = side_of_rows(tile);
+        for (std::int64_t s = 0; s < count; ++s) {
+          float settled[TILE * TILE] = {};
+          if (tile.bits) Numerics::settle(sums.data() + (s * n + t) * TILE * TILE, sides[s], side, settled);
+          const std::int64_t pixel = (from + s) * TILE, here = std::min<std::int64_t>(TILE, c.area() - pixel);
+          write_pixels(data, c, image, tile.slots, pixel, here, settled);
+        }
+      }
+    }
+  });
+}
+
 }  // namespace
 
 Convolution::Convolution(const Sizes& x, std::int64_t rows, const Sizes& kernel, const Sizes& stride,
                          const Sizes& padding, const Sizes& dilation, std::int64_t groups)
-    : groups(groups), kernel(kernel), stride(stride), padding(padding), dilation(dilation) {
+    : rows(rows), groups(groups), kernel(kernel), stride(stride), padding(padding), dilation(dilation) {
   check_pair("kernel", kernel, 1);
   check_pair("stride", stride, 1);
   check_pair("padding", padding, 0);
@@ -65,39 +282,33 @@ Convolution::Convolution(const Sizes& x, std::int64_t rows, const Sizes& kernel,
   out_height = output(0), out_width = output(1);
 }
 
-void packed_conv2d(const float* x, const Convolution& c, const PackedRows& p, const float* scale, const float* offset,
-                   const float* bias, float* y, const Threads& threads) {
-  const std::int64_t area = c.out_height * c.out_width, channels = c.inputs / c.groups, rows = p.rows / c.groups;
-  const std::int64_t fit = TILE_FLOATS / std::max<std::int64_t>(p.width, 1);
-  const std::int64_t step = std::min(std::max(fit, FEWEST_PIXELS), MOST_PIXELS), tiles = (area + step - 1) / step;
-  const RowKernels& kernels = row_kernels();
-  std::vector<std::vector<std::int64_t>> live;
-  for (std::int64_t group = 0; group < c.groups; ++group)
-    live.push_back(live_rows(p, group * rows, (group + 1) * rows));
+void pad_plane(const ConvolutionData& data, const Convolution& c, std::int64_t image, std::int64_t channel,
+               float* padded) {
+  const std::int64_t at = (image * c.inputs + channel) * c.height * c.width;
+  if (data.type == Type::f32) return pad_as(static_cast<const float*>(data.x) + at, c, padded);
+  if (data.type == Type::bf16) return pad_as(static_cast<const Bfloat16*>(data.x) + at, c, padded);
+  pad_as(static_cast<const Float16*>(data.x) + at, c, padded);
+}
 
-  threads.run(c.batch * c.groups * tiles, [&](std::int64_t task) {
-    const std::int64_t first = task % tiles * step, group = task / tiles % c.groups, image = task / tiles / c.groups;
-    const std::int64_t pixels = std::min(step, area - first);
-    const auto out = [&](std::int64_t row) { return y + (image * p.rows + row) * area + first; };
-    const auto add = [&](std::int64_t row) { return bias ? bias[row] : 0.0f; };
-    for (std::int64_t row = group * rows; row < (group + 1) * rows; ++row)
-      if (!p.bits[row]) std::fill_n(out(row), pixels, add(row));
-    if (live[group].empty()) return;
+void write_pixels(const ConvolutionData& data, const Convolution& c, std::int64_t image, const std::int32_t* rows,
+                  std::int64_t first, std::int64_t n, const float* values) {
+  if (data.type == Type::f32) return write_as<float>(data, c, image, rows, first, n, values);
+  if (data.type == Type::bf16) return write_as<Bfloat16>(data, c, image, rows, first, n, values);
+  write_as<Float16>(data, c, image, rows, first, n, values);
+}
 
-    std::vector<float> patches(pixels * p.width);
-    gather(x + (image * c.inputs + group * channels) * c.height * c.width, c, channels, first, pixels, patches.data());
-    alignas(64) float sums[MOST_PIXELS * PANEL];
-    const std::int64_t count = static_cast<std::int64_t>(live[group].size());
-    for (std::int64_t at = 0; at < count; at += PANEL) {
-      const std::int64_t* those = live[group].data() + at;
-      const int here = static_cast<int>(std::min<std::int64_t>(count - at, PANEL));
-      panel_product(kernels, p, offset, those, here, patches.data(), pixels, sums);
-      for (int r = 0; r < here; ++r) {
-        float* to = out(those[r]);
-        const float factor = scale[those[r]], plus = add(those[r]);
-        for (std::int64_t i = 0; i < pixels; ++i) to[i] = sums[i * PANEL + r] * factor + plus;
-      }
-    }
+void packed_conv2d(const ConvolutionData& data, const Convolution& c, const Tiles& tiles, bool int8,
+                   const Threads& threads) {
+  if (!c.batch || !c.rows || !c.area()) return;
+  const TileList list(tiles);
+  if (c.sliding()) return sliding_conv2d(data, c, list, threads);
+  const bool by_image = c.batch >= threads.count;  // else the threads share each image
+  (by_image ? threads : Threads::one()).run(c.batch, [&](std::int64_t image) {
+    const Threads& inside = by_image ? Threads::one() : threads;
+    if (int8 && c.levels <= WIDEST)
+      one_image<Int8>(data, c, list, image, inside);
+    else
+      one_image<Exact>(data, c, list, image, inside);
   });
 }
 

@@ -5,61 +5,189 @@
 namespace sgsc {
 namespace {
 
-constexpr std::int64_t BYTES = 8192;  // packed, a task: some microseconds
-constexpr std::int64_t TALL = 192;    // rows of x a task; a panel is unpacked once a task
-constexpr std::int64_t SHORT = 48;    // the same where panels alone cannot keep all threads busy
+constexpr std::int64_t BYTES = 16384;     // of tiles a thread, times tokens: some microseconds
+constexpr std::int64_t STRIPS = 32;       // most of a task
+constexpr std::int64_t VALUES = 1 << 16;  // of x a thread, where x is prepared for many tokens
 
-void fused(const float* x, std::int64_t m, const PackedRows& p, const float* scale, const float* offset,
-           const float* bias, float* y, const Threads& threads) {
-  const RowKernels& kernels = row_kernels();
-  const std::int64_t total = p.starts[p.rows];
-  const std::int64_t tasks = std::max<std::int64_t>(std::min(threads.count, total * m / BYTES), 1);
-  const auto boundary = [&](std::int64_t task) {  // first row of a task
-    if (task == 0 || task == tasks) return task == 0 ? 0 : p.rows;
-    return static_cast<std::int64_t>(std::lower_bound(p.starts, p.starts + p.rows, total / tasks * task) - p.starts);
-  };
-  threads.run(tasks, [&](std::int64_t task) {
-    for (std::int64_t row = boundary(task); row < boundary(task + 1); ++row) {
-      const float add = bias ? bias[row] : 0.0f;
-      float sums[FUSED] = {};
-      if (p.bits[row]) kernels.dot(row_of(p, row), p.width, offset[row], x, p.width, static_cast<int>(m), sums);
-      for (std::int64_t i = 0; i < m; ++i) y[i * p.rows + row] = p.bits[row] ? sums[i] * scale[row] + add : add;
+// The rows of x one at a time as floats, from whatever they are.
+class Rows {
+ public:
+  Rows(const Linear& layer) : layer_(layer), widened_(layer.type == Type::f32 ? 0 : layer.width) {}
+
+  const float* operator[](std::int64_t row) const {
+    const std::int64_t at = row * layer_.width;
+    if (layer_.type == Type::f32) return static_cast<const float*>(layer_.x) + at;
+    const auto* half = static_cast<const std::uint16_t*>(layer_.x) + at;
+    for (std::int64_t k = 0; k < layer_.width; ++k)
+      widened_.data()[k] = layer_.type == Type::bf16 ? widen(Bfloat16{half[k]}) : widen(Float16{half[k]});
+    return widened_.data();
+  }
+
+ private:
+  const Linear& layer_;
+  Scratch<float> widened_;
+};
+
+// A strip of `stride` tokens, of which `count` are there. Levels past the width are zeros.
+struct Exact {
+  using Value = float;
+  using Sum = float;
+
+  static void fill(const Rows& rows, const Linear& layer, std::int64_t first, std::int64_t count, std::int64_t stride,
+                   std::int64_t levels, float* strip, std::int32_t*, float*) {
+    if (count < stride) std::fill(strip, strip + levels * stride, 0.0f);
+    std::fill(strip + layer.width * stride, strip + levels * stride, 0.0f);
+    if (count == TILE && layer.type == Type::f32)
+      return tile_kernels().interleave(rows[first], layer.width, layer.width, strip);
+    for (std::int64_t t = 0; t < count; ++t) {
+      const float* x = rows[first + t];
+      for (std::int64_t k = 0; k < layer.width; ++k) strip[k * stride + t] = x[k];
+    }
+  }
+  static void product(const Tile& tile, std::int64_t blocks, const float* strip, int m, float* sums) {
+    float_kernels(tile).product(tile.lines, tile.bits, blocks, tile.offset, strip, m, m, sums);
+  }
+  static void settle(const Tile& tile, const std::int32_t*, const float*, const float* sums, int m, float* out) {
+    tile_kernels().scale(sums, m, side_of_rows(tile), side_of_x(nullptr, nullptr), out);
+  }
+};
+
+struct Int8 {
+  using Value = std::int8_t;
+  using Sum = std::int32_t;
+
+  static void fill(const Rows& rows, const Linear& layer, std::int64_t first, std::int64_t count, std::int64_t stride,
+                   std::int64_t levels, std::int8_t* strip, std::int32_t* totals, float* steps) {
+    const TileKernels& kernels = tile_kernels();
+    const Scratch<std::int8_t> scratch(stride == 1 ? 0 : stride * levels);
+    std::int8_t* codes = stride == 1 ? strip : scratch.data();
+    std::fill(totals, totals + TILE, 0);
+    std::fill(steps, steps + TILE, 0.0f);
+    for (std::int64_t t = 0; t < stride; ++t, codes += levels) {
+      if (t < count) {
+        const float* x = rows[first + t];
+        const Step step(kernels.largest(x, layer.width));
+        steps[t] = step.step;
+        if (step.step == step.step) totals[t] = kernels.quantize(x, layer.width, step.inverse, codes);
+      }
+      const bool there = t < count && steps[t] == steps[t];
+      std::fill(codes + (there ? layer.width : 0), codes + levels, std::int8_t{0});
+    }
+    if (stride == TILE) return kernels.interleave(scratch.data(), levels / 4, levels / 4, strip);
+    for (std::int64_t t = 0; t < stride && stride > 1; ++t)
+      for (std::int64_t q = 0; q < levels / 4; ++q)
+        std::memcpy(strip + (q * stride + t) * 4, scratch.data() + t * levels + 4 * q, 4);
+  }
+  static void product(const Tile& tile, std::int64_t blocks, const std::int8_t* strip, int m, std::int32_t* sums) {
+    tile_kernels().dot(tile.lines, tile.bits, blocks, strip, m, m, sums);
+  }
+  static void settle(const Tile& tile, const std::int32_t* totals, const float* steps, const std::int32_t* sums, int m,
+                     float* out) {
+    tile_kernels().settle(sums, m, side_of_rows(tile), side_of_x(totals, steps), out);
+  }
+};
+
+// Settled sums of `count` tokens from `first` on, a tile's rows on the lanes, to y.
+template <class T>
+void write_as(const Linear& layer, const Tile& tile, std::int64_t first, std::int64_t count, const float* sums) {
+  const T* bias = static_cast<const T*>(layer.bias);
+  T* y = static_cast<T*>(layer.y) + first * layer.rows;
+  float add[TILE] = {};
+  int live = 0;  // places in use come first
+  for (; live < TILE && tile.slots[live] >= 0; ++live)
+    if (bias) add[live] = widen(bias[tile.slots[live]]);
+  for (std::int64_t t = 0; t < count; ++t, y += layer.rows)
+    for (int r = 0; r < live; ++r) narrow((tile.bits ? sums[t * TILE + r] : 0.0f) + add[r], y[tile.slots[r]]);
+}
+
+void write(const Linear& layer, const Tile& tile, std::int64_t first, std::int64_t count, const float* sums) {
+  if (layer.type == Type::f32) return write_as<float>(layer, tile, first, count, sums);
+  if (layer.type == Type::bf16) return write_as<Bfloat16>(layer, tile, first, count, sums);
+  write_as<Float16>(layer, tile, first, count, sums);
+}
+
+// One strip: every tile is unpacked in registers, by the thread that has it.
+template <class Numerics>
+void few_tokens(const Linear& layer, const TileList& tiles, int m, const Threads& threads) {
+  const std::int64_t levels = tiles.blocks() * BLOCK;
+  const bool as_it_is =
+      m == 1 && std::is_same<Numerics, Exact>::value && layer.type == Type::f32 && levels == layer.width;
+  const Scratch<typename Numerics::Value> scratch(as_it_is ? 0 : levels * m);
+  std::int32_t totals[TILE];
+  float steps[TILE];
+  const auto* strip = as_it_is ? static_cast<const typename Numerics::Value*>(layer.x) : scratch.data();
+  if (!as_it_is) Numerics::fill(Rows(layer), layer, 0, layer.m, m, levels, scratch.data(), totals, steps);
+  const std::int64_t most = std::max<std::int64_t>(tiles.bytes() * m / BYTES, 1);
+  const std::int64_t parts = std::min(std::min(threads.count, most), std::max<std::int64_t>(tiles.count(), 1));
+  threads.run(parts, [&](std::int64_t part) {
+    for (std::int64_t t = tiles.boundary(part, parts); t < tiles.boundary(part + 1, parts); ++t) {
+      const Tile tile = tiles[t];
+      alignas(LINE) typename Numerics::Sum sums[TILE * TILE];
+      float settled[TILE * TILE];
+      if (tile.bits) {
+        Numerics::product(tile, tiles.blocks(), strip, m, sums);
+        Numerics::settle(tile, totals, steps, sums, m, settled);
+      }
+      write(layer, tile, 0, layer.m, settled);
     }
   });
 }
 
-void by_panels(const float* x, std::int64_t m, const PackedRows& p, const float* scale, const float* offset,
-               const float* bias, float* y, const Threads& threads) {
-  const RowKernels& kernels = row_kernels();
-  const std::vector<std::int64_t> live = live_rows(p, 0, p.rows);
-  for (std::int64_t row = 0; row < p.rows; ++row)
-    if (!p.bits[row])
-      for (std::int64_t i = 0; i < m; ++i) y[i * p.rows + row] = bias ? bias[row] : 0.0f;
+template <class Numerics>
+void many_tokens(const Linear& layer, const TileList& tiles, const Threads& threads) {
+  const std::int64_t levels = tiles.blocks() * BLOCK, strips = (layer.m + TILE - 1) / TILE;
+  const Scratch<typename Numerics::Value> x(strips * levels * TILE);
+  std::vector<std::int32_t> totals(strips * TILE);
+  std::vector<float> steps(strips * TILE);
+  const auto here = [&](std::int64_t strip) { return std::min<std::int64_t>(TILE, layer.m - strip * TILE); };
+  const std::int64_t each = std::max<std::int64_t>(VALUES / std::max<std::int64_t>(levels * TILE, 1), 1);
+  threads.run((strips + each - 1) / each, [&](std::int64_t task) {
+    const Rows rows(layer);
+    for (std::int64_t s = task * each; s < std::min((task + 1) * each, strips); ++s)
+      Numerics::fill(rows, layer, s * TILE, here(s), TILE, levels, x.data() + s * levels * TILE,
+                     totals.data() + s * TILE, steps.data() + s * TILE);
+  });
 
-  const std::int64_t count = static_cast<std::int64_t>(live.size()), panels = (count + PANEL - 1) / PANEL;
-  const std::int64_t step = panels < threads.count ? SHORT : TALL, blocks = (m + step - 1) / step;
-  threads.run(panels * blocks, [&](std::int64_t task) {
-    const std::int64_t* rows = live.data() + task / blocks * PANEL;
-    const int here = static_cast<int>(std::min<std::int64_t>(live.data() + count - rows, PANEL));
-    const std::int64_t first = task % blocks * step, height = std::min(step, m - first);
-    alignas(64) float sums[TALL * PANEL];
-    panel_product(kernels, p, offset, rows, here, x + first * p.width, height, sums);
-    for (std::int64_t i = 0; i < height; ++i)
-      for (int r = 0; r < here; ++r) {
-        const float add = bias ? bias[rows[r]] : 0.0f;
-        y[(first + i) * p.rows + rows[r]] = sums[i * PANEL + r] * scale[rows[r]] + add;
+  const std::int64_t groups = (tiles.count() + GROUP - 1) / GROUP;
+  const std::int64_t wanted = groups ? (2 * threads.count + groups - 1) / groups : 1;  // stretches of strips
+  const std::int64_t step = std::max<std::int64_t>(std::min(STRIPS, strips / wanted), 1);
+  const std::int64_t stretches = (strips + step - 1) / step;
+  threads.run(groups * stretches, [&](std::int64_t task) {
+    const std::int64_t first = task / stretches * GROUP, n = std::min(GROUP, tiles.count() - first);
+    const std::int64_t from = task % stretches * step, count = std::min(step, strips - from);
+    const Scratch<typename Numerics::Sum> sums(count * n * TILE * TILE);
+    multiply_tokens<typename Numerics::Value>(tiles, first, n, {x.data() + from * levels * TILE, count, levels * TILE},
+                                              sums.data());
+    for (std::int64_t s = 0; s < count; ++s)
+      for (std::int64_t t = 0; t < n; ++t) {
+        const Tile tile = tiles[first + t];
+        float settled[TILE * TILE];
+        Numerics::settle(tile, totals.data() + (from + s) * TILE, steps.data() + (from + s) * TILE,
+                         sums.data() + (s * n + t) * TILE * TILE, TILE, settled);
+        write(layer, tile, (from + s) * TILE, here(from + s), settled);
       }
   });
 }
 
+template <class Numerics>
+void product(const Linear& layer, const TileList& tiles, const Threads& threads) {
+  int m = 1;
+  while (m < layer.m) m *= 2;
+  if (layer.m <= std::min(tile_kernels().most, TILE))
+    few_tokens<Numerics>(layer, tiles, m, threads);
+  else
+    many_tokens<Numerics>(layer, tiles, threads);
+}
+
 }  // namespace
 
-void packed_linear(const float* x, std::int64_t m, const PackedRows& packed, const float* scale, const float* offset,
-                   const float* bias, float* y, const Threads& threads) {
-  if (m <= FUSED)
-    fused(x, m, packed, scale, offset, bias, y, threads);
+void packed_linear(const Linear& layer, const Tiles& tiles, bool int8, const Threads& threads) {
+  if (!layer.m || !layer.rows) return;
+  const TileList list(tiles);
+  if (int8 && layer.width <= WIDEST)
+    product<Int8>(layer, list, threads);
   else
-    by_panels(x, m, packed, scale, offset, bias, y, threads);
+    product<Exact>(layer, list, threads);
 }
 
 }  // namespace sgsc

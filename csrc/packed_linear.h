@@ -1,18 +1,20 @@
-// y = scale * ((levels + offset) x) + bias from packed rows; the formula and its error bound are in
-// kernels/packed_linear.py. Rows of 0 bits give the bias alone and cost nothing else.
-//
-// Up to FUSED rows of x: levels are unpacked in registers and used at once; floor bits / 8 bytes a weight; tasks are
-// cut at equal packed bytes, because rows differ in width. More: PANEL rows at a time are unpacked to floats that stay
-// in the first-level cache and serve a block of rows of x; floor 2 operations a weight and row of x.
-// Sums are float32 in an order that does not depend on the number of threads.
+// y = x W^T + bias from tiles; see kernels/packed_linear.py and product.h.
 #pragma once
 
-#include "packed_rows.h"
+#include "number.h"
+#include "product.h"
 
 namespace sgsc {
 
-// x (m, width), y (m, rows), bias (rows,) or null.
-void packed_linear(const float* x, std::int64_t m, const PackedRows& packed, const float* scale, const float* offset,
-                   const float* bias, float* y, const Threads& threads);
+// x (m, width) and y (m, rows) of `type`; bias (rows,) of `type`, or null.
+struct Linear {
+  Type type;
+  const void *x, *bias;
+  void* y;
+  std::int64_t m, width, rows;
+};
+
+// Floor of one token: the bytes of the tiles, once. Of many: their operations at the rate of the arithmetic units.
+void packed_linear(const Linear& layer, const Tiles& tiles, bool int8, const Threads& threads);
 
 }  // namespace sgsc

@@ -9,7 +9,6 @@ namespace sgsc {
 namespace {
 
 constexpr std::int64_t TASK = 16384;  // levels
-constexpr std::int64_t DEPTH = 512;   // levels of a row in a panel, a multiple of 8
 
 std::uint32_t level_in(std::uint64_t word, int i, int bits) {
   return static_cast<std::uint32_t>(word >> (i * bits)) & ((1u << bits) - 1);
@@ -32,31 +31,7 @@ void values(const Row& row, std::int64_t n, float offset, float scale, float* ou
                  [&](std::int64_t k, std::uint32_t level) { out[k] = (static_cast<float>(level) + offset) * scale; });
 }
 
-void dot(const Row& row, std::int64_t n, float offset, const float* x, std::int64_t stride, int m, float* sums) {
-  std::fill(sums, sums + m, 0.0f);
-  for_each_level(row, n, [&](std::int64_t k, std::uint32_t level) {
-    for (int i = 0; i < m; ++i) sums[i] += (static_cast<float>(level) + offset) * x[i * stride + k];
-  });
-}
-
-void panel(const Row* rows, const float* offsets, int count, std::int64_t n, float* out) {
-  std::fill(out, out + n * PANEL, 0.0f);
-  for (int r = 0; r < count; ++r)
-    for_each_level(rows[r], n, [&](std::int64_t k, std::uint32_t level) {
-      out[k * PANEL + r] = static_cast<float>(level) + offsets[r];
-    });
-}
-
-void multiply(const float* x, std::int64_t stride, std::int64_t m, const float* panel, std::int64_t n, float* sums) {
-  for (std::int64_t i = 0; i < m; ++i) {
-    float block[PANEL] = {};  // a sum of block sums errs less than one long chain
-    for (std::int64_t k = 0; k < n; ++k)
-      for (int r = 0; r < PANEL; ++r) block[r] += x[i * stride + k] * panel[k * PANEL + r];
-    for (int r = 0; r < PANEL; ++r) sums[i * PANEL + r] += block[r];
-  }
-}
-
-constexpr RowKernels row_kernels_scalar{levels, values, dot, panel, multiply};
+constexpr RowKernels row_kernels_scalar{levels, values};
 
 // Runs task(row) for each row, some thousand levels a task.
 template <class Work>
@@ -67,23 +42,11 @@ void for_each_row(std::int64_t rows, std::int64_t width, const Threads& threads,
   });
 }
 
-template <class T>
-void widen_all(const void* from, std::int64_t n, float* to, const Threads& threads) {
-  const T* in = static_cast<const T*>(from);
-  for_each_row(n, 1, threads, [&](std::int64_t i) { to[i] = widen(in[i]); });
-}
-
-template <class T>
-void narrow_all(const float* from, std::int64_t n, void* to, const Threads& threads) {
-  T* out = static_cast<T*>(to);
-  for_each_row(n, 1, threads, [&](std::int64_t i) { narrow(from[i], out[i]); });
-}
-
 }  // namespace
 
 const RowKernels& row_kernels() {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (isa() == Isa::avx2) return row_kernels_avx2;
+  if (isa() >= Isa::avx2) return row_kernels_avx2;
 #endif
   return row_kernels_scalar;
 }
@@ -150,48 +113,6 @@ void packed_embedding(const std::int64_t* index, std::int64_t n, const PackedRow
     else
       std::fill(out, out + packed.width, 0.0f);
   });
-}
-
-std::vector<std::int64_t> live_rows(const PackedRows& packed, std::int64_t first, std::int64_t end) {
-  std::vector<std::int64_t> live;
-  for (std::int64_t row = first; row < end; ++row)
-    if (packed.bits[row]) live.push_back(row);
-  return live;
-}
-
-void panel_product(const RowKernels& kernels, const PackedRows& packed, const float* offset, const std::int64_t* rows,
-                   int count, const float* x, std::int64_t m, float* sums) {
-  alignas(64) float panel[DEPTH * PANEL];
-  std::fill(sums, sums + m * PANEL, 0.0f);
-  for (std::int64_t first = 0; first < packed.width; first += DEPTH) {
-    Row at[PANEL];
-    float offsets[PANEL];
-    for (int r = 0; r < count; ++r) {
-      at[r] = row_of(packed, rows[r]).from(first);
-      offsets[r] = offset[rows[r]];
-    }
-    const std::int64_t n = std::min(DEPTH, packed.width - first);
-    kernels.panel(at, offsets, count, n, panel);
-    kernels.multiply(x + first, packed.width, m, panel, n, sums);
-  }
-}
-
-void widen(Type type, const void* from, std::int64_t n, float* to, const Threads& threads) {
-  if (type == Type::bf16)
-    widen_all<Bfloat16>(from, n, to, threads);
-  else if (type == Type::f16)
-    widen_all<Float16>(from, n, to, threads);
-  else
-    widen_all<float>(from, n, to, threads);
-}
-
-void narrow(const float* from, std::int64_t n, Type type, void* to, const Threads& threads) {
-  if (type == Type::bf16)
-    narrow_all<Bfloat16>(from, n, to, threads);
-  else if (type == Type::f16)
-    narrow_all<Float16>(from, n, to, threads);
-  else
-    narrow_all<float>(from, n, to, threads);
 }
 
 }  // namespace sgsc

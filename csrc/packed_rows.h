@@ -8,9 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <string>
-#include <vector>
 
-#include "number.h"
 #include "threads.h"
 
 namespace sgsc {
@@ -69,37 +67,13 @@ inline Row row_of(const PackedRows& p, std::int64_t row) {
   return {p.data + p.starts[row], p.length - p.starts[row], p.bits[row]};
 }
 
-constexpr int FUSED = 8;   // most rows of x that a dot product takes at once
-constexpr int PANEL = 16;  // weight rows side by side in a panel
-
 struct RowKernels {
   void (*levels)(const Row& row, std::int64_t n, std::uint8_t* out);
   // (level + offset) * scale
   void (*values)(const Row& row, std::int64_t n, float offset, float scale, float* out);
-  // sums[i] = sum_k (level_k + offset) * x[i * stride + k], i < m <= FUSED. The offset is added before the product:
-  // the sum of level * x would cancel against it. Floor: bits / 8 bytes a weight, 2 * m operations.
-  void (*dot)(const Row& row, std::int64_t n, float offset, const float* x, std::int64_t stride, int m, float* sums);
-  // panel[k * PANEL + r] = level_k + offset of row r, k < n; zeros from r = count on
-  void (*panel)(const Row* rows, const float* offsets, int count, std::int64_t n, float* panel);
-  // sums[i * PANEL + r] += sum_k x[i * stride + k] * panel[k * PANEL + r], i < m: 2 * PANEL operations an element of x
-  void (*multiply)(const float* x, std::int64_t stride, std::int64_t m, const float* panel, std::int64_t n,
-                   float* sums);
 };
 
 const RowKernels& row_kernels();
 extern const RowKernels row_kernels_avx2;
-
-// ---- products, shared by linear and conv2d ----
-
-// Rows first .. end - 1 that have bits, in order.
-std::vector<std::int64_t> live_rows(const PackedRows& packed, std::int64_t first, std::int64_t end);
-
-// sums (m, PANEL) = x (m, width) times `count` <= PANEL rows, without scales. Panels of 512 levels: 32 KiB.
-void panel_product(const RowKernels& kernels, const PackedRows& packed, const float* offset, const std::int64_t* rows,
-                   int count, const float* x, std::int64_t m, float* sums);
-
-// Arrays of any type but f64, to float and back.
-void widen(Type type, const void* from, std::int64_t n, float* to, const Threads& threads);
-void narrow(const float* from, std::int64_t n, Type type, void* to, const Threads& threads);
 
 }  // namespace sgsc

@@ -10,6 +10,13 @@ struct Threads {
   std::int64_t count;  // how many may run at once
   // Runs task 0 .. tasks - 1, each once, in any order; returns when all are done.
   void (*run)(std::int64_t tasks, const std::function<void(std::int64_t)>& task);
+
+  // The calling thread alone, for work inside a task.
+  static Threads one() {
+    return {1, [](std::int64_t tasks, const std::function<void(std::int64_t)>& task) {
+              for (std::int64_t i = 0; i < tasks; ++i) task(i);
+            }};
+  }
 };
 
 }  // namespace sgsc

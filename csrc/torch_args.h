@@ -49,18 +49,30 @@ inline std::string text(const Sizes& sizes) {
   return "(" + all + ")";
 }
 
-// Checks device, dtype and shape; returns the tensor, or a copy of it without gaps where it has any.
-inline Tensor take(const char* op, const char* name, const Tensor& t, ScalarType dtype, const Sizes& want) {
-  const Sizes got = sizes_of(t);
-  bool fits = got.size() == want.size();
-  for (size_t i = 0; fits && i < got.size(); ++i) fits = want[i] == ANY || want[i] == got[i];
+// Checks device, dtype and shape; returns the tensor, or a copy of it without gaps where it has any. Allocates nothing
+// where all is well: small layers take as long as this does.
+inline Tensor take(const char* op, const char* name, const Tensor& t, ScalarType dtype, const int64_t* want,
+                   size_t dimensions) {
+  const auto got = t.sizes();
+  bool fits = got.size() == dimensions;
+  for (size_t i = 0; fits && i < dimensions; ++i) fits = want[i] == ANY || want[i] == got[i];
   if (!t.is_cpu() || t.scalar_type() != dtype || !fits) {
     std::ostringstream what;
-    what << op << ": " << name << " is " << text(got) << " " << t.scalar_type() << (t.is_cpu() ? "" : " elsewhere")
-         << "; want " << text(want) << " " << dtype << " on the CPU";
+    what << op << ": " << name << " is " << text(sizes_of(t)) << " " << t.scalar_type()
+         << (t.is_cpu() ? "" : " elsewhere") << "; want " << text(Sizes(want, want + dimensions)) << " " << dtype
+         << " on the CPU";
     throw std::invalid_argument(what.str());
   }
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+inline Tensor take(const char* op, const char* name, const Tensor& t, ScalarType dtype,
+                   std::initializer_list<int64_t> want) {
+  return take(op, name, t, dtype, want.begin(), want.size());
+}
+
+inline Tensor take(const char* op, const char* name, const Tensor& t, ScalarType dtype, const Sizes& want) {
+  return take(op, name, t, dtype, want.data(), want.size());
 }
 
 inline Type type_of(const char* op, const Tensor& x, bool with_double) {

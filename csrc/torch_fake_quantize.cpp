@@ -1,11 +1,13 @@
 // The quantizer's operations as torch sees them.
 #include "fake_quantize.h"
 #include "torch_args.h"
+#include "torch_memory.h"
 
 namespace {
 
 using sgsc::ANY;
 using sgsc::empty;
+using sgsc::empty_reused;
 using sgsc::Sizes;
 using sgsc::take;
 using sgsc::threads;
@@ -49,7 +51,8 @@ struct Batch {
       t.grad_lo = make(grad_lo, scale, {t.rows});
       t.grad_hi = make(grad_hi, scale, {t.rows});
     }
-    t.out = make(out, x, {t.rows, t.width});
+    out.push_back(empty_reused(x, {t.rows, t.width}, sgsc::size_of(type)));
+    t.out = out.back().mutable_data_ptr();
     tensors.push_back(t);
   }
 
@@ -98,9 +101,45 @@ Tensors fake_quantize_many_backward(const Tensors& grad, const Tensors& x, const
   return all;
 }
 
+// The floor of both directions, for benches: `to` = `from`, or from + with, past the caches.
+void stream(const Tensor& from, const std::optional<Tensor>& with, const Tensor& to) {
+  const auto dtype = ScalarType::Float;
+  const Sizes like = sgsc::sizes_of(from);
+  const Tensor a = take("_stream", "from", from, dtype, like),
+               b = take("_stream", "with", with.value_or(from), dtype, like);
+  if (!to.is_contiguous()) throw std::invalid_argument("_stream: to has gaps; want it contiguous");
+  take("_stream", "to", to, dtype, like);
+  sgsc::stream(static_cast<const float*>(a.const_data_ptr()),
+               with ? static_cast<const float*>(b.const_data_ptr()) : nullptr,
+               static_cast<float*>(to.mutable_data_ptr()), to.numel(), threads());
+}
+
+std::vector<int64_t> held_memory() {
+  const sgsc::Held held = sgsc::held_memory();
+  return {held.used, held.free};
+}
+
+void release_memory() { sgsc::release_blocks(); }
+
+// For tests: memory of a result before it is written, and from how many bytes on results go past the caches.
+Tensor uninitialised(const Tensor& like) {
+  return empty_reused(like, sgsc::sizes_of(like), sgsc::size_of(type_of("_uninitialised", like, true)));
+}
+
+int64_t set_stream_from(int64_t bytes) { return sgsc::set_stream_from(bytes); }
+
 }  // namespace
 
+// Without a tensor argument the dispatcher finds no CPU key: these serve every key.
+STABLE_TORCH_LIBRARY_IMPL(sgsc, CompositeExplicitAutograd, m) {
+  m.impl("_held_memory", TORCH_BOX(&held_memory));
+  m.impl("_release_memory", TORCH_BOX(&release_memory));
+  m.impl("_set_stream_from", TORCH_BOX(&set_stream_from));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(sgsc, CPU, m) {
+  m.impl("_stream", TORCH_BOX(&stream));
+  m.impl("_uninitialised", TORCH_BOX(&uninitialised));
   m.impl("fake_quantize", TORCH_BOX(&fake_quantize));
   m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward));
   m.impl("fake_quantize_many", TORCH_BOX(&fake_quantize_many));

@@ -8,6 +8,8 @@ namespace {
 
 std::string isa() { return sgsc::isa_name(); }
 
+std::string isas() { return sgsc::isa_names(); }
+
 std::string set_isa(std::string name) {
   sgsc::set_isa(name);
   return name;
@@ -18,6 +20,7 @@ std::string set_isa(std::string name) {
 // Without a tensor argument the dispatcher finds no CPU key: these serve every key.
 STABLE_TORCH_LIBRARY_IMPL(sgsc, CompositeExplicitAutograd, m) {
   m.impl("_isa", TORCH_BOX(&isa));
+  m.impl("_isas", TORCH_BOX(&isas));
   m.impl("_set_isa", TORCH_BOX(&set_isa));
 }
 

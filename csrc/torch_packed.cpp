@@ -2,6 +2,7 @@
 #include "packed_conv2d.h"
 #include "packed_linear.h"
 #include "packed_rows.h"
+#include "tiles.h"
 #include "torch_args.h"
 
 namespace {
@@ -67,61 +68,102 @@ Tensor packed_embedding(const Tensor& index, const Tensor& data, const Tensor& b
   return y;
 }
 
-// The operands of a product as floats, and its result, which has the dtype of x.
-struct Product {
-  Type type;
-  Tensor x, scale, offset, y, sums;  // y as floats: y itself where it is float32
-  std::optional<Tensor> bias;
+// A checked view of the run form, and the tensors that it points into.
+struct Tiled {
+  Tensor lines, bits, slots, scale, offset;
+  sgsc::Tiles tiles;
 
-  Product(const char* op, const Tensor& input, const Sizes& want, const Tensor& s, const Tensor& o,
-          const std::optional<Tensor>& b, int64_t rows, const Sizes& result)
-      : type(type_of(op, input, false)),
-        x(wide(take(op, "x", input, input.scalar_type(), want))),
-        scale(take(op, "scale", s, ScalarType::Float, {rows})),
-        offset(take(op, "offset", o, ScalarType::Float, {rows})),
-        y(empty(input, result)),
-        sums(type == Type::f32 ? y : empty(input, result, ScalarType::Float)) {
-    if (b) bias = wide(take(op, "bias", *b, input.scalar_type(), {rows}));
-  }
-
-  Tensor wide(const Tensor& t) const {
-    if (type == Type::f32) return t;
-    Tensor floats = empty(t, sizes_of(t), ScalarType::Float);
-    sgsc::widen(type, t.const_data_ptr(), t.numel(), floats.mutable_data_ptr<float>(), threads());
-    return floats;
-  }
-
-  static const float* floats(const Tensor& t) { return t.const_data_ptr<float>(); }
-  const float* bias_data() const { return bias ? floats(*bias) : nullptr; }
-  float* out() const { return sums.mutable_data_ptr<float>(); }
-
-  Tensor result() const {
-    if (type != Type::f32) sgsc::narrow(floats(sums), sums.numel(), type, y.mutable_data_ptr(), threads());
-    return y;
+  Tiled(const char* op, const Tensor& l, const Tensor& b, const Tensor& s, const Tensor& real, const Tensor& zero,
+        int64_t rows, const sgsc::LevelOrder& order)
+      : lines(take(op, "lines", l, ScalarType::Byte, {ANY})),
+        bits(take(op, "tile_bits", b, ScalarType::Byte, {ANY})),
+        slots(take(op, "slots", s, ScalarType::Int, {bits.numel() * sgsc::TILE})),
+        scale(take(op, "scale", real, ScalarType::Float, {slots.numel()})),
+        offset(take(op, "offset", zero, ScalarType::Float, {slots.numel()})),
+        tiles{lines.const_data_ptr<uint8_t>(),
+              lines.numel(),
+              bits.const_data_ptr<uint8_t>(),
+              slots.const_data_ptr<int32_t>(),
+              scale.const_data_ptr<float>(),
+              offset.const_data_ptr<float>(),
+              bits.numel(),
+              rows,
+              order.blocks()} {
+    sgsc::check(op, tiles);
   }
 };
 
-Tensor packed_linear(const Tensor& x, const Tensor& data, const Tensor& bits, const Tensor& starts, const Tensor& scale,
-                     const Tensor& offset, const std::optional<Tensor>& bias, int64_t width) {
-  const Packed packed("packed_linear", data, bits, starts, width);
-  const int64_t rows = packed.rows.rows, m = x.dim() ? x.size(0) : 0;
-  const Product p("packed_linear", x, {ANY, width}, scale, offset, bias, rows, {m, rows});
-  sgsc::packed_linear(p.floats(p.x), m, packed.rows, p.floats(p.scale), p.floats(p.offset), p.bias_data(), p.out(),
-                      threads());
-  return p.result();
+Tensor tile(const Tensor& data, const Tensor& bits, const Tensor& starts, const Tensor& tile_bits, const Tensor& slots,
+            int64_t width, int64_t area, int64_t length) {
+  const Packed packed("tile", data, bits, starts, width);
+  if (area < 1 || width % area || length < 0)
+    throw std::invalid_argument("tile: an area of " + std::to_string(area) + " for rows of " + std::to_string(width) +
+                                " levels, and a length of " + std::to_string(length) +
+                                "; want a divisor, and 0 or more");
+  const Tensor tb = take("tile", "tile_bits", tile_bits, ScalarType::Byte, {ANY});
+  const Tensor s = take("tile", "slots", slots, ScalarType::Int, {tb.numel() * sgsc::TILE});
+  const sgsc::LevelOrder order(width, area);
+  const sgsc::Tiles shape{nullptr,
+                          length,
+                          tb.const_data_ptr<uint8_t>(),
+                          s.const_data_ptr<int32_t>(),
+                          nullptr,
+                          nullptr,
+                          tb.numel(),
+                          packed.rows.rows,
+                          order.blocks()};
+  sgsc::check("tile", shape);
+  sgsc::check_widths("tile", packed.rows, shape);
+  Tensor lines = empty(data, {length});
+  sgsc::tile(packed.rows, order, shape, lines.mutable_data_ptr<uint8_t>(), threads());
+  return lines;
 }
 
-Tensor packed_conv2d(const Tensor& x, const Tensor& data, const Tensor& bits, const Tensor& starts, const Tensor& scale,
-                     const Tensor& offset, const std::optional<Tensor>& bias, const Sizes& kernel, const Sizes& stride,
-                     const Sizes& padding, const Sizes& dilation, int64_t groups) {
+// What both products are given beside the tiles: x and bias as they are, and y made.
+struct Operands {
+  Type type;
+  Tensor x, y;
+  std::optional<Tensor> bias;
+
+  Operands(const char* op, const Tensor& input, std::initializer_list<int64_t> want, const std::optional<Tensor>& b,
+           int64_t rows, const Sizes& result)
+      : type(type_of(op, input, false)), x(take(op, "x", input, input.scalar_type(), want)), y(empty(input, result)) {
+    if (b) bias = take(op, "bias", *b, input.scalar_type(), {rows});
+  }
+  const void* bias_data() const { return bias ? bias->const_data_ptr() : nullptr; }
+};
+
+void check_size(const char* op, const char* name, int64_t size) {
+  if (size < 0 || size > int64_t{1} << 40)
+    throw std::invalid_argument(std::string(op) + ": " + name + " is " + std::to_string(size) + "; want 0 to 2^40");
+}
+
+Tensor packed_linear(const Tensor& x, const Tensor& lines, const Tensor& tile_bits, const Tensor& slots,
+                     const Tensor& scale, const Tensor& offset, const std::optional<Tensor>& bias, int64_t rows,
+                     int64_t width, bool int8) {
+  check_size("packed_linear", "rows", rows);
+  check_size("packed_linear", "width", width);
+  const Tiled tiled("packed_linear", lines, tile_bits, slots, scale, offset, rows, sgsc::LevelOrder(width, 1));
+  const int64_t m = x.dim() ? x.size(0) : 0;
+  const Operands p("packed_linear", x, {ANY, width}, bias, rows, {m, rows});
+  const sgsc::Linear layer{p.type, p.x.const_data_ptr(), p.bias_data(), p.y.mutable_data_ptr(), m, width, rows};
+  sgsc::packed_linear(layer, tiled.tiles, int8, threads());
+  return p.y;
+}
+
+Tensor packed_conv2d(const Tensor& x, const Tensor& lines, const Tensor& tile_bits, const Tensor& slots,
+                     const Tensor& scale, const Tensor& offset, const std::optional<Tensor>& bias, int64_t rows,
+                     const Sizes& kernel, const Sizes& stride, const Sizes& padding, const Sizes& dilation,
+                     int64_t groups, bool int8) {
+  check_size("packed_conv2d", "rows", rows);
   const Sizes shape = sizes_of(x);
-  const int64_t rows = bits.numel();
   const sgsc::Convolution c(shape, rows, kernel, stride, padding, dilation, groups);
-  const Packed packed("packed_conv2d", data, bits, starts, c.levels);
-  const Product p("packed_conv2d", x, shape, scale, offset, bias, rows, {c.batch, rows, c.out_height, c.out_width});
-  sgsc::packed_conv2d(p.floats(p.x), c, packed.rows, p.floats(p.scale), p.floats(p.offset), p.bias_data(), p.out(),
+  const Tiled tiled("packed_conv2d", lines, tile_bits, slots, scale, offset, rows, c.order());
+  const Operands p("packed_conv2d", x, {c.batch, c.inputs, c.height, c.width}, bias, rows,
+                   {c.batch, rows, c.out_height, c.out_width});
+  sgsc::packed_conv2d({p.type, p.x.const_data_ptr(), p.bias_data(), p.y.mutable_data_ptr()}, c, tiled.tiles, int8,
                       threads());
-  return p.result();
+  return p.y;
 }
 
 }  // namespace
@@ -129,6 +171,7 @@ Tensor packed_conv2d(const Tensor& x, const Tensor& data, const Tensor& bits, co
 STABLE_TORCH_LIBRARY_IMPL(sgsc, CPU, m) {
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("unpack", TORCH_BOX(&unpack));
+  m.impl("tile", TORCH_BOX(&tile));
   m.impl("packed_linear", TORCH_BOX(&packed_linear));
   m.impl("packed_conv2d", TORCH_BOX(&packed_conv2d));
   m.impl("packed_embedding", TORCH_BOX(&packed_embedding));

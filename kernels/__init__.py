@@ -20,18 +20,21 @@ else:
 
     from .fake_quantize import fake_quantize, fake_quantize_many
     from .op import OPS, Op, backend
-    from .packed_conv2d import packed_conv2d
+    from .packed_conv2d import packed_conv2d, tile_kernel
     from .packed_embedding import packed_embedding
-    from .packed_linear import packed_linear
+    from .packed_linear import NUMERICS, packed_linear
     from .packing import PackedRows, pack, unpack
+    from .tiling import TiledRows, tile_rows
 
     if find_spec("triton") is not None:
         from . import triton_fake_quantize  # noqa: F401  registers the CUDA kernels
 
     __all__ = [
+        "NUMERICS",
         "OPS",
         "Op",
         "PackedRows",
+        "TiledRows",
         "backend",
         "fake_quantize",
         "fake_quantize_many",
@@ -39,5 +42,7 @@ else:
         "packed_conv2d",
         "packed_embedding",
         "packed_linear",
+        "tile_kernel",
+        "tile_rows",
         "unpack",
     ]

@@ -91,12 +91,18 @@ def backend(op: Op, device: str = "cpu") -> str:
 
 
 LIBRARY.define("_isa() -> str")
+LIBRARY.define("_isas() -> str")
 LIBRARY.define("_set_isa(str name) -> str")
 
 
 def isa() -> str:
     """The instruction set that the C++ kernels use now: scalar, avx2 …; 'none' without the extension."""
     return torch.ops.sgsc._isa() if extension.LOADED else "none"
+
+
+def isas() -> list[str]:
+    """The instruction sets that this machine and this build run, worst first; none without the extension."""
+    return torch.ops.sgsc._isas().split(", ") if extension.LOADED else []
 
 
 def set_isa(name: str) -> str:

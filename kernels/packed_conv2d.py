@@ -1,12 +1,14 @@
-"""2-D convolution from packed rows; one row an output channel, the width differs from row to row.
+"""2-D convolution from tiles of packed rows; one row an output channel, the width differs from row to row.
 
     x       (B, I, H, W)  float32, bfloat16 or float16; zero padding
-    data, bits, starts    as in packing.py: C rows of K = I / groups * kernel height * kernel width levels
-    scale, offset, bias   (C,) as in packed_linear.py
-    y       (B, C, H', W')  dtype of x
+    lines, tile_bits, slots, scale, offset    as in tiling.py: C rows of K = I / groups * kernel height * width levels,
+            an area of height * width, tiles within groups; but where 1 to 3 channels make a group (depthwise), tiles
+            as of a matrix: an area of 1, one group
+    bias    (C,)  dtype of x, or None                 y   (B, C, H', W')  dtype of x
 
-Sums are float32 over the K products of one output, in any order: the bound of packed_linear.py.
-Floor: packed bytes plus x plus y once, 2 * B * H' * W' * C * K operations; no im2col matrix in memory.
+The numerics are those of packed_linear.py; int8 has one step an image, and depthwise layers, where it could gain
+nothing, stay exact. Sums are over the K products of one output, in any order.
+Floor: tiles plus x plus y once, 2 * B * H' * W' * C * K operations; no im2col matrix in memory.
 """
 
 from __future__ import annotations
@@ -16,32 +18,62 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .op import Op
-from .packed_linear import grid
-from .packing import case, dequantize
+from .packed_linear import NUMERICS, grid, quantize_tokens
+from .packing import PackedRows, case
+from .tiling import TiledRows, tile_rows, tiled_weight
 
 Pair = list[int]
 
 
+def slides(inputs: int, groups: int) -> bool:
+    """Whether so few channels make a group that rows slide over their channels instead of being multiplied."""
+    return groups > 1 and inputs // groups < 4
+
+
+def tile_kernel(
+    rows: PackedRows, scale: Tensor, offset: Tensor, *, inputs: int, kernel: Pair, groups: int
+) -> TiledRows:
+    """`tile_rows` for a convolution of `inputs` channels.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+    """
+    if slides(inputs, groups):
+        return tile_rows(rows, scale, offset)
+    return tile_rows(rows, scale, offset, area=kernel[0] * kernel[1], groups=groups)
+
+
 def reference(
     x: Tensor,
-    data: Tensor,
-    bits: Tensor,
-    starts: Tensor,
+    lines: Tensor,
+    tile_bits: Tensor,
+    slots: Tensor,
     scale: Tensor,
     offset: Tensor,
     bias: Tensor | None,
+    rows: int,
     kernel: Pair,
     stride: Pair,
     padding: Pair,
     dilation: Pair,
     groups: int,
+    int8: bool,
 ) -> Tensor:
     """The meaning: dequantize, then torch's own convolution."""
-    inputs = x.shape[1] // groups
-    rows = dequantize(data, bits, starts, scale, offset, inputs * kernel[0] * kernel[1], x.dtype)
-    y = F.conv2d(x, rows.view(-1, inputs, *kernel), bias, stride, padding, dilation, groups)
+    inputs, taps = x.shape[1] // groups, kernel[0] * kernel[1]
+    sliding = slides(x.shape[1], groups)
+    tiles = (lines, tile_bits, slots, scale, offset, rows, inputs * taps, 1 if sliding else taps)
+    int8 = int8 and not sliding and inputs * taps <= 2**15
+    weight, live = tiled_weight(*tiles, torch.float64 if int8 else x.dtype)
+    weight = weight.view(rows, inputs, *kernel)
+    if int8:
+        codes, step = quantize_tokens(x, (1, 2, 3))
+        y = F.conv2d(codes.double(), weight, None, stride, padding, dilation, groups) * step
+        y = y.to(x.dtype) if bias is None else y.to(x.dtype) + bias[:, None, None]
+    else:
+        y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     alone = torch.zeros_like(y) if bias is None else bias.to(y.dtype)[:, None, None]
-    return torch.where((bits > 0)[:, None, None], y, alone)  # also where x is not finite
+    return torch.where(live[:, None, None], y, alone)  # also where x is not finite
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
@@ -49,9 +81,9 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def _fake(x, data, bits, starts, scale, offset, bias, kernel, stride, padding, dilation, groups):
+def _fake(x, lines, tile_bits, slots, scale, offset, bias, rows, kernel, stride, padding, dilation, groups, int8):
     height, width = (output_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
-    return x.new_empty(x.shape[0], bits.shape[0], height, width)
+    return x.new_empty(x.shape[0], rows, height, width)
 
 
 def _case(
@@ -66,55 +98,82 @@ def _case(
     batch: int = 2,
     dtype: torch.dtype = torch.float32,
     with_bias: bool = True,
+    int8: bool = False,
 ) -> tuple:
-    bits = (torch.arange(channels) % 9).to(torch.uint8)
+    bits = (torch.arange(channels) * 5 % 9).to(torch.uint8)
     packed = case(bits, inputs // groups * kernel[0] * kernel[1])[1]
     scale, offset, bias = grid(bits)
+    tiles = tile_kernel(packed, scale, offset, inputs=inputs, kernel=list(kernel), groups=groups)
     x = torch.randn(batch, inputs, *size, generator=torch.Generator().manual_seed(channels)).to(dtype)
     bias = bias.to(dtype) if with_bias else None
     geometry = (list(kernel), list(stride), list(padding), list(dilation), groups)
-    return x, *packed.args[:3], scale, offset, bias, *geometry
+    return x, *tiles[:5], bias, tiles.rows, *geometry, int8
 
 
 def cases() -> dict[str, tuple]:
-    """Geometries, named after the edge each presses on."""
-    wide, odd = _case(size=(12, 11)), _case()
-    odd[0][0, 0, 3, 3], odd[0][1, 1, 0, 0] = float("nan"), float("inf")
-    return {
-        "three-by-three": _case(),
-        "one-by-one": _case(kernel=(1, 1), padding=(0, 0)),
-        "one-output-pixel": _case(size=(3, 3), padding=(0, 0)),
-        "one-input-pixel": _case(size=(1, 1)),
-        "many-pixels": _case(size=(33, 31), batch=1),
-        "stride": _case(stride=(2, 3)),
-        "dilation": _case(dilation=(2, 1), padding=(2, 1)),
-        "uneven-kernel": _case(kernel=(1, 5), padding=(0, 2)),
-        "padding-wider-than-kernel": _case(kernel=(1, 1), padding=(2, 3)),
-        "groups": _case(channels=12, inputs=6, groups=3),
-        "depthwise": _case(channels=9, inputs=9, groups=9),
-        "depthwise-multiplier": _case(channels=18, inputs=9, groups=9),
-        "more-rows-than-a-panel": _case(channels=130, inputs=16),
-        "empty-batch": _case(batch=0),
-        "no-bias": _case(with_bias=False),
-        "bfloat16": _case(dtype=torch.bfloat16),
-        "float16": _case(dtype=torch.float16),
-        "nan-and-infinity": odd,
-        "channels-last": (wide[0].to(memory_format=torch.channels_last), *wide[1:]),
-    }
+    """Geometries, named after the edge each presses on, in both numerics."""
+    found = {}
+    for number, numerics in enumerate(NUMERICS):
+
+        def of(int8: bool = bool(number), **options) -> tuple:
+            return _case(int8=int8, **options)
+
+        wide, odd = of(size=(12, 11)), of()
+        odd[0][0, 0, 3, 3], odd[0][1, 1, 0, 0] = float("nan"), float("inf")
+        one = {
+            "three-by-three": of(),
+            "one-by-one": of(kernel=(1, 1), padding=(0, 0)),
+            "one-output-pixel": of(size=(3, 3), padding=(0, 0)),
+            "one-input-pixel": of(size=(1, 1)),
+            "many-pixels": of(size=(33, 31), batch=1),
+            "rows-of-sixteen-pixels": of(size=(5, 16)),
+            "rows-of-eight-pixels": of(size=(8, 8), inputs=5),
+            "stride": of(stride=(2, 3)),
+            "stride-of-two": of(size=(32, 32), stride=(2, 2), batch=1),
+            "dilation": of(dilation=(2, 1), padding=(2, 1)),
+            "uneven-kernel": of(kernel=(1, 5), padding=(0, 2)),
+            "padding-wider-than-kernel": of(kernel=(1, 1), padding=(2, 3)),
+            "groups": of(channels=12, inputs=12, groups=3),
+            "groups-of-a-tile-and-one": of(channels=34, inputs=10, groups=2),
+            "depthwise": of(channels=9, inputs=9, groups=9),
+            "depthwise-stride": of(channels=9, inputs=9, groups=9, stride=(2, 2), size=(20, 37)),
+            "depthwise-multiplier": of(channels=18, inputs=9, groups=9),
+            "three-channels-a-group": of(channels=4, inputs=6, groups=2),
+            "more-rows-than-a-group-of-tiles": of(channels=150, inputs=16),
+            "deeper-than-a-panel": of(channels=20, inputs=130, size=(6, 5)),
+            "empty-batch": of(batch=0),
+            "no-bias": of(with_bias=False),
+            "bfloat16": of(dtype=torch.bfloat16),
+            "float16": of(dtype=torch.float16),
+            "nan-and-infinity": odd,
+            "channels-last": (wide[0].to(memory_format=torch.channels_last), *wide[1:]),
+        }
+        found |= {f"{numerics}-{name}": arguments for name, arguments in one.items()}
+    return found
 
 
 def bench_cases() -> dict[str, tuple]:
-    """Layers of a small ResNet, batch 8."""
+    """Layers of a small ResNet and of a MobileNet, one image and a batch, in both numerics."""
+    layers = {
+        "16x16x3x3-32px": {"channels": 16, "inputs": 16, "size": (32, 32)},
+        "64x64x3x3-32px": {"channels": 64, "inputs": 64, "size": (32, 32)},
+        "64x64x3x3-8px": {"channels": 64, "inputs": 64, "size": (8, 8)},
+        "256x256x1x1-16px": {"channels": 256, "inputs": 256, "size": (16, 16), "kernel": (1, 1), "padding": (0, 0)},
+        "64x64x3x3-32px-stride": {"channels": 64, "inputs": 64, "size": (32, 32), "stride": (2, 2)},
+        "depthwise-64-32px": {"channels": 64, "inputs": 64, "size": (32, 32), "groups": 64},
+    }
     return {
-        f"{c}x{c}x3x3-{s}px": _case(channels=c, inputs=c, size=(s, s), batch=8)
-        for c, s in ((16, 32), (64, 8), (128, 16))
+        f"{name}-B{batch}-{numerics}": _case(**layer, batch=batch, int8=numerics == "int8")
+        for name, layer in layers.items()
+        for batch in (1, 32)
+        for numerics in NUMERICS
     }
 
 
 OP = Op(
     name="packed_conv2d",
-    schema="(Tensor x, Tensor data, Tensor bits, Tensor starts, Tensor scale, Tensor offset, Tensor? bias,"
-    " int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor",
+    schema="(Tensor x, Tensor lines, Tensor tile_bits, Tensor slots, Tensor scale, Tensor offset, Tensor? bias,"
+    " int rows, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, int groups, bool int8) -> Tensor",
     reference=reference,
     fake=_fake,
     cases=cases,
@@ -122,36 +181,32 @@ OP = Op(
     traffic=lambda *a: a[1].numel() + a[0].element_size() * (a[0].numel() + _fake(*a).numel()),
     operations=lambda *a: (
         2
-        * _fake(*a).numel()
-        // max(a[2].numel(), 1)
-        * int((a[2] > 0).sum())
-        * (a[0].shape[1] // a[11] * a[7][0] * a[7][1])
+        * (_fake(*a).numel() // max(a[7], 1))
+        * int(((a[3] >= 0) & (a[2].repeat_interleave(16) > 0)).sum())
+        * (a[0].shape[1] // a[12] * a[8][0] * a[8][1])
     ),
 )
 
 
 def packed_conv2d(
     x: Tensor,
-    data: Tensor,
-    bits: Tensor,
-    starts: Tensor,
-    scale: Tensor,
-    offset: Tensor,
+    tiles: TiledRows,
     bias: Tensor | None,
     kernel: Pair,
     stride: Pair,
     padding: Pair,
     dilation: Pair,
     groups: int,
+    int8: bool = False,
 ) -> Tensor:
-    """`torch.nn.functional.conv2d` with packed weights.
+    """`torch.nn.functional.conv2d` with packed weights, as `tile_kernel` made them.
 
     Raises:
         ValueError: If x is not (B, I, H, W), `groups` does not divide, or the kernel is larger than the padded input.
     """
-    if x.dim() != 4 or x.shape[1] % groups or bits.shape[0] % groups:
+    if x.dim() != 4 or x.shape[1] % groups or tiles.rows % groups:
         raise ValueError(
-            f"packed_conv2d: x {tuple(x.shape)}, {bits.shape[0]} outputs, {groups} groups; "
+            f"packed_conv2d: x {tuple(x.shape)}, {tiles.rows} outputs, {groups} groups; "
             "want x (batch, channels, height, width), with groups dividing both numbers of channels"
         )
     for axis in (0, 1):
@@ -160,5 +215,6 @@ def packed_conv2d(
                 f"packed_conv2d: kernel {kernel} with dilation {dilation} is larger than the input "
                 f"{tuple(x.shape[2:])} with padding {padding}"
             )
-    bias = None if bias is None else bias.to(x.dtype)  # as under autocast
-    return OP(x, data, bits, starts, scale, offset, bias, kernel, stride, padding, dilation, groups)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)  # as under autocast
+    return OP(x, *tiles[:5], bias, tiles.rows, kernel, stride, padding, dilation, groups, int8)

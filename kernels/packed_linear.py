@@ -1,13 +1,19 @@
-"""y = x W^T + bias from packed rows; the width differs from row to row, removed rows give the bias alone.
+"""y = x W^T + bias from tiles of packed rows; the width differs from row to row, removed rows give the bias alone.
 
-    x       (M, K)  float32, bfloat16 or float16          data, bits, starts, width   as in packing.py, C rows of K
-    scale   (C,)  float32                                 offset  (C,)  float32: real = (level + offset) * scale
-    bias    (C,)  dtype of x, or None                     y       (M, C)  dtype of x
+    x       (M, K)  float32, bfloat16 or float16      lines, tile_bits, slots, scale, offset   as in tiling.py
+    bias    (C,)  dtype of x, or None                 rows, width   C and K          y   (M, C)  dtype of x
 
-Exact numerics: float activations and float32 sums. Of each implementation the error against float64 is bounded by
-that of any order of summation: |y - exact| <= K * 2^-23 * sum_k |w_k x_k|, plus one rounding to the dtype of y.
+Two numerics:
 
-Floor at M = 1: the packed bytes, b/8 a weight. At large M: 2 * M * C * K operations.
+    exact   float activations and float32 sums. Of each implementation the error against float64 is bounded by that of
+            any order of summation: |y - exact| <= K * 2^-23 * sum_k |w_k x_k|, plus one rounding to the dtype of y.
+    int8    each row of x (a token) is rounded to 8 bits on the fly, symmetric, with its own step = max |x| / 127; sums
+            of levels are exact integers. |y - exact| <= step / 2 * sum_k |w_k|, beside the rounding of floats; for
+            normal x about 1 % of y's RMS at any width. A token that holds NaN or infinity gives NaN. Rows wider than
+            2^15 levels, whose sums could leave 32 bits, are computed in exact numerics.
+
+Floor at M = 1: the bytes of the tiles, b/8 a weight. At large M: 2 * M * C * K operations, of which a core does four
+times as many on int8 as on floats. Ratios against the peers are in bench/results/cpu_peers.json.
 """
 
 from __future__ import annotations
@@ -19,23 +25,50 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .op import Op
-from .packing import case, dequantize, shapes
+from .packing import case, shapes
+from .tiling import TiledRows, tile_rows, tiled_weight
+
+NUMERICS = ("exact", "int8")
+
+
+def quantize_tokens(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Codes -127 .. 127 of x, as floats, and their step: one a slice over `dims`, which keep a size of 1.
+
+    The arithmetic is float32, whatever the dtype of x: an implementation in other arithmetic may round a value that
+    lies at a tie to the code beside. Where a slice is not finite the step is NaN and the codes are 0.
+    """
+    x = x.float()
+    largest = x.abs().amax(dims, keepdim=True) if x.numel() else x.new_zeros([])
+    finite = largest.isfinite()
+    inverse = (torch.full_like(largest, 127) / largest).clamp_max(2.0**126)  # 127 / t would be 127 * (1 / t)
+    codes = torch.where(finite, (torch.where(finite, x, 0.0) * inverse).round(), 0.0)
+    return codes, torch.where(finite, 1 / inverse, torch.nan)
 
 
 def reference(
     x: Tensor,
-    data: Tensor,
-    bits: Tensor,
-    starts: Tensor,
+    lines: Tensor,
+    tile_bits: Tensor,
+    slots: Tensor,
     scale: Tensor,
     offset: Tensor,
     bias: Tensor | None,
+    rows: int,
     width: int,
+    int8: bool,
 ) -> Tensor:
     """The meaning: dequantize, then torch's own linear."""
-    y = F.linear(x, dequantize(data, bits, starts, scale, offset, width, x.dtype), bias)
+    tiles = (lines, tile_bits, slots, scale, offset, rows, width, 1)
+    if int8 and width <= 2**15:
+        weight, live = tiled_weight(*tiles, torch.float64)
+        codes, step = quantize_tokens(x, (1,))
+        y = (codes.double() @ weight.t() * step).to(x.dtype)
+        y = y if bias is None else y + bias
+    else:
+        weight, live = tiled_weight(*tiles, x.dtype)
+        y = F.linear(x, weight, bias)
     alone = torch.zeros_like(y) if bias is None else bias.to(y.dtype)
-    return torch.where(bits > 0, y, alone)  # also where x is not finite
+    return torch.where(live, y, alone)  # also where x is not finite
 
 
 def grid(bits: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,66 +78,94 @@ def grid(bits: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return scale, -torch.exp2(bits.float() - 1), torch.randn(len(bits), generator=make)
 
 
-def _case(bits: Tensor, width: int, rows: int, dtype: torch.dtype = torch.float32, with_bias: bool = True) -> tuple:
-    packed = case(bits, width)[1]
+def _case(
+    bits: Tensor,
+    width: int,
+    rows: int,
+    dtype: torch.dtype = torch.float32,
+    with_bias: bool = True,
+    int8: bool = False,
+    shift: float = 0.0,
+) -> tuple:
     scale, offset, bias = grid(bits)
+    tiles = tile_rows(case(bits, width)[1], scale, offset + shift)
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)).to(dtype)
-    return x, *packed.args[:3], scale, offset, bias.to(dtype) if with_bias else None, width
+    return x, *tiles[:5], bias.to(dtype) if with_bias else None, tiles.rows, width, int8
 
 
 def cases() -> dict[str, tuple]:
-    """All edges of packing, for one row of x and for several, and the dtypes."""
-    found = {f"{name}-{rows}-rows": _case(*shape, rows) for name, shape in shapes().items() for rows in (1, 3, 17)}
-    every = shapes()["every-width-one-past-a-group"]
-    found["deployment-depth"] = _case(shapes()["every-width"][0], 4_096, 17)  # long sums must not drift
-    found["no-rows-of-x"] = _case(*every, 0)
-    found["no-bias"] = _case(*every, 2, with_bias=False)
-    found["bfloat16"] = _case(*every, 5, torch.bfloat16)
-    found["float16"] = _case(*every, 5, torch.float16)
-    odd = _case(*every, 3)
-    odd[0][0, 3], odd[0][1, 24], odd[0][2, 0] = float("nan"), float("inf"), -float("inf")
-    found["nan-and-infinity"] = odd
-    wide = _case(*shapes()["wider-than-a-block"], 4)
-    found["x-not-contiguous"] = (wide[0].t().contiguous().t(), *wide[1:])
+    """All edges of packing, for one row of x and for several, the dtypes, and both numerics."""
+    found = {}
+    for int8, numerics in enumerate(NUMERICS):
+
+        def of(*arguments, int8: bool = bool(int8), **options) -> tuple:
+            return _case(*arguments, int8=int8, **options)
+
+        one = {f"{name}-{rows}-rows": of(*shape, rows) for name, shape in shapes().items() for rows in (1, 3, 17)}
+        every = shapes()["every-width-one-past-a-group"]
+        # long sums must not drift, and the panels of many tokens have an end
+        one["deployment-depth"] = of(shapes()["every-width"][0], 4_096, 17)
+        one["no-rows-of-x"] = of(*every, 0)
+        one["no-bias"] = of(*every, 2, with_bias=False)
+        one["bfloat16"] = of(*every, 5, torch.bfloat16)
+        one["float16"] = of(*every, 5, torch.float16)
+        one["half-steps"] = of(*every, 5, shift=0.5)
+        one["any-offset"] = of(*every, 18, shift=0.123)
+        one["offset-far-away"] = of(*every, 2, shift=30_000.25)
+        odd = of(*every, 3)
+        odd[0][0, 3], odd[0][1, 24], odd[0][2, 0] = float("nan"), float("inf"), -float("inf")
+        one["nan-and-infinity"] = odd
+        tiny = of(*every, 4)
+        tiny[0][0], tiny[0][1], tiny[0][2] = 0.0, 1e-40, 1e30
+        one["zeros-tiny-and-huge"] = tiny
+        wide = of(*shapes()["wider-than-a-block"], 4)
+        one["x-not-contiguous"] = (wide[0].t().contiguous().t(), *wide[1:])
+        found |= {f"{numerics}-{name}": arguments for name, arguments in one.items()}
+    extreme = _case(torch.full((16,), 8, dtype=torch.uint8), 2**15, 2, int8=True)
+    extreme[0].fill_(1.0)
+    extreme[1].fill_(255)  # the largest sum that can be: no accumulator may wrap or saturate
+    found["int8-every-level-and-token-at-its-end"] = extreme
+    found["int8-too-wide"] = _case(torch.tensor([3], dtype=torch.uint8), 2**15 + 1, 2, int8=True)
     return found
 
 
 def bench_cases() -> dict[str, tuple]:
-    """Deployment sizes at one width and at a mixed histogram."""
+    """Deployment sizes at one width and at a mixed histogram, in both numerics."""
     mixed = torch.tensor([0, 2, 3, 3, 4, 4, 5, 8], dtype=torch.uint8)
     four = torch.tensor([4], dtype=torch.uint8)
     return {
-        f"{n}x{n}-{name}-M{m}": _case(bits.repeat(n // len(bits)), n, m)
+        f"{n}x{n}-{name}-M{m}-{numerics}": _case(bits.repeat(n // len(bits)), n, m, int8=numerics == "int8")
         for n in (512, 4096)
         for name, bits in (("4bit", four), ("mixed", mixed))
         for m in (1, 16, 128)
+        for numerics in NUMERICS
     }
 
 
 OP = Op(
     name="packed_linear",
-    schema="(Tensor x, Tensor data, Tensor bits, Tensor starts, Tensor scale, Tensor offset, Tensor? bias, int width)"
-    " -> Tensor",
+    schema="(Tensor x, Tensor lines, Tensor tile_bits, Tensor slots, Tensor scale, Tensor offset, Tensor? bias,"
+    " int rows, int width, bool int8) -> Tensor",
     reference=reference,
-    fake=lambda x, data, bits, *_: x.new_empty(x.shape[0], bits.shape[0]),
+    fake=lambda x, lines, tile_bits, slots, scale, offset, bias, rows, width, int8: x.new_empty(x.shape[0], rows),
     cases=cases,
     bench_cases=bench_cases,
-    traffic=lambda x, data, bits, *_: data.numel() + x.element_size() * x.shape[0] * (x.shape[1] + bits.shape[0]),
-    operations=lambda x, data, bits, *_: 2 * x.numel() * int((bits > 0).sum()),
+    traffic=lambda x, lines, *rest: lines.numel() + x.element_size() * x.shape[0] * (x.shape[1] + rest[5]),
+    operations=lambda x, lines, tile_bits, slots, *_: (
+        2 * x.numel() * int(((slots >= 0) & (tile_bits.repeat_interleave(16) > 0)).sum())
+    ),
 )
 
 
-def packed_linear(
-    x: Tensor,
-    data: Tensor,
-    bits: Tensor,
-    starts: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    bias: Tensor | None,
-    width: int,
-) -> Tensor:
+def packed_linear(x: Tensor, tiles: TiledRows, bias: Tensor | None, width: int, int8: bool = False) -> Tensor:
     """`torch.nn.functional.linear` with packed weights; x is (..., K), the result (..., C).
+
+    Args:
+        x: Activations.
+        tiles: The weights, C rows of K levels, as `tile_rows` made them.
+        bias: (C,), or None.
+        width: K.
+        int8: Round each token to 8 bits on the fly, instead of exact numerics; see the module's docstring.
 
     Raises:
         ValueError: If the last dimension of x is not K.
@@ -113,8 +174,9 @@ def packed_linear(
         raise ValueError(
             f"packed_linear: x has shape {tuple(x.shape)}; want (..., {width}), the layer's input features"
         )
-    rows = prod(x.shape[:-1])
-    bias = None if bias is None else bias.to(x.dtype)  # as under autocast
-    return OP(x.reshape(rows, width), data, bits, starts, scale, offset, bias, width).reshape(
-        *x.shape[:-1], bits.shape[0]
-    )
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)  # as under autocast
+    if x.dim() == 2:
+        return OP(x, *tiles[:5], bias, tiles.rows, width, int8)
+    y = OP(x.reshape(prod(x.shape[:-1]), width), *tiles[:5], bias, tiles.rows, width, int8)
+    return y.reshape(*x.shape[:-1], tiles.rows)

@@ -44,7 +44,8 @@ def _pack_reference(levels: Tensor, bits: Tensor, starts: Tensor, length: int) -
     return data
 
 
-def _unpack_reference(data: Tensor, bits: Tensor, starts: Tensor, width: int) -> Tensor:
+def unpack_reference(data: Tensor, bits: Tensor, starts: Tensor, width: int) -> Tensor:
+    """The levels of packed rows, (C, K) uint8, in plain PyTorch."""
     levels = data.new_zeros(bits.shape[0], width)
     for b in range(1, 9):
         (rows,) = (bits == b).nonzero(as_tuple=True)
@@ -105,7 +106,7 @@ PACK = Op(
 UNPACK = Op(
     name="unpack",
     schema="(Tensor data, Tensor bits, Tensor starts, int width) -> Tensor",
-    reference=_unpack_reference,
+    reference=unpack_reference,
     fake=lambda data, bits, starts, width: data.new_empty(bits.shape[0], width),
     cases=lambda: {name: case(*shape)[1].args for name, shape in shapes().items()},
     traffic=lambda data, bits, starts, width: data.numel() + bits.shape[0] * width,
@@ -187,6 +188,6 @@ def dequantize(
 
     Computed in float32 and rounded once: the same values, bit for bit, as `fake_quantize` on the same grid.
     """
-    levels = _unpack_reference(data, bits, starts, width)
+    levels = unpack_reference(data, bits, starts, width)
     values = (levels.to(scale.dtype) + offset[:, None]) * scale[:, None]
     return torch.where(bits[:, None] > 0, values, 0.0).to(dtype)

@@ -27,6 +27,7 @@ _HOME = {
     "PackedEmbedding": "packed",
     "PackedLinear": "packed",
     "pack": "packed",
+    "set_numerics": "packed",
     "prepare": "preparation",
     "PreservationSet": "preservation",
     "SelfCompression": "compression",
@@ -68,6 +69,7 @@ __all__ = [
     "read",
     "save",
     "save_checkpoint",
+    "set_numerics",
     "stored_size",
 ]
 
@@ -78,7 +80,7 @@ if TYPE_CHECKING:
     from .compression import SelfCompression
     from .kernels import fake_quantize, fake_quantize_many
     from .layers import QuantConv1d, QuantConv2d, QuantEmbedding, QuantLinear, QuantMultiheadAttention
-    from .packed import PackedConv1d, PackedConv2d, PackedEmbedding, PackedLinear, pack
+    from .packed import PackedConv1d, PackedConv2d, PackedEmbedding, PackedLinear, pack, set_numerics
     from .preparation import prepare
     from .preservation import PreservationSet
     from .size import float_bytes, nominal_bits

@@ -14,7 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sgsc.kernels import PackedRows, packed_conv2d, packed_embedding, packed_linear
+from sgsc.kernels import (
+    NUMERICS,
+    PackedRows,
+    TiledRows,
+    packed_conv2d,
+    packed_embedding,
+    packed_linear,
+    tile_kernel,
+    tile_rows,
+)
 from sgsc.kernels import pack as pack_rows
 from sgsc.kernels.packing import dequantize
 
@@ -39,6 +48,7 @@ class PackedLayer(nn.Module):
     offset: Tensor
     starts: Tensor
     bias: Tensor | None
+    _float32: tuple[str, ...] = ("scale", "offset")  # what stays as it was stored under .half() and .bfloat16()
 
     def __init__(self, rows: PackedRows, scale: Tensor, offset: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -49,8 +59,8 @@ class PackedLayer(nn.Module):
         self.register_buffer("starts", rows.starts, persistent=False)
 
     def _apply(self, fn, recurse: bool = True):
-        # .half() and .bfloat16() are for activations and bias; the grid stays as it was stored
-        grid = {name: getattr(self, name) for name in ("scale", "offset")}
+        # .half() and .bfloat16() are for activations and bias
+        grid = {name: getattr(self, name) for name in self._float32}
         super()._apply(fn, recurse)
         for name, before in grid.items():
             setattr(self, name, at_least_float32(before, getattr(self, name)))
@@ -84,17 +94,69 @@ class PackedLayer(nn.Module):
         return f"{list(self.weight_shape())}, mean_bits={mean:.2f}, bytes={self.data.numel()}"
 
 
-class PackedLinear(PackedLayer):
+class PackedProduct(PackedLayer):
+    """A packed layer that multiplies: beside the disk form it holds the run form of its rows; abstract.
+
+    `numerics` is "exact", float activations, or "int8", activations rounded to 8 bits on the fly: several times as fast
+    where arithmetic binds, with the bound of kernels/packed_linear.py. See `set_numerics`.
+    """
+
+    lines: Tensor
+    tile_bits: Tensor
+    slots: Tensor
+    tile_scale: Tensor
+    tile_offset: Tensor
+    _float32 = (*PackedLayer._float32, "tile_scale", "tile_offset")
+
+    def __init__(self, rows: PackedRows, scale: Tensor, offset: Tensor, bias: Tensor | None) -> None:
+        super().__init__(rows, scale, offset, bias)
+        self.numerics = NUMERICS[0]
+
+    def lay_out(self) -> None:
+        """Make the run form anew, from the disk form."""
+        tiles = self._tile(self.rows)
+        buffers = (tiles.lines, tiles.tile_bits, tiles.slots, tiles.scale, tiles.offset)
+        for name, value in zip(("lines", "tile_bits", "slots", "tile_scale", "tile_offset"), buffers, strict=True):
+            self.register_buffer(name, value, persistent=False)
+
+    def _tile(self, rows: PackedRows) -> TiledRows:
+        return tile_rows(rows, self.scale, self.offset)
+
+    @property
+    def tiles(self) -> TiledRows:
+        """The run form."""
+        # through _buffers: nn.Module's own look-up costs as much as a small product
+        b = self._buffers
+        return TiledRows(
+            b["lines"],
+            b["tile_bits"],
+            b["slots"],
+            b["tile_scale"],
+            b["tile_offset"],
+            len(b["bits"]),  # type: ignore
+        )
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.register_buffer("starts", self.rows.starts, persistent=False)
+        self.lay_out()
+
+
+class PackedLinear(PackedProduct):
     """`nn.Linear` from packed rows."""
 
     type_name = "Linear"
 
+    def __init__(self, rows: PackedRows, scale: Tensor, offset: Tensor, bias: Tensor | None) -> None:
+        super().__init__(rows, scale, offset, bias)
+        self.lay_out()
+
     def forward(self, input: Tensor) -> Tensor:
         """(..., K) -> (..., C)."""
-        return packed_linear(input, *self.grid, self.bias, self.width)
+        return packed_linear(input, self.tiles, self.bias, self.width, self.numerics == "int8")
 
 
-class PackedConv2d(PackedLayer):
+class PackedConv2d(PackedProduct):
     """`nn.Conv2d` from packed rows; any padding mode of the original."""
 
     type_name = "Conv2d"
@@ -120,6 +182,11 @@ class PackedConv2d(PackedLayer):
         self._inside = padding_mode == "zeros" and even  # whether the operation itself pads
         self._zero = [0] * len(self.kernel)
         self._symmetric = self.padding[::2][::-1] if self._inside else self._zero
+        self.lay_out()
+
+    def _tile(self, rows: PackedRows) -> TiledRows:
+        inputs = self.weight_shape()[1] * self.groups
+        return tile_kernel(rows, self.scale, self.offset, inputs=inputs, kernel=self.kernel, groups=self.groups)
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, I, H, W) or (I, H, W) -> the same with C channels.
@@ -140,7 +207,7 @@ class PackedConv2d(PackedLayer):
 
     def _convolve(self, x: Tensor) -> Tensor:
         geometry = (self.kernel, self.stride, self._symmetric, self.dilation, self.groups)
-        return packed_conv2d(x, *self.grid, self.bias, *geometry)
+        return packed_conv2d(x, self.tiles, self.bias, *geometry, self.numerics == "int8")
 
     def settings(self) -> dict[str, Any]:
         """Geometry; padding as F.pad takes it."""
@@ -162,8 +229,8 @@ class PackedConv1d(PackedConv2d):
 
     def _convolve(self, x: Tensor) -> Tensor:
         (k,), (s,), (p,), (d,) = self.kernel, self.stride, self._symmetric, self.dilation
-        y = packed_conv2d(x.unsqueeze(2), *self.grid, self.bias, [1, k], [1, s], [0, p], [1, d], self.groups)
-        return y.squeeze(2)
+        geometry = ([1, k], [1, s], [0, p], [1, d], self.groups)
+        return packed_conv2d(x.unsqueeze(2), self.tiles, self.bias, *geometry, self.numerics == "int8").squeeze(2)
 
 
 class PackedEmbedding(PackedLayer):
@@ -184,6 +251,26 @@ class PackedEmbedding(PackedLayer):
 PACKED: dict[str, type[PackedLayer]] = {
     cls.type_name: cls for cls in (PackedLinear, PackedConv1d, PackedConv2d, PackedEmbedding)
 }
+
+
+def set_numerics(model: nn.Module, numerics: str) -> nn.Module:
+    """Choose the numerics of every packed layer of a model, in place; returns the model.
+
+    Args:
+        model: A packed model.
+        numerics: "exact" or "int8"; see `PackedProduct`.
+
+    Raises:
+        ValueError: If `numerics` is neither, or the model holds no packed layer that multiplies.
+    """
+    if numerics not in NUMERICS:
+        raise ValueError(f"numerics {numerics!r} is not known; choose one of {', '.join(NUMERICS)}")
+    layers = [m for m in model.modules() if isinstance(m, PackedProduct)]
+    if not layers:
+        raise ValueError("set_numerics: the model holds no packed layer; pack it, or load it from a file, first")
+    for layer in layers:
+        layer.numerics = numerics
+    return model
 
 
 def _geometry(layer: QuantConv1d | QuantConv2d) -> dict[str, Any]:

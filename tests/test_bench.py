@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from bench import claims, kernels, readme, record, training
+from bench import claims, kernels, peers, readme, record, training
 from sgsc.demos.tasks import load
 from sgsc.kernels import OPS, Op, fake_quantize
 from sgsc.layers import quant_layers
@@ -100,7 +100,7 @@ def test_a_training_step_is_timed_in_four_ways(results):
 
 
 def test_a_quick_run_cannot_overwrite_the_results(capsys):
-    for bench in (kernels, training):
+    for bench in (kernels, training, peers):
         with pytest.raises(SystemExit, match="2"):
             bench.main(["--quick"])
         assert "name another folder with --results" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sgsc.kernels import fake_quantize
 from sgsc.quantizers import QUANTIZERS, PublishedSelfCompressing, SelfCompressing, make_quantizer
+from tests.checks import assert_same
 
 
 def rows_and(name: str, channels: int = 12, width: int = 40, seed: int = 0):
@@ -218,3 +219,38 @@ def test_quantizers_are_formulas_on_the_one_primitive():
     for name in QUANTIZERS:
         rows, quantizer = rows_and(name)
         assert torch.equal(quantizer(rows), fake_quantize(rows, *quantizer.grid()))
+
+
+DEPTHS = [-1.0, 0.0, 0.4, 0.5, 0.6, 1.0, 1.5, 1.7, 2.5, 3.3, 7.9, 8.0, 8.4, 9.0, float("nan")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_integer_form_is_differentiated_as_its_formula(dtype):
+    """Autograd on `grid` is the judge of what is written by hand for speed."""
+    make = torch.Generator().manual_seed(0)
+    quantizer = SelfCompressing(len(DEPTHS))
+    rows = torch.randn(len(DEPTHS), 70, generator=make).to(dtype).requires_grad_()
+    with torch.no_grad():
+        quantizer.bit_depth.copy_(torch.tensor(DEPTHS))
+        quantizer.range.copy_(torch.randn(len(DEPTHS), generator=make))
+        quantizer.range[3] = float("nan")
+    if dtype == torch.float64:
+        quantizer = quantizer.double()
+    up = torch.randn(rows.shape, generator=make).to(dtype)
+    leaves = (rows, quantizer.bit_depth, quantizer.range)
+    fast, plain = quantizer(rows), fake_quantize(rows, *quantizer.grid())
+    assert_same(fast.detach(), plain.detach())
+    for f, p in zip(torch.autograd.grad(fast, leaves, up), torch.autograd.grad(plain, leaves, up), strict=True):
+        assert f.dtype == p.dtype
+        assert torch.allclose(f, p, rtol=1e-6, atol=1e-6, equal_nan=True)
+    with torch.no_grad():
+        assert_same(quantizer(rows), plain.detach())
+
+
+def test_the_table_of_widths_is_the_formula():
+    quantizer = SelfCompressing(9)
+    with torch.no_grad():
+        quantizer.bit_depth.copy_(torch.arange(9.0))
+    for found, expected in zip(quantizer.by_width[:3], quantizer.grid()[1:], strict=True):
+        assert_same(found, expected.detach())
+    assert "by_width" not in quantizer.state_dict()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgsc.kernels import OPS, extension
+from sgsc.kernels import NUMERICS, OPS, extension, tile_kernel, tile_rows
 from sgsc.kernels.op import set_isa
 from sgsc.kernels.packed_linear import grid
 from sgsc.kernels.packing import case
@@ -65,9 +65,25 @@ def large_arguments() -> dict[str, tuple]:
         "pack": (OPS["unpack"](*packed.args), bits, packed.starts, packed.data.numel()),
         "packed_embedding": (torch.arange(100).repeat(3).flip(0), *packed.args[:3], scale, offset, 601),
     }
-    for m in (1, 8, 9, 201):
-        operands = (torch.randn(m, 601, generator=make), *packed.args[:3], scale, offset, bias, 601)
-        found[f"packed_linear, {m} rows"] = operands
+    tiles = tile_rows(packed, scale, offset)
+    found["tile"] = (*packed.args[:3], tiles.tile_bits, tiles.slots, 601, 1, tiles.lines.numel())
+    convolutions = {  # one image shared by the threads, images apiece, groups of several tiles, and rows that slide
+        "one image": ((1, 24, 19, 21), 1, [3, 3], [1, 1]),
+        "few pixels": ((1, 300, 3, 3), 1, [3, 3], [0, 0]),
+        "a batch": ((3, 24, 12, 11), 1, [3, 3], [1, 1]),
+        "groups": ((2, 24, 9, 10), 2, [3, 3], [1, 1]),
+        "sliding": ((2, 100, 20, 17), 100, [3, 3], [1, 1]),
+    }
+    for int8, numerics in enumerate(NUMERICS):
+        for m in (1, 8, 9, 16, 17, 201):
+            operands = (torch.randn(m, 601, generator=make), *tiles[:5], bias, 100, 601, bool(int8))
+            found[f"packed_linear, {m} rows, {numerics}"] = operands
+        for name, (shape, groups, kernel, padding) in convolutions.items():
+            width = shape[1] // groups * kernel[0] * kernel[1]
+            kernels = tile_kernel(case(bits, width)[1], scale, offset, inputs=shape[1], kernel=kernel, groups=groups)
+            geometry = (kernel, [1, 1], padding, [1, 1], groups)
+            operands = (torch.randn(shape, generator=make), *kernels[:5], bias, 100, *geometry, bool(int8))
+            found[f"packed_conv2d, {name}, {numerics}"] = operands
     return found
 
 

@@ -1,4 +1,4 @@
-"""The layout of packed rows, bit for bit, and what the packed operations refuse before they touch memory."""
+"""The layout of packed rows, bit for bit, and what is refused before memory is touched; of tiles: test_tiling.py."""
 
 from __future__ import annotations
 
@@ -141,10 +141,7 @@ def test_packed_rows_that_contradict_themselves_are_refused(data, bits, message)
 
 needs_extension = pytest.mark.skipif(not extension.LOADED, reason=f"no C++ extension: {extension.WHY}")
 DATA, BITS, STARTS = torch.zeros(9, dtype=U8), torch.tensor([3, 0, 4], dtype=U8), torch.tensor([0, 4, 4, 9])
-VECTOR, X = torch.ones(3), torch.ones(2, 10)
-LINEAR = (X, DATA, BITS, STARTS, VECTOR, VECTOR, VECTOR, 10)
-IMAGE = torch.ones(1, 10, 3, 3)
-CONV = (IMAGE, DATA, BITS, STARTS, VECTOR, VECTOR, VECTOR, [1, 1], [1, 1], [0, 0], [1, 1], 1)
+VECTOR = torch.ones(3)
 EMBEDDING = (torch.tensor([0, 2]), DATA, BITS, STARTS, VECTOR, VECTOR, 10)
 ROWS = (torch.ones(3, 4), VECTOR, -VECTOR, VECTOR, VECTOR)
 
@@ -180,33 +177,6 @@ REFUSED = {
         (torch.zeros(2, 10, dtype=U8), BITS, STARTS, 9),
         r"levels is \(2, 10\) Byte; want \(3, any\)",
     ),
-    "linear-x-width": ("packed_linear", changed(LINEAR, 0, torch.ones(2, 9)), r"x is \(2, 9\) Float; want \(any, 10\)"),
-    "linear-x-vector": ("packed_linear", changed(LINEAR, 0, torch.ones(10)), r"x is \(10\) Float"),
-    "linear-x-double": ("packed_linear", changed(LINEAR, 0, X.double()), "x is Double; want Float, BFloat16 or Half"),
-    "linear-scale": ("packed_linear", changed(LINEAR, 4, VECTOR[:2]), r"scale is \(2\) Float; want \(3\)"),
-    "linear-offset": ("packed_linear", changed(LINEAR, 5, VECTOR.double()), r"offset is \(3\) Double"),
-    "linear-bias-dtype": (
-        "packed_linear",
-        changed(LINEAR, 6, VECTOR.bfloat16()),
-        r"bias is \(3\) BFloat16; want \(3\) Float",
-    ),
-    "linear-width": ("packed_linear", changed(LINEAR, 7, 11), r"starts\[1\] is 4, but .* 11 levels"),
-    "linear-bits": ("packed_linear", changed(LINEAR, 2, torch.tensor([3, 255, 4], dtype=U8)), r"bits\[1\] is 255"),
-    "conv-kernel": ("packed_conv2d", changed(CONV, 7, [3, 3]), r"starts\[1\] is 4, but rows of 90 levels"),
-    "conv-kernel-too-large": (
-        "packed_conv2d",
-        changed(CONV, 7, [4, 1]),
-        "a kernel that covers 4 is larger than the input, 3",
-    ),
-    "conv-kernel-overflows": ("packed_conv2d", changed(CONV, 7, [2**24, 2**24]), "is larger than the input|too large"),
-    "conv-kernel-zero": ("packed_conv2d", changed(CONV, 7, [0, 1]), "kernel holds 0; want 1 to"),
-    "conv-stride": ("packed_conv2d", changed(CONV, 8, [0, 1]), "stride holds 0"),
-    "conv-padding": ("packed_conv2d", changed(CONV, 9, [0, -1]), "padding holds -1"),
-    "conv-dilation": ("packed_conv2d", changed(CONV, 10, [1, 2**62]), "dilation holds 4611686018427387904"),
-    "conv-groups": ("packed_conv2d", changed(CONV, 11, 2), "2 groups do not divide 10 inputs and 3 outputs"),
-    "conv-no-groups": ("packed_conv2d", changed(CONV, 11, 0), "0 groups do not divide"),
-    "conv-x": ("packed_conv2d", changed(CONV, 0, IMAGE[0]), "x has 3 dimensions"),
-    "conv-data": ("packed_conv2d", changed(CONV, 1, DATA[:8]), "data has 8 bytes"),
     "embedding-data": ("packed_embedding", changed(EMBEDDING, 1, DATA[:8]), "data has 8 bytes"),
     "embedding-index-dtype": ("packed_embedding", changed(EMBEDDING, 0, torch.ones(2)), r"index is \(2\) Float"),
     "embedding-scale": ("packed_embedding", changed(EMBEDDING, 4, torch.ones(2)), r"scale is \(2\) Float"),
@@ -236,8 +206,8 @@ def test_malformed_arguments_are_refused(name, arguments, message):
 
 @needs_extension
 def test_what_the_refusals_start_from_is_accepted():
-    for name, arguments in (("packed_linear", LINEAR), ("packed_conv2d", CONV), ("packed_embedding", EMBEDDING)):
-        assert OPS[name](*arguments).isfinite().all()
+    assert_same(OPS["unpack"](DATA, BITS, STARTS, 10), torch.zeros(3, 10, dtype=U8))
+    assert OPS["packed_embedding"](*EMBEDDING).isfinite().all()
 
 
 @pytest.mark.parametrize("index", [-1, 3, 2**62])

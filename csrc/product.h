@@ -1,0 +1,111 @@
+// Products of tiles with values of x, in either numerics: what linear and convolution share.
+//
+//   exact  float values of x and float sums.
+//   int8   x rounded to 8 bits, one step a token (a row of x; an image of a convolution): with step = max |x| / 127,
+//          |error| <= step / 2 * sum_k |w_k|, beside the rounding of floats. Sums of levels are exact in 32 bits.
+//
+// x comes in strips: 16 tokens side by side, (quads, 16, 4) int8 or (levels, 16) float, zeros where there is none.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "tiles.h"
+
+namespace sgsc {
+
+// Memory on a cache line whose contents are not set, for the length of a call. It comes from what the thread has kept
+// of earlier calls: fresh pages would cost more than many a product.
+class Arena {
+ public:
+  static constexpr std::size_t KEPT = std::size_t{16} << 20;  // most bytes that a thread keeps
+
+  struct Block {
+    std::unique_ptr<std::uint8_t[]> bytes;
+    std::size_t size = 0;
+  };
+  static Block take(std::size_t size);
+  static void give(Block block);
+};
+
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(std::int64_t n) : block_(Arena::take(n * sizeof(T) + LINE)) {
+    std::uint8_t* first = block_.bytes.get();
+    start_ = reinterpret_cast<T*>(first + (LINE - reinterpret_cast<std::uintptr_t>(first) % LINE));
+  }
+  ~Scratch() { Arena::give(std::move(block_)); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* data() const { return start_; }
+
+ private:
+  Arena::Block block_;
+  T* start_;
+};
+
+// One tile, and what a product needs to know of it.
+struct Tile {
+  const std::uint8_t* lines;
+  int bits;
+  const std::int32_t* slots;
+  const float *scale, *offset;
+};
+
+// The kernels that take the tile's offsets: the fast ones want multiples of 1 / 256 below 2^14, as those of every
+// quantizer here are.
+const TileKernels& float_kernels(const Tile& tile);
+
+// The tiles of a matrix as a call sees them.
+class TileList {
+ public:
+  explicit TileList(const Tiles& tiles);
+
+  std::int64_t count() const { return tiles_.count; }
+  std::int64_t blocks() const { return tiles_.blocks; }
+  std::int64_t bytes() const { return starts_.back(); }
+  Tile operator[](std::int64_t tile) const;
+  // The first tile of part `part` of `parts` of about equal bytes; the end for the last.
+  std::int64_t boundary(std::int64_t part, std::int64_t parts) const;
+
+ private:
+  Tiles tiles_;
+  std::vector<std::int64_t> starts_;
+};
+
+// The step of int8 values of x whose largest magnitude is `largest`, and its inverse. NaN, as every result then is,
+// where a value was not finite.
+struct Step {
+  float step, inverse;
+  explicit Step(float largest);
+};
+
+Side side_of_rows(const Tile& tile);  // rows beyond the tile's: zeros
+// Sums of codes of 16 tokens and their steps; the first may be null for exact numerics, the second for steps of 1.
+Side side_of_x(const std::int32_t* totals, const float* steps);
+
+// The strips of a product: `count` of them, side by side, `each` values apart; or, where `at` is given, strip s is
+// where starts[s] says and its quads, or levels, are at those places from there: then x is used where it lies.
+template <class Value>
+struct Strips {
+  const Value* x;
+  std::int64_t count, each;
+  const std::int64_t *starts = nullptr, *at = nullptr;
+};
+
+// A group of tiles unpacked for many strips, some hundred levels at a time: what is unpacked stays in the second-level
+// cache while all strips pass by.
+constexpr std::int64_t GROUP = 8;  // tiles
+
+// Sums (count, n, 16, 16) of tiles first .. first + n - 1, n <= GROUP, times strips, over `levels`. Rows stand on the
+// lanes (the last axis) and tokens before; `multiply_pixels` has it the other way round. Removed rows give zeros.
+template <class Value, class Sum>
+void multiply_tokens(const TileList& tiles, std::int64_t first, std::int64_t n, const Strips<Value>& strips, Sum* sums);
+template <class Value, class Sum>
+void multiply_pixels(const TileList& tiles, std::int64_t first, std::int64_t n, std::int64_t levels,
+                     const Strips<Value>& strips, Sum* sums);
+
+}  // namespace sgsc

@@ -1,0 +1,116 @@
+#include "tiles.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <vector>
+
+#include "isa.h"
+
+namespace sgsc {
+namespace {
+
+// One block of 16 rows, (8, 64) quads of levels, to its lines; see tiles.h.
+void encode(const std::uint8_t* quads, int bits, std::uint8_t* lines) {
+  std::fill(lines, lines + bits * LINE, std::uint8_t{0});
+  int low = 0;
+  for (int plane = 8; plane; plane /= 2) {
+    if (!(bits & plane)) continue;
+    const int fields = 8 / plane, mask = (1 << plane) - 1;
+    for (int q = 0; q < QUADS; ++q) {
+      std::uint8_t* line = lines + (low + q / fields) * LINE;
+      const int up = q % fields * plane;
+      for (int i = 0; i < LINE; ++i)
+        line[i] = static_cast<std::uint8_t>(line[i] | (quads[q * LINE + i] >> low & mask) << up);
+    }
+    low += plane;
+  }
+}
+
+// The levels of one row in the order of quads, (4 * quads): zeros where a quad has no channel.
+void in_order(const std::uint8_t* levels, const LevelOrder& order, std::uint8_t* out) {
+  for (std::int64_t c = 0; c < order.channels; c += 4)
+    for (std::int64_t a = 0; a < order.area; ++a)
+      for (std::int64_t i = 0; i < 4; ++i)
+        *out++ = c + i < order.channels ? levels[(c + i) * order.area + a] : std::uint8_t{0};
+}
+
+}  // namespace
+
+void check(const std::string& op, const Tiles& t) {
+  const auto refuse = [&op](const std::string& what) { throw std::invalid_argument(op + ": " + what); };
+  std::int64_t lines = 0;
+  for (std::int64_t tile = 0; tile < t.count; ++tile) {
+    if (t.bits[tile] > 8)
+      refuse("tile_bits[" + std::to_string(tile) + "] is " + std::to_string(t.bits[tile]) + "; want 0 to 8");
+    lines += t.bits[tile];
+  }
+  std::int64_t bytes = 0;
+  if (__builtin_mul_overflow(lines, t.blocks * LINE, &bytes) || bytes != t.length)
+    refuse("lines has " + std::to_string(t.length) + " bytes, but these tile_bits and width need " +
+           std::to_string(lines) + " times " + std::to_string(t.blocks * LINE));
+  std::int64_t low = 0, high = -1, held = 0;
+  for (std::int64_t i = 0; i < t.count * TILE; ++i) {
+    low = std::min<std::int64_t>(low, t.slots[i]);
+    high = std::max<std::int64_t>(high, t.slots[i]);
+    held += t.slots[i] >= 0;
+  }
+  if (low < -1 || high >= t.rows || held != t.rows)
+    refuse("slots hold " + std::to_string(held) + " rows from " + std::to_string(low) + " to " + std::to_string(high) +
+           "; want each of " + std::to_string(t.rows) + " rows once, -1 elsewhere");
+}
+
+void check_widths(const std::string& op, const PackedRows& packed, const Tiles& t) {
+  for (std::int64_t i = 0; i < t.count * TILE; ++i) {
+    const int wide = t.bits[i / TILE], bits = t.slots[i] < 0 ? wide : packed.bits[t.slots[i]];
+    if (bits > wide || (bits == 0) != (wide == 0))
+      throw std::invalid_argument(op + ": row " + std::to_string(t.slots[i]) + " has " + std::to_string(bits) +
+                                  " bits, its tile " + std::to_string(wide) +
+                                  "; want rows no wider than their tile, and removed rows in tiles of 0 bits");
+  }
+}
+
+void tile(const PackedRows& packed, const LevelOrder& order, const Tiles& shape, std::uint8_t* lines,
+          const Threads& threads) {
+  std::vector<std::int64_t> starts(shape.count + 1, 0);
+  for (std::int64_t t = 0; t < shape.count; ++t) starts[t + 1] = starts[t] + shape.bytes(t);
+  const RowKernels& rows = row_kernels();
+  const std::int64_t width = shape.blocks * BLOCK;
+  threads.run(shape.count, [&](std::int64_t t) {
+    if (!shape.bits[t]) return;
+    std::vector<std::uint8_t> levels(TILE * width, 0), as_stored(order.area > 1 ? packed.width : 0);
+    for (int r = 0; r < TILE; ++r) {
+      const std::int32_t row = shape.slots[t * TILE + r];
+      if (row < 0 || !packed.bits[row]) continue;
+      std::uint8_t* out = levels.data() + r * width;
+      rows.levels(row_of(packed, row), packed.width, order.area > 1 ? as_stored.data() : out);
+      if (order.area > 1) in_order(as_stored.data(), order, out);
+    }
+    std::uint8_t quads[QUADS * LINE];
+    for (std::int64_t b = 0; b < shape.blocks; ++b) {
+      for (int r = 0; r < TILE; ++r)
+        for (int q = 0; q < QUADS; ++q)
+          std::memcpy(quads + q * LINE + 4 * r, levels.data() + r * width + b * BLOCK + 4 * q, 4);
+      encode(quads, shape.bits[t], lines + starts[t] + b * shape.bits[t] * LINE);
+    }
+  });
+}
+
+const TileKernels& tile_kernels() {
+  switch (isa()) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    case Isa::avx512:
+      return tile_kernels_avx512;
+    case Isa::avxvnni:
+      return tile_kernels_avxvnni;
+    case Isa::avx2:
+      return tile_kernels_avx2;
+#elif defined(__aarch64__) && defined(__linux__)
+    case Isa::neon:
+      return tile_kernels_neon;
+#endif
+    default:
+      return tile_kernels_scalar;
+  }
+}
+
+}  // namespace sgsc

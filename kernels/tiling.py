@@ -1,0 +1,214 @@
+"""The run form of packed rows: 16 rows side by side, so that one vector holds the same levels of all of them.
+
+    tile   16 rows at one width, the widest of theirs; rows of like width share tiles, removed rows have tiles of 0 bits
+    block  32 levels of a tile: `bits` lines of 64 bytes, whatever the width. bits is a sum of planes of 8, 4, 2 and 1
+           bits, the largest first and in the lowest bits of a level; a plane of w bits has w lines
+    line   byte 4 r + i belongs to row r of the tile and to level 4 q + i, for each of some quads q: field f (bits
+           f w .. f w + w - 1 of each byte) of a plane's line l holds quad l (8 / w) + f of the block's eight
+
+So any width costs bits / 8 bytes a weight, a tile is one stream of memory, all instruction sets read the same lines,
+and a sum of products needs no reduction over the lanes of a vector. Levels past K are 0.
+
+A matrix keeps its order of levels. In a convolution a quad is four channels at one place of the kernel, zeros where
+there are fewer, and quads run over the kernel's `area` first: channels of x then lie as four bytes side by side.
+
+The disk form (packing.py) knows nothing of this; `tile_rows` is run once, when a layer is made or loaded.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .op import Op
+from .packing import PackedRows, case, shapes, unpack_reference
+
+TILE, LINE, BLOCK, QUADS = 16, 64, 32, 8
+_PLANES = (8, 4, 2, 1)
+
+
+def quads_of(width: int, area: int) -> int:
+    """Quads of a row of `width` levels."""
+    return (width // area + 3) // 4 * area
+
+
+def blocks_of(width: int, area: int = 1) -> int:
+    """Blocks of a row of `width` levels, `area` of them a channel."""
+    return (quads_of(width, area) + QUADS - 1) // QUADS
+
+
+def _fields(bits: int) -> list[tuple[int, int, int, int]]:
+    """(line, shift up in the line, mask, lowest bit in the level) for each quad of a block, plane by plane."""
+    found, low = [], 0
+    for plane in _PLANES:
+        if bits & plane:
+            count = 8 // plane
+            found += [(low + q // count, q % count * plane, (1 << plane) - 1, low) for q in range(QUADS)]
+            low += plane
+    return found
+
+
+def _tile_reference(
+    data: Tensor, bits: Tensor, starts: Tensor, tile_bits: Tensor, slots: Tensor, width: int, area: int, length: int
+) -> Tensor:
+    levels = unpack_reference(data, bits, starts, width)
+    rows, tiles, quads, blocks = len(bits), len(tile_bits), quads_of(width, area), blocks_of(width, area)
+    levels = torch.nn.functional.pad(levels.view(rows, width // area, area), (0, 0, 0, -(width // area) % 4))
+    levels = levels.view(rows, quads // area, 4, area).transpose(2, 3).reshape(rows, 4 * quads)
+    levels = torch.nn.functional.pad(levels, (0, blocks * BLOCK - 4 * quads, 0, 1))  # a row of zeros for -1
+    by_place = levels[slots.long()].view(tiles, TILE, blocks, QUADS, 4)
+    by_quad = by_place.permute(0, 2, 3, 1, 4).reshape(tiles, blocks, QUADS, LINE)
+    lines = data.new_empty(length)
+    start = 0
+    for tile, b in enumerate(tile_bits.tolist()):
+        block = data.new_zeros(blocks, b, LINE)
+        for i, (line, up, mask, low) in enumerate(_fields(b)):
+            block[:, line] |= ((by_quad[tile, :, i % QUADS] >> low) & mask) << up
+        lines[start : start + block.numel()] = block.flatten()
+        start += block.numel()
+    return lines
+
+
+def untile(lines: Tensor, tile_bits: Tensor, slots: Tensor, rows: int, width: int, area: int = 1) -> Tensor:
+    """The levels that lines hold, (rows, width) uint8, in plain PyTorch."""
+    blocks, start, tiles = blocks_of(width, area), 0, []
+    for b in tile_bits.tolist():
+        block = lines[start : start + b * blocks * LINE].view(blocks, b, LINE)
+        quads = lines.new_zeros(blocks, QUADS, LINE)
+        for i, (line, up, mask, low) in enumerate(_fields(b)):
+            quads[:, i % QUADS] |= ((block[:, line] >> up) & mask) << low
+        tiles.append(quads.view(blocks, QUADS, TILE, 4).permute(2, 0, 1, 3).reshape(TILE, blocks * BLOCK))
+        start += block.numel()
+    levels = lines.new_zeros(rows + 1, width)  # the last row takes what stands in no row's place
+    if tiles:
+        quads = quads_of(width, area)
+        by_place = torch.cat(tiles)[:, : 4 * quads].view(len(slots), quads // area, area, 4).transpose(2, 3)
+        levels[slots.long()] = by_place.reshape(len(slots), 4 * quads)[:, :width]
+    return levels[:rows]
+
+
+def tiled_weight(
+    lines: Tensor,
+    tile_bits: Tensor,
+    slots: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    rows: int,
+    width: int,
+    area: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """What tiles stand for: (level + offset) * scale, (rows, width) in `dtype`; and which rows are not removed."""
+    levels = untile(lines, tile_bits, slots, rows, width, area)
+    at = torch.zeros(rows + 1, dtype=torch.long, device=lines.device)
+    at[slots.long()] = torch.arange(len(slots), device=lines.device)
+    at = at[:rows]
+    live = tile_bits.repeat_interleave(TILE)[at] > 0
+    values = (levels.to(scale.dtype) + offset[at][:, None]) * scale[at][:, None]
+    return torch.where(live[:, None], values, 0.0).to(dtype), live
+
+
+def plan(bits: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
+    """Which row goes where: (tiles,) uint8 width of each tile, (tiles * 16,) int32 row of each place, -1 for none.
+
+    Rows are sorted by width within their group, so that at most the last tile of a group has empty places and a row
+    rarely lies at more than its own width. Places in use come first.
+    """
+    rows = len(bits)
+    group = torch.arange(rows, device=bits.device) // max(rows // groups, 1)
+    part = 2 * group + (bits > 0)  # removed rows have tiles of their own
+    order = torch.argsort(part * 9 + bits, stable=True)
+    count = torch.bincount(part, minlength=2 * groups)
+    tiles = (count + TILE - 1) // TILE
+    first_place, first_row = (tiles.cumsum(0) - tiles) * TILE, count.cumsum(0) - count
+    of = part[order]
+    place = first_place[of] + torch.arange(rows, device=bits.device) - first_row[of]
+    total = int(tiles.sum())
+    slots = torch.full((total * TILE,), -1, dtype=torch.int32, device=bits.device)
+    slots[place] = order.to(torch.int32)
+    widths = torch.nn.functional.pad(bits, (0, 1))[slots.long()]
+    return widths.view(total, TILE).amax(1) if total else bits.new_empty(0), slots
+
+
+class TiledRows(NamedTuple):
+    """A (C, K) matrix of packed weights as the CPU's products read it.
+
+    Attributes:
+        lines: (N,) uint8, laid out as the module's docstring says.
+        tile_bits: (T,) uint8 width of each tile.
+        slots: (T * 16,) int32, the row in each place of a tile; -1 for none.
+        scale: (T * 16,) float32, step of the row in each place.
+        offset: (T * 16,) float32: real = (level + offset) * scale.
+        rows: C.
+    """
+
+    lines: Tensor
+    tile_bits: Tensor
+    slots: Tensor
+    scale: Tensor
+    offset: Tensor
+    rows: int
+
+
+def _tile_cases() -> dict[str, tuple]:
+    found = {}
+    for name, (bits, width) in shapes().items():
+        for area in (1, 3):
+            if width % area == 0 and len(bits) % area == 0:
+                found[f"{name}-area-{area}"] = _arguments(case(bits, width)[1], area, area)
+    return found
+
+
+def _arguments(rows: PackedRows, area: int, groups: int) -> tuple:
+    tile_bits, slots = plan(rows.bits, groups)
+    length = int(tile_bits.sum()) * blocks_of(rows.width, area) * LINE
+    return rows.data, rows.bits, rows.starts, tile_bits, slots, rows.width, area, length
+
+
+def _bench_cases() -> dict[str, tuple]:
+    bits = torch.tensor([0, 2, 3, 3, 4, 4, 5, 8], dtype=torch.uint8)
+    return {f"{n}x{n}-mixed": _arguments(case(bits.repeat(n // 8), n)[1], 1, 1) for n in (512, 4096)}
+
+
+OP = Op(
+    name="tile",
+    schema="(Tensor data, Tensor bits, Tensor starts, Tensor tile_bits, Tensor slots, int width, int area, int length)"
+    " -> Tensor",
+    reference=_tile_reference,
+    fake=lambda data, bits, starts, tile_bits, slots, width, area, length: data.new_empty(length),
+    cases=_tile_cases,
+    bench_cases=_bench_cases,
+    traffic=lambda data, *rest: data.numel() + rest[-1],
+    operations=lambda data, bits, starts, tile_bits, slots, width, area, length: bits.shape[0] * width,
+    exact=True,
+)
+
+
+def tile_rows(rows: PackedRows, scale: Tensor, offset: Tensor, *, area: int = 1, groups: int = 1) -> TiledRows:
+    """Lay packed rows out for running.
+
+    Args:
+        rows: The disk form, C rows of K levels.
+        scale: (C,) float32 step of each row.
+        offset: (C,) float32; real = (level + offset) * scale. The CPU kernels are fast where it is a multiple of 1/256
+            below 2^14, as those of every quantizer here are, and right for any.
+        area: Kernel height times width of a convolution.
+        groups: Of a convolution; the rows of a tile belong to one.
+
+    Raises:
+        ValueError: If the vectors do not have C elements, or `area` and `groups` do not divide K and C.
+    """
+    count = len(rows.bits)
+    if scale.shape != (count,) or offset.shape != (count,):
+        raise ValueError(f"tile_rows: scale {tuple(scale.shape)}, offset {tuple(offset.shape)}; want ({count},)")
+    if area < 1 or groups < 1 or rows.width % area or count % groups:
+        raise ValueError(
+            f"tile_rows: an area of {area} and {groups} groups do not divide {rows.width} levels and {count} rows"
+        )
+    arguments = _arguments(rows, area, groups)
+    slots = arguments[4]
+    # a place that holds no row takes the last of these: any number will do, as long as it is one
+    grid = (torch.nn.functional.pad(t.float(), (0, 1))[slots.long()] for t in (scale, offset))
+    return TiledRows(OP(*arguments), arguments[3], slots, *grid, count)
