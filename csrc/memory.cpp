@@ -21,10 +21,12 @@ namespace {
 
 constexpr std::int64_t PAGE = std::int64_t{1} << 12, HUGE_PAGE = std::int64_t{1} << 21;
 
+}  // namespace
+
 // On Linux not from the C library: large blocks inside its heap would keep it from reusing its own, or from trimming.
 // The address sanitizer watches over nothing else, though.
 #if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
-void* allocate(std::int64_t bytes) {
+void* allocate_pages(std::int64_t bytes) noexcept {
   const std::int64_t spare = bytes < HUGE_PAGE ? 0 : HUGE_PAGE;
   void* mapped = mmap(nullptr, bytes + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) return nullptr;
@@ -39,17 +41,19 @@ void* allocate(std::int64_t bytes) {
   return data;
 }
 
-void deallocate(const Block& block) noexcept { munmap(block.data, block.bytes); }
+void free_pages(void* data, std::int64_t bytes) noexcept { munmap(data, bytes); }
 #elif defined(_WIN32)
-void* allocate(std::int64_t bytes) { return _aligned_malloc(bytes, PAGE); }
-void deallocate(const Block& block) noexcept { _aligned_free(block.data); }
+void* allocate_pages(std::int64_t bytes) noexcept { return _aligned_malloc(bytes, PAGE); }
+void free_pages(void* data, std::int64_t) noexcept { _aligned_free(data); }
 #else
-void* allocate(std::int64_t bytes) {
+void* allocate_pages(std::int64_t bytes) noexcept {
   void* data = nullptr;
   return posix_memalign(&data, PAGE, bytes) == 0 ? data : nullptr;
 }
-void deallocate(const Block& block) noexcept { std::free(block.data); }
+void free_pages(void* data, std::int64_t) noexcept { std::free(data); }
 #endif
+
+namespace {
 
 using Blocks = std::vector<std::unique_ptr<Block>>;
 
@@ -58,10 +62,10 @@ class Pool {
   Block* take(std::int64_t wanted) {
     const std::int64_t bytes = (std::max<std::int64_t>(wanted, 1) + PAGE - 1) / PAGE * PAGE;
     if (std::unique_ptr<Block> block = reuse(bytes)) return block.release();
-    auto made = std::make_unique<Block>(Block{allocate(bytes), bytes});
+    auto made = std::make_unique<Block>(Block{allocate_pages(bytes), bytes});
     if (!made->data) {
       release();
-      made->data = allocate(bytes);
+      made->data = allocate_pages(bytes);
     }
     if (!made->data) {
       const std::lock_guard<std::mutex> guard(lock_);
@@ -79,7 +83,7 @@ class Pool {
       blocks_.push_back(std::move(owned));
       free_ += block->bytes;
     } catch (...) {  // no memory for the list: push_back left `owned` alone
-      deallocate(*block);
+      free_pages(block->data, block->bytes);
     }
   }
 
@@ -131,7 +135,7 @@ class Pool {
   }
 
   static void drop(const Blocks& blocks) noexcept {
-    for (const auto& block : blocks) deallocate(*block);
+    for (const auto& block : blocks) free_pages(block->data, block->bytes);
   }
 
   std::mutex lock_;

@@ -29,6 +29,11 @@ struct Held {
 };
 Held held_memory();
 
+// Pages from the system, huge ones from 2 MiB on where it grants them; null if there are none. What reads such memory
+// from end to end is a third faster than from small pages, on a virtual machine.
+void* allocate_pages(std::int64_t bytes) noexcept;
+void free_pages(void* data, std::int64_t bytes) noexcept;
+
 // Bytes of the last-level cache: results above are better written past it. What the system does not tell is taken to be
 // 32 MiB.
 std::int64_t last_cache();

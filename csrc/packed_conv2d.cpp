@@ -297,6 +297,15 @@ void write_pixels(const ConvolutionData& data, const Convolution& c, std::int64_
   write_as<Float16>(data, c, image, rows, first, n, values);
 }
 
+void check_groups(const Convolution& c, const Tiles& tiles) {
+  if (c.sliding() || !c.rows) return;
+  const std::int64_t each = c.rows / c.groups;
+  for (std::int64_t i = 0; i < tiles.count * TILE; ++i)
+    if (tiles.slots[i] >= 0 && tiles.slots[i] / each != std::max(tiles.slots[i / TILE * TILE], 0) / each)
+      refuse("tile " + std::to_string(i / TILE) + " holds rows of several of the " + std::to_string(c.groups) +
+             " groups; lay the rows out with tile_kernel, for these inputs and groups");
+}
+
 void packed_conv2d(const ConvolutionData& data, const Convolution& c, const Tiles& tiles, bool int8,
                    const Threads& threads) {
   if (!c.batch || !c.rows || !c.area()) return;

@@ -53,6 +53,9 @@ struct ConvolutionData {
   void* y;
 };
 
+// Throws unless the rows of each tile belong to one group.
+void check_groups(const Convolution& shape, const Tiles& tiles);
+
 void packed_conv2d(const ConvolutionData& data, const Convolution& shape, const Tiles& tiles, bool int8,
                    const Threads& threads);
 

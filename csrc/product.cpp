@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <new>
 #include <type_traits>
 
 namespace sgsc {
@@ -63,7 +64,7 @@ void for_each_panel(const TileList& tiles, std::int64_t first, std::int64_t n, s
   }
 }
 
-thread_local std::vector<Arena::Block> kept_blocks;
+constexpr std::int64_t LEAST = 1 << 14;  // bytes of a block of scratch memory
 
 bool offsets_fit(const float* offset) {
   bool fit = true;
@@ -74,26 +75,39 @@ bool offsets_fit(const float* offset) {
 
 }  // namespace
 
-Arena::Block Arena::take(std::size_t size) {
-  std::vector<Block>& kept = kept_blocks;
-  std::size_t best = kept.size();
-  for (std::size_t i = 0; i < kept.size(); ++i)
-    if (kept[i].size >= size && (best == kept.size() || kept[i].size < kept[best].size)) best = i;
-  if (best == kept.size()) return {std::unique_ptr<std::uint8_t[]>(new std::uint8_t[size]), size};
-  std::swap(kept[best], kept.back());
-  Block block = std::move(kept.back());
-  kept.pop_back();
+Arena& Arena::of_this_thread() {
+  thread_local Arena arena;
+  return arena;
+}
+
+Arena::~Arena() {
+  for (const Block& block : kept_) free_pages(block.data, block.bytes);
+}
+
+Block Arena::take(std::int64_t bytes) {
+  std::size_t best = kept_.size();
+  for (std::size_t i = 0; i < kept_.size(); ++i)
+    if (kept_[i].bytes >= bytes && (best == kept_.size() || kept_[i].bytes < kept_[best].bytes)) best = i;
+  if (best == kept_.size()) {
+    bytes = std::max<std::int64_t>((bytes + LEAST - 1) / LEAST * LEAST, LEAST);
+    void* data = allocate_pages(bytes);
+    if (!data) throw std::bad_alloc();
+    return {data, bytes};
+  }
+  std::swap(kept_[best], kept_.back());
+  const Block block = kept_.back();
+  kept_.pop_back();
   return block;
 }
 
-void Arena::give(Block block) {
-  std::vector<Block>& kept = kept_blocks;
-  std::size_t total = block.size;
-  for (const Block& other : kept) total += other.size;
-  kept.push_back(std::move(block));
+void Arena::give(const Block& block) {
+  std::int64_t total = block.bytes;
+  for (const Block& other : kept_) total += other.bytes;
+  kept_.push_back(block);
   while (total > KEPT) {  // the oldest go first
-    total -= kept.front().size;
-    kept.erase(kept.begin());
+    total -= kept_.front().bytes;
+    free_pages(kept_.front().data, kept_.front().bytes);
+    kept_.erase(kept_.begin());
   }
 }
 

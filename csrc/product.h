@@ -7,11 +7,9 @@
 // x comes in strips: 16 tokens side by side, (quads, 16, 4) int8 or (levels, 16) float, zeros where there is none.
 #pragma once
 
-#include <cstddef>
-#include <memory>
-#include <utility>
 #include <vector>
 
+#include "memory.h"
 #include "tiles.h"
 
 namespace sgsc {
@@ -20,31 +18,29 @@ namespace sgsc {
 // of earlier calls: fresh pages would cost more than many a product.
 class Arena {
  public:
-  static constexpr std::size_t KEPT = std::size_t{16} << 20;  // most bytes that a thread keeps
+  static constexpr std::int64_t KEPT = std::int64_t{32} << 20;  // most bytes that a thread keeps
 
-  struct Block {
-    std::unique_ptr<std::uint8_t[]> bytes;
-    std::size_t size = 0;
-  };
-  static Block take(std::size_t size);
-  static void give(Block block);
+  Arena() = default;
+  ~Arena();
+  Block take(std::int64_t bytes);
+  void give(const Block& block);
+  static Arena& of_this_thread();
+
+ private:
+  std::vector<Block> kept_;
 };
 
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(std::int64_t n) : block_(Arena::take(n * sizeof(T) + LINE)) {
-    std::uint8_t* first = block_.bytes.get();
-    start_ = reinterpret_cast<T*>(first + (LINE - reinterpret_cast<std::uintptr_t>(first) % LINE));
-  }
-  ~Scratch() { Arena::give(std::move(block_)); }
+  explicit Scratch(std::int64_t n) : block_(Arena::of_this_thread().take(n * static_cast<std::int64_t>(sizeof(T)))) {}
+  ~Scratch() { Arena::of_this_thread().give(block_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  T* data() const { return start_; }
+  T* data() const { return static_cast<T*>(block_.data); }
 
  private:
-  Arena::Block block_;
-  T* start_;
+  Block block_;
 };
 
 // One tile, and what a product needs to know of it.

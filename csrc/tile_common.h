@@ -14,7 +14,7 @@
 
 namespace sgsc {
 
-constexpr int AHEAD = 2048;  // bytes from what is read to what is asked of memory
+constexpr int AHEAD = 4096;  // bytes from what is read to what is asked of memory
 
 inline std::int32_t word(const void* p) {
   std::int32_t value;

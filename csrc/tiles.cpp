@@ -48,15 +48,23 @@ void check(const std::string& op, const Tiles& t) {
   if (__builtin_mul_overflow(lines, t.blocks * LINE, &bytes) || bytes != t.length)
     refuse("lines has " + std::to_string(t.length) + " bytes, but these tile_bits and width need " +
            std::to_string(lines) + " times " + std::to_string(t.blocks * LINE));
-  std::int64_t low = 0, high = -1, held = 0;
+  std::int64_t low = 0, high = -1, held = 0, gaps = 0;
   for (std::int64_t i = 0; i < t.count * TILE; ++i) {
     low = std::min<std::int64_t>(low, t.slots[i]);
     high = std::max<std::int64_t>(high, t.slots[i]);
     held += t.slots[i] >= 0;
+    gaps += t.slots[i] >= 0 && i % TILE && t.slots[i - 1] < 0;
   }
-  if (low < -1 || high >= t.rows || held != t.rows)
+  std::int64_t different = 0;
+  if (low >= -1 && high < t.rows && held == t.rows) {
+    thread_local std::vector<std::uint8_t> seen;  // a byte a row: bits would wait for one another
+    seen.assign(t.rows + 1, 0);
+    for (std::int64_t i = 0; i < t.count * TILE; ++i) seen[t.slots[i] + 1] = 1;
+    for (std::int64_t row = 0; row < t.rows; ++row) different += seen[row + 1];
+  }
+  if (different != t.rows || low < -1 || high >= t.rows || gaps)
     refuse("slots hold " + std::to_string(held) + " rows from " + std::to_string(low) + " to " + std::to_string(high) +
-           "; want each of " + std::to_string(t.rows) + " rows once, -1 elsewhere");
+           "; want each of " + std::to_string(t.rows) + " rows once, and -1 only after the rows of a tile");
 }
 
 void check_widths(const std::string& op, const PackedRows& packed, const Tiles& t) {

@@ -13,6 +13,8 @@ Floor: tiles plus x plus y once, 2 * B * H' * W' * C * K operations; no im2col m
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,7 +42,7 @@ def tile_kernel(
     """
     if slides(inputs, groups):
         return tile_rows(rows, scale, offset)
-    return tile_rows(rows, scale, offset, area=kernel[0] * kernel[1], groups=groups)
+    return tile_rows(rows, scale, offset, area=prod(kernel), groups=groups)
 
 
 def reference(

@@ -9,7 +9,7 @@ Two numerics:
             any order of summation: |y - exact| <= K * 2^-23 * sum_k |w_k x_k|, plus one rounding to the dtype of y.
     int8    each row of x (a token) is rounded to 8 bits on the fly, symmetric, with its own step = max |x| / 127; sums
             of levels are exact integers. |y - exact| <= step / 2 * sum_k |w_k|, beside the rounding of floats; for
-            normal x about 1 % of y's RMS at any width. A token that holds NaN or infinity gives NaN. Rows wider than
+            normal x about 1 % of y's RMS at any width. The step is at least 2^-126, a normal number. A token that holds NaN or infinity gives NaN. Rows wider than
             2^15 levels, whose sums could leave 32 bits, are computed in exact numerics.
 
 Floor at M = 1: the bytes of the tiles, b/8 a weight. At large M: 2 * M * C * K operations, of which a core does four

@@ -113,8 +113,8 @@ def tiled_weight(
 def plan(bits: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
     """Which row goes where: (tiles,) uint8 width of each tile, (tiles * 16,) int32 row of each place, -1 for none.
 
-    Rows are sorted by width within their group, so that at most the last tile of a group has empty places and a row
-    rarely lies at more than its own width. Places in use come first.
+    Rows are sorted by width within their group, and at most the first tile of a group, its narrowest, has empty places:
+    a row rarely lies at more than its own width. Places in use come first.
     """
     rows = len(bits)
     group = torch.arange(rows, device=bits.device) // max(rows // groups, 1)
@@ -124,7 +124,9 @@ def plan(bits: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
     tiles = (count + TILE - 1) // TILE
     first_place, first_row = (tiles.cumsum(0) - tiles) * TILE, count.cumsum(0) - count
     of = part[order]
-    place = first_place[of] + torch.arange(rows, device=bits.device) - first_row[of]
+    rank = torch.arange(rows, device=bits.device) - first_row[of]
+    first = (count[of] - 1) % TILE + 1  # rows in the first tile
+    place = first_place[of] + torch.where(rank < first, rank, rank + TILE - first)
     total = int(tiles.sum())
     slots = torch.full((total * TILE,), -1, dtype=torch.int32, device=bits.device)
     slots[place] = order.to(torch.int32)

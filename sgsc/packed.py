@@ -113,7 +113,7 @@ class PackedProduct(PackedLayer):
         self.numerics = NUMERICS[0]
 
     def lay_out(self) -> None:
-        """Make the run form anew, from the disk form."""
+        """Make the run form anew, from the disk form; call it after changing `data`, `bits`, `scale` or `offset`."""
         tiles = self._tile(self.rows)
         buffers = (tiles.lines, tiles.tile_bits, tiles.slots, tiles.scale, tiles.offset)
         for name, value in zip(("lines", "tile_bits", "slots", "tile_scale", "tile_offset"), buffers, strict=True):

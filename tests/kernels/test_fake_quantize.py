@@ -7,7 +7,7 @@ import itertools
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.reduction import ForkingPickler
 
@@ -245,28 +245,35 @@ def on_unit_grid(x: Tensor) -> Tensor:
     return fake_quantize(x, one, -8 * one, 7 * one)
 
 
+def held_since() -> Callable[[], tuple[int, int]]:
+    """Bytes used and free beyond what other tests keep alive."""
+    release_memory()
+    others = held_memory()[0]
+    return lambda: (held_memory()[0] - others, held_memory()[1])
+
+
 @needs_extension
 def test_memory_of_large_results_is_used_again():
-    release_memory()
+    held = held_since()
     x = torch.randn(64, LARGE // 64)
     first = on_unit_grid(x)
     where = first.data_ptr()
-    assert held_memory() == (first.nbytes, 0)
+    assert held() == (first.nbytes, 0)
     view = first[1:].detach()
     del first
-    assert held_memory() == (x.nbytes, 0)  # a view still looks at it
+    assert held() == (x.nbytes, 0)  # a view still looks at it
     assert on_unit_grid(x).data_ptr() != where
     del view
-    assert held_memory() == (0, 2 * x.nbytes)
+    assert held() == (0, 2 * x.nbytes)
     assert on_unit_grid(x).data_ptr() == where  # the latest to come back is the first to go
     release_memory()
-    assert held_memory() == (0, 0)
+    assert held() == (0, 0)
 
 
 @needs_extension
 def test_memory_is_never_handed_out_twice_and_never_more_than_was_once_in_use():
     """Against a model: what lives, by its addresses and its contents."""
-    release_memory()
+    held = held_since()
     draw = random.Random(0)
     live: list[tuple[Tensor, Tensor]] = []
     peak, seen, again = 0, set(), 0
@@ -286,18 +293,20 @@ def test_memory_is_never_handed_out_twice_and_never_more_than_was_once_in_use():
         spans = sorted((q.data_ptr(), q.data_ptr() + q.nbytes) for q, _ in live)
         assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
         assert all(begin % 64 == 0 for begin, _ in spans)
-        used, free = held_memory()
+        used, free = held()
         assert sum(q.nbytes for q, _ in live) <= used <= 1.3 * sum(q.nbytes for q, _ in live) + 4096
         peak = max(peak, used)
         assert used + free <= peak
     assert again > 50
     live.clear()
     release_memory()
-    assert held_memory() == (0, 0)
+    assert held() == (0, 0)
 
 
 @needs_extension
 def test_many_threads_share_the_memory():
+    held = held_since()
+
     def work(seed: int) -> None:
         kept = []
         for i in range(30):
@@ -310,7 +319,7 @@ def test_many_threads_share_the_memory():
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
-    assert held_memory()[0] == 0
+    assert held()[0] == 0
 
 
 @needs_extension

@@ -21,7 +21,7 @@ Isa isa() { return now; }
 void use(const std::string& set) {
   now = set == "avx512" ? Isa::avx512 : set == "avxvnni" ? Isa::avxvnni : Isa::scalar;
 }
-static Array<std::string> all_sets() { return {"scalar", "avxvnni", "avx512"}; }
+static Array<std::string> all_sets() { return {"avxvnni", "avx512"}; }
 #else
 void use(const std::string& set) { set_isa(set); }
 static Array<std::string> all_sets() {
