@@ -58,7 +58,7 @@ def extensions() -> list[Extension]:
         Extension(
             "sgsc._C",
             sources=sorted(str(p.relative_to(HERE)) for p in (HERE / "csrc").glob("*.cpp")),
-            depends=sorted(str(p.relative_to(HERE)) for kind in ("h", "inc") for p in (HERE / "csrc").glob(f"*.{kind}")),
+            depends=sorted(str(p.relative_to(HERE)) for p in (HERE / "csrc").glob("*.[hi]*")),
             include_dirs=["csrc", str(torch / "include")],
             library_dirs=[str(torch / "lib")],
             libraries=["torch_cpu"],

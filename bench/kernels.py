@@ -27,7 +27,7 @@ from torch import Tensor
 from sgsc.kernels import OPS, backend, extension, fake_quantize
 from sgsc.kernels.packed_conv2d import slides
 from sgsc.kernels.packing import dequantize
-from sgsc.kernels.tiling import tiled_weight
+from sgsc.kernels.tiling import row_bits, tiled_weight
 from sgsc.measure import copy_bandwidth, interleaved
 from tests.checks import assert_agrees, in_double
 
@@ -263,8 +263,7 @@ def float_form(name: str, arguments: tuple) -> Callable[[], Tensor] | None:
 def bits_of(name: str, arguments: tuple) -> Tensor:
     """Bits of each row among the arguments of a packed operation; of a product, of the tile that holds it."""
     if name in ("packed_linear", "packed_conv2d"):
-        _, _, tile_bits, slots, *_ = arguments
-        return tile_bits.repeat_interleave(len(slots) // max(len(tile_bits), 1))[slots >= 0]
+        return row_bits(arguments[2])
     return arguments[2 if name == "packed_embedding" else 1]
 
 

@@ -23,7 +23,7 @@ from sgsc.files import write_atomically
 from sgsc.measure import CLAIM
 
 RESULTS = Path(__file__).parent / "results"
-NAMES = ("main_job", "cpu_kernels", "cpu_peers", "gpu_kernels", "sgsc", "search", "strategies")
+NAMES = ("main_job", "cpu_kernels", "cpu_peers", "deployment", "gpu_kernels", "sgsc", "search", "strategies")
 
 
 def claim(

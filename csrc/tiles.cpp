@@ -40,14 +40,15 @@ void check(const std::string& op, const Tiles& t) {
   const auto refuse = [&op](const std::string& what) { throw std::invalid_argument(op + ": " + what); };
   std::int64_t lines = 0;
   for (std::int64_t tile = 0; tile < t.count; ++tile) {
-    if (t.bits[tile] > 8)
-      refuse("tile_bits[" + std::to_string(tile) + "] is " + std::to_string(t.bits[tile]) + "; want 0 to 8");
+    if (t.bits[tile] < 0 || t.bits[tile] > 8)
+      refuse("plan[" + std::to_string(tile) + "] is " + std::to_string(t.bits[tile]) +
+             ", the width of a tile; want 0 to 8");
     lines += t.bits[tile];
   }
   std::int64_t bytes = 0;
   if (__builtin_mul_overflow(lines, t.blocks * LINE, &bytes) || bytes != t.length)
-    refuse("lines has " + std::to_string(t.length) + " bytes, but these tile_bits and width need " +
-           std::to_string(lines) + " times " + std::to_string(t.blocks * LINE));
+    refuse("lines has " + std::to_string(t.length) + " bytes, but these tiles and width need " + std::to_string(lines) +
+           " times " + std::to_string(t.blocks * LINE));
   std::int64_t low = 0, high = -1, held = 0, gaps = 0;
   for (std::int64_t i = 0; i < t.count * TILE; ++i) {
     low = std::min<std::int64_t>(low, t.slots[i]);
@@ -63,7 +64,7 @@ void check(const std::string& op, const Tiles& t) {
     for (std::int64_t row = 0; row < t.rows; ++row) different += seen[row + 1];
   }
   if (different != t.rows || low < -1 || high >= t.rows || gaps)
-    refuse("slots hold " + std::to_string(held) + " rows from " + std::to_string(low) + " to " + std::to_string(high) +
+    refuse("plan holds " + std::to_string(held) + " rows from " + std::to_string(low) + " to " + std::to_string(high) +
            "; want each of " + std::to_string(t.rows) + " rows once, and -1 only after the rows of a tile");
 }
 

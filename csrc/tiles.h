@@ -27,7 +27,7 @@ constexpr std::int64_t WIDEST = 1 << 15;  // levels whose int8 products still fi
 struct Tiles {
   const std::uint8_t* lines;
   std::int64_t length;          // bytes of lines
-  const std::uint8_t* bits;     // (count,) width of each tile; 0: its rows are removed
+  const std::int32_t* bits;     // (count,) width of each tile; 0: its rows are removed
   const std::int32_t* slots;    // (count * TILE,) the row that each place of a tile holds, -1 for none
   const float *scale, *offset;  // (count * TILE,): real = (level + offset) * scale
   std::int64_t count, rows, blocks;

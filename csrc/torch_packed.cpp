@@ -70,48 +70,48 @@ Tensor packed_embedding(const Tensor& index, const Tensor& data, const Tensor& b
 
 // A checked view of the run form, and the tensors that it points into.
 struct Tiled {
-  Tensor lines, bits, slots, scale, offset;
+  Tensor lines, plan, grid;
   sgsc::Tiles tiles;
 
-  Tiled(const char* op, const Tensor& l, const Tensor& b, const Tensor& s, const Tensor& real, const Tensor& zero,
-        int64_t rows, const sgsc::LevelOrder& order)
+  Tiled(const char* op, const Tensor& l, const Tensor& p, const Tensor& g, int64_t rows, const sgsc::LevelOrder& order)
       : lines(take(op, "lines", l, ScalarType::Byte, {ANY})),
-        bits(take(op, "tile_bits", b, ScalarType::Byte, {ANY})),
-        slots(take(op, "slots", s, ScalarType::Int, {bits.numel() * sgsc::TILE})),
-        scale(take(op, "scale", real, ScalarType::Float, {slots.numel()})),
-        offset(take(op, "offset", zero, ScalarType::Float, {slots.numel()})),
-        tiles{lines.const_data_ptr<uint8_t>(),
-              lines.numel(),
-              bits.const_data_ptr<uint8_t>(),
-              slots.const_data_ptr<int32_t>(),
-              scale.const_data_ptr<float>(),
-              offset.const_data_ptr<float>(),
-              bits.numel(),
-              rows,
-              order.blocks()} {
+        plan(take_plan(op, p)),
+        grid(take(op, "grid", g, ScalarType::Float, {2, count(plan) * sgsc::TILE})),
+        tiles(view(lines.const_data_ptr<uint8_t>(), lines.numel(), plan, rows, order)) {
+    tiles.scale = grid.const_data_ptr<float>();
+    tiles.offset = tiles.scale + tiles.count * sgsc::TILE;
     sgsc::check(op, tiles);
+  }
+
+  static int64_t count(const Tensor& plan) { return plan.numel() / (1 + sgsc::TILE); }
+
+  static Tensor take_plan(const char* op, const Tensor& plan) {
+    const Tensor taken = take(op, "plan", plan, ScalarType::Int, {ANY});
+    if (taken.numel() % (1 + sgsc::TILE))
+      throw std::invalid_argument(std::string(op) + ": plan has " + std::to_string(taken.numel()) +
+                                  " numbers; want a width and 16 rows a tile, a multiple of 17");
+    return taken;
+  }
+
+  // Without the grid.
+  static sgsc::Tiles view(const uint8_t* lines, int64_t length, const Tensor& plan, int64_t rows,
+                          const sgsc::LevelOrder& order) {
+    const int32_t* widths = plan.const_data_ptr<int32_t>();
+    const int64_t tiles = count(plan);
+    return {lines, length, widths, widths + tiles, nullptr, nullptr, tiles, rows, order.blocks()};
   }
 };
 
-Tensor tile(const Tensor& data, const Tensor& bits, const Tensor& starts, const Tensor& tile_bits, const Tensor& slots,
-            int64_t width, int64_t area, int64_t length) {
+Tensor tile(const Tensor& data, const Tensor& bits, const Tensor& starts, const Tensor& plan, int64_t width,
+            int64_t area, int64_t length) {
   const Packed packed("tile", data, bits, starts, width);
   if (area < 1 || width % area || length < 0)
     throw std::invalid_argument("tile: an area of " + std::to_string(area) + " for rows of " + std::to_string(width) +
                                 " levels, and a length of " + std::to_string(length) +
                                 "; want a divisor, and 0 or more");
-  const Tensor tb = take("tile", "tile_bits", tile_bits, ScalarType::Byte, {ANY});
-  const Tensor s = take("tile", "slots", slots, ScalarType::Int, {tb.numel() * sgsc::TILE});
+  const Tensor taken = Tiled::take_plan("tile", plan);
   const sgsc::LevelOrder order(width, area);
-  const sgsc::Tiles shape{nullptr,
-                          length,
-                          tb.const_data_ptr<uint8_t>(),
-                          s.const_data_ptr<int32_t>(),
-                          nullptr,
-                          nullptr,
-                          tb.numel(),
-                          packed.rows.rows,
-                          order.blocks()};
+  const sgsc::Tiles shape = Tiled::view(nullptr, length, taken, packed.rows.rows, order);
   sgsc::check("tile", shape);
   sgsc::check_widths("tile", packed.rows, shape);
   Tensor lines = sgsc::empty_reused(data, {length}, 1);  // on huge pages: a product reads it a third faster
@@ -138,12 +138,11 @@ void check_size(const char* op, const char* name, int64_t size) {
     throw std::invalid_argument(std::string(op) + ": " + name + " is " + std::to_string(size) + "; want 0 to 2^40");
 }
 
-Tensor packed_linear(const Tensor& x, const Tensor& lines, const Tensor& tile_bits, const Tensor& slots,
-                     const Tensor& scale, const Tensor& offset, const std::optional<Tensor>& bias, int64_t rows,
-                     int64_t width, bool int8) {
+Tensor packed_linear(const Tensor& x, const Tensor& lines, const Tensor& plan, const Tensor& grid,
+                     const std::optional<Tensor>& bias, int64_t rows, int64_t width, bool int8) {
   check_size("packed_linear", "rows", rows);
   check_size("packed_linear", "width", width);
-  const Tiled tiled("packed_linear", lines, tile_bits, slots, scale, offset, rows, sgsc::LevelOrder(width, 1));
+  const Tiled tiled("packed_linear", lines, plan, grid, rows, sgsc::LevelOrder(width, 1));
   const int64_t m = x.dim() ? x.size(0) : 0;
   const Operands p("packed_linear", x, {ANY, width}, bias, rows, {m, rows});
   const sgsc::Linear layer{p.type, p.x.const_data_ptr(), p.bias_data(), p.y.mutable_data_ptr(), m, width, rows};
@@ -151,14 +150,13 @@ Tensor packed_linear(const Tensor& x, const Tensor& lines, const Tensor& tile_bi
   return p.y;
 }
 
-Tensor packed_conv2d(const Tensor& x, const Tensor& lines, const Tensor& tile_bits, const Tensor& slots,
-                     const Tensor& scale, const Tensor& offset, const std::optional<Tensor>& bias, int64_t rows,
-                     const Sizes& kernel, const Sizes& stride, const Sizes& padding, const Sizes& dilation,
-                     int64_t groups, bool int8) {
+Tensor packed_conv2d(const Tensor& x, const Tensor& lines, const Tensor& plan, const Tensor& grid,
+                     const std::optional<Tensor>& bias, int64_t rows, const Sizes& kernel, const Sizes& stride,
+                     const Sizes& padding, const Sizes& dilation, int64_t groups, bool int8) {
   check_size("packed_conv2d", "rows", rows);
   const Sizes shape = sizes_of(x);
   const sgsc::Convolution c(shape, rows, kernel, stride, padding, dilation, groups);
-  const Tiled tiled("packed_conv2d", lines, tile_bits, slots, scale, offset, rows, c.order());
+  const Tiled tiled("packed_conv2d", lines, plan, grid, rows, c.order());
   sgsc::check_groups(c, tiled.tiles);
   const Operands p("packed_conv2d", x, {c.batch, c.inputs, c.height, c.width}, bias, rows,
                    {c.batch, rows, c.out_height, c.out_width});

@@ -59,6 +59,7 @@ class Op:
         LIBRARY.define(f"{self.name}{self.schema}")
         LIBRARY.impl(self.name, self._fallback, "CompositeExplicitAutograd")
         torch.library.register_fake(f"sgsc::{self.name}", self.fake, lib=LIBRARY)
+        object.__setattr__(self, "_overload", getattr(torch.ops.sgsc, self.name).default)  # the look-up costs 0.5 µs
 
     def _fallback(self, *args: Any) -> Any:
         if _device(args) == "cpu":
@@ -70,7 +71,7 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         """Run whichever implementation the dispatcher holds for the arguments' device."""
-        return getattr(torch.ops.sgsc, self.name).default(*args)
+        return self._overload(*args)
 
 
 def _device(args: Any) -> str:

@@ -1,7 +1,7 @@
 """2-D convolution from tiles of packed rows; one row an output channel, the width differs from row to row.
 
     x       (B, I, H, W)  float32, bfloat16 or float16; zero padding
-    lines, tile_bits, slots, scale, offset    as in tiling.py: C rows of K = I / groups * kernel height * width levels,
+    lines, plan, grid    as in tiling.py: C rows of K = I / groups * kernel height * width levels,
             an area of height * width, tiles within groups; but where 1 to 3 channels make a group (depthwise), tiles
             as of a matrix: an area of 1, one group
     bias    (C,)  dtype of x, or None                 y   (B, C, H', W')  dtype of x
@@ -22,7 +22,7 @@ from torch import Tensor
 from .op import Op
 from .packed_linear import NUMERICS, grid, quantize_tokens
 from .packing import PackedRows, case
-from .tiling import TiledRows, tile_rows, tiled_weight
+from .tiling import TiledRows, row_bits, tile_rows, tiled_weight
 
 Pair = list[int]
 
@@ -48,10 +48,8 @@ def tile_kernel(
 def reference(
     x: Tensor,
     lines: Tensor,
-    tile_bits: Tensor,
-    slots: Tensor,
-    scale: Tensor,
-    offset: Tensor,
+    plan: Tensor,
+    grid: Tensor,
     bias: Tensor | None,
     rows: int,
     kernel: Pair,
@@ -64,7 +62,7 @@ def reference(
     """The meaning: dequantize, then torch's own convolution."""
     inputs, taps = x.shape[1] // groups, kernel[0] * kernel[1]
     sliding = slides(x.shape[1], groups)
-    tiles = (lines, tile_bits, slots, scale, offset, rows, inputs * taps, 1 if sliding else taps)
+    tiles = (lines, plan, grid, rows, inputs * taps, 1 if sliding else taps)
     int8 = int8 and not sliding and inputs * taps <= 2**15
     weight, live = tiled_weight(*tiles, torch.float64 if int8 else x.dtype)
     weight = weight.view(rows, inputs, *kernel)
@@ -83,7 +81,7 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def _fake(x, lines, tile_bits, slots, scale, offset, bias, rows, kernel, stride, padding, dilation, groups, int8):
+def _fake(x, lines, plan, grid, bias, rows, kernel, stride, padding, dilation, groups, int8):
     height, width = (output_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
     return x.new_empty(x.shape[0], rows, height, width)
 
@@ -109,7 +107,7 @@ def _case(
     x = torch.randn(batch, inputs, *size, generator=torch.Generator().manual_seed(channels)).to(dtype)
     bias = bias.to(dtype) if with_bias else None
     geometry = (list(kernel), list(stride), list(padding), list(dilation), groups)
-    return x, *tiles[:5], bias, tiles.rows, *geometry, int8
+    return x, *tiles[:3], bias, tiles.rows, *geometry, int8
 
 
 def cases() -> dict[str, tuple]:
@@ -174,7 +172,7 @@ def bench_cases() -> dict[str, tuple]:
 
 OP = Op(
     name="packed_conv2d",
-    schema="(Tensor x, Tensor lines, Tensor tile_bits, Tensor slots, Tensor scale, Tensor offset, Tensor? bias,"
+    schema="(Tensor x, Tensor lines, Tensor plan, Tensor grid, Tensor? bias,"
     " int rows, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, int groups, bool int8) -> Tensor",
     reference=reference,
     fake=_fake,
@@ -183,9 +181,9 @@ OP = Op(
     traffic=lambda *a: a[1].numel() + a[0].element_size() * (a[0].numel() + _fake(*a).numel()),
     operations=lambda *a: (
         2
-        * (_fake(*a).numel() // max(a[7], 1))
-        * int(((a[3] >= 0) & (a[2].repeat_interleave(16) > 0)).sum())
-        * (a[0].shape[1] // a[12] * a[8][0] * a[8][1])
+        * (_fake(*a).numel() // max(a[5], 1))
+        * int((row_bits(a[2]) > 0).sum())
+        * (a[0].shape[1] // a[10] * a[6][0] * a[6][1])
     ),
 )
 
@@ -219,4 +217,4 @@ def packed_conv2d(
             )
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)  # as under autocast
-    return OP(x, *tiles[:5], bias, tiles.rows, kernel, stride, padding, dilation, groups, int8)
+    return OP(x, *tiles[:3], bias, tiles.rows, kernel, stride, padding, dilation, groups, int8)

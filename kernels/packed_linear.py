@@ -1,16 +1,17 @@
 """y = x W^T + bias from tiles of packed rows; the width differs from row to row, removed rows give the bias alone.
 
-    x       (M, K)  float32, bfloat16 or float16      lines, tile_bits, slots, scale, offset   as in tiling.py
+    x       (M, K)  float32, bfloat16 or float16      lines, plan, grid   as in tiling.py
     bias    (C,)  dtype of x, or None                 rows, width   C and K          y   (M, C)  dtype of x
 
 Two numerics:
 
     exact   float activations and float32 sums. Of each implementation the error against float64 is bounded by that of
             any order of summation: |y - exact| <= K * 2^-23 * sum_k |w_k x_k|, plus one rounding to the dtype of y.
-    int8    each row of x (a token) is rounded to 8 bits on the fly, symmetric, with its own step = max |x| / 127; sums
-            of levels are exact integers. |y - exact| <= step / 2 * sum_k |w_k|, beside the rounding of floats; for
-            normal x about 1 % of y's RMS at any width. The step is at least 2^-126, a normal number. A token that holds NaN or infinity gives NaN. Rows wider than
-            2^15 levels, whose sums could leave 32 bits, are computed in exact numerics.
+    int8    each row of x (a token) is rounded to 8 bits on the fly, symmetric, with its own step = max |x| / 127 (at
+            least 2^-126, a normal number); sums of levels are exact integers. |y - exact| <= step / 2 * sum_k |w_k|,
+            beside the rounding of floats; for normal x about 1 % of y's RMS at any width. A token that holds NaN or
+            infinity gives NaN. Rows wider than 2^15 levels, whose sums could leave 32 bits, are computed in exact
+            numerics.
 
 Floor at M = 1: the bytes of the tiles, b/8 a weight. At large M: 2 * M * C * K operations, of which a core does four
 times as many on int8 as on floats. Ratios against the peers are in bench/results/cpu_peers.json.
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from .op import Op
 from .packing import case, shapes
-from .tiling import TiledRows, tile_rows, tiled_weight
+from .tiling import TiledRows, row_bits, tile_rows, tiled_weight
 
 NUMERICS = ("exact", "int8")
 
@@ -48,17 +49,15 @@ def quantize_tokens(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 def reference(
     x: Tensor,
     lines: Tensor,
-    tile_bits: Tensor,
-    slots: Tensor,
-    scale: Tensor,
-    offset: Tensor,
+    plan: Tensor,
+    grid: Tensor,
     bias: Tensor | None,
     rows: int,
     width: int,
     int8: bool,
 ) -> Tensor:
     """The meaning: dequantize, then torch's own linear."""
-    tiles = (lines, tile_bits, slots, scale, offset, rows, width, 1)
+    tiles = (lines, plan, grid, rows, width, 1)
     if int8 and width <= 2**15:
         weight, live = tiled_weight(*tiles, torch.float64)
         codes, step = quantize_tokens(x, (1,))
@@ -90,7 +89,7 @@ def _case(
     scale, offset, bias = grid(bits)
     tiles = tile_rows(case(bits, width)[1], scale, offset + shift)
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)).to(dtype)
-    return x, *tiles[:5], bias.to(dtype) if with_bias else None, tiles.rows, width, int8
+    return x, *tiles[:3], bias.to(dtype) if with_bias else None, tiles.rows, width, int8
 
 
 def cases() -> dict[str, tuple]:
@@ -144,16 +143,13 @@ def bench_cases() -> dict[str, tuple]:
 
 OP = Op(
     name="packed_linear",
-    schema="(Tensor x, Tensor lines, Tensor tile_bits, Tensor slots, Tensor scale, Tensor offset, Tensor? bias,"
-    " int rows, int width, bool int8) -> Tensor",
+    schema="(Tensor x, Tensor lines, Tensor plan, Tensor grid, Tensor? bias, int rows, int width, bool int8) -> Tensor",
     reference=reference,
-    fake=lambda x, lines, tile_bits, slots, scale, offset, bias, rows, width, int8: x.new_empty(x.shape[0], rows),
+    fake=lambda x, lines, plan, grid, bias, rows, width, int8: x.new_empty(x.shape[0], rows),
     cases=cases,
     bench_cases=bench_cases,
-    traffic=lambda x, lines, *rest: lines.numel() + x.element_size() * x.shape[0] * (x.shape[1] + rest[5]),
-    operations=lambda x, lines, tile_bits, slots, *_: (
-        2 * x.numel() * int(((slots >= 0) & (tile_bits.repeat_interleave(16) > 0)).sum())
-    ),
+    traffic=lambda x, lines, *rest: lines.numel() + x.element_size() * x.shape[0] * (x.shape[1] + rest[3]),
+    operations=lambda x, lines, plan, *_: 2 * x.numel() * int((row_bits(plan) > 0).sum()),
 )
 
 
@@ -170,13 +166,13 @@ def packed_linear(x: Tensor, tiles: TiledRows, bias: Tensor | None, width: int, 
     Raises:
         ValueError: If the last dimension of x is not K.
     """
-    if x.shape[-1:] != (width,):
+    if not x.dim() or x.shape[-1] != width:
         raise ValueError(
             f"packed_linear: x has shape {tuple(x.shape)}; want (..., {width}), the layer's input features"
         )
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)  # as under autocast
     if x.dim() == 2:
-        return OP(x, *tiles[:5], bias, tiles.rows, width, int8)
-    y = OP(x.reshape(prod(x.shape[:-1]), width), *tiles[:5], bias, tiles.rows, width, int8)
+        return OP(x, *tiles[:3], bias, tiles.rows, width, int8)
+    y = OP(x.reshape(prod(x.shape[:-1]), width), *tiles[:3], bias, tiles.rows, width, int8)
     return y.reshape(*x.shape[:-1], tiles.rows)

@@ -51,8 +51,9 @@ def _fields(bits: int) -> list[tuple[int, int, int, int]]:
 
 
 def _tile_reference(
-    data: Tensor, bits: Tensor, starts: Tensor, tile_bits: Tensor, slots: Tensor, width: int, area: int, length: int
+    data: Tensor, bits: Tensor, starts: Tensor, plan: Tensor, width: int, area: int, length: int
 ) -> Tensor:
+    tile_bits, slots = widths_and_rows(plan)
     levels = unpack_reference(data, bits, starts, width)
     rows, tiles, quads, blocks = len(bits), len(tile_bits), quads_of(width, area), blocks_of(width, area)
     levels = torch.nn.functional.pad(levels.view(rows, width // area, area), (0, 0, 0, -(width // area) % 4))
@@ -71,8 +72,21 @@ def _tile_reference(
     return lines
 
 
-def untile(lines: Tensor, tile_bits: Tensor, slots: Tensor, rows: int, width: int, area: int = 1) -> Tensor:
+def widths_and_rows(plan: Tensor) -> tuple[Tensor, Tensor]:
+    """The two parts of a plan: (T,) width of each tile, (T * 16,) row of each place, -1 for none."""
+    count = len(plan) // (1 + TILE)
+    return plan[:count], plan[count:]
+
+
+def row_bits(plan: Tensor) -> Tensor:
+    """Width of the tile of each row, in the order of the tiles: (C,) int32."""
+    tile_bits, slots = widths_and_rows(plan)
+    return tile_bits.repeat_interleave(TILE)[slots >= 0]
+
+
+def untile(lines: Tensor, plan: Tensor, rows: int, width: int, area: int = 1) -> Tensor:
     """The levels that lines hold, (rows, width) uint8, in plain PyTorch."""
+    tile_bits, slots = widths_and_rows(plan)
     blocks, start, tiles = blocks_of(width, area), 0, []
     for b in tile_bits.tolist():
         block = lines[start : start + b * blocks * LINE].view(blocks, b, LINE)
@@ -90,28 +104,21 @@ def untile(lines: Tensor, tile_bits: Tensor, slots: Tensor, rows: int, width: in
 
 
 def tiled_weight(
-    lines: Tensor,
-    tile_bits: Tensor,
-    slots: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    rows: int,
-    width: int,
-    area: int,
-    dtype: torch.dtype,
+    lines: Tensor, plan: Tensor, grid: Tensor, rows: int, width: int, area: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """What tiles stand for: (level + offset) * scale, (rows, width) in `dtype`; and which rows are not removed."""
-    levels = untile(lines, tile_bits, slots, rows, width, area)
+    levels = untile(lines, plan, rows, width, area)
+    tile_bits, slots = widths_and_rows(plan)
     at = torch.zeros(rows + 1, dtype=torch.long, device=lines.device)
     at[slots.long()] = torch.arange(len(slots), device=lines.device)
     at = at[:rows]
     live = tile_bits.repeat_interleave(TILE)[at] > 0
-    values = (levels.to(scale.dtype) + offset[at][:, None]) * scale[at][:, None]
-    return torch.where(live[:, None], values, 0.0).to(dtype), live
+    scale, offset = grid[:, at, None]
+    return torch.where(live[:, None], (levels.to(grid.dtype) + offset) * scale, 0.0).to(dtype), live
 
 
-def plan(bits: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
-    """Which row goes where: (tiles,) uint8 width of each tile, (tiles * 16,) int32 row of each place, -1 for none.
+def plan_rows(bits: Tensor, groups: int = 1) -> Tensor:
+    """Which row goes where: (17 T,) int32, the width of each of T tiles, then the row in each place, -1 for none.
 
     Rows are sorted by width within their group, and at most the first tile of a group, its narrowest, has empty places:
     a row rarely lies at more than its own width. Places in use come first.
@@ -130,8 +137,8 @@ def plan(bits: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
     total = int(tiles.sum())
     slots = torch.full((total * TILE,), -1, dtype=torch.int32, device=bits.device)
     slots[place] = order.to(torch.int32)
-    widths = torch.nn.functional.pad(bits, (0, 1))[slots.long()]
-    return widths.view(total, TILE).amax(1) if total else bits.new_empty(0), slots
+    widths = torch.nn.functional.pad(bits.int(), (0, 1))[slots.long()].view(total, TILE)
+    return torch.cat([widths.amax(1) if total else slots, slots])
 
 
 class TiledRows(NamedTuple):
@@ -139,18 +146,14 @@ class TiledRows(NamedTuple):
 
     Attributes:
         lines: (N,) uint8, laid out as the module's docstring says.
-        tile_bits: (T,) uint8 width of each tile.
-        slots: (T * 16,) int32, the row in each place of a tile; -1 for none.
-        scale: (T * 16,) float32, step of the row in each place.
-        offset: (T * 16,) float32: real = (level + offset) * scale.
+        plan: (17 T,) int32, the width of each of T tiles, then the row in each place of each; -1 for none.
+        grid: (2, 16 T) float32, scale and offset of the row in each place: real = (level + offset) * scale.
         rows: C.
     """
 
     lines: Tensor
-    tile_bits: Tensor
-    slots: Tensor
-    scale: Tensor
-    offset: Tensor
+    plan: Tensor
+    grid: Tensor
     rows: int
 
 
@@ -164,9 +167,9 @@ def _tile_cases() -> dict[str, tuple]:
 
 
 def _arguments(rows: PackedRows, area: int, groups: int) -> tuple:
-    tile_bits, slots = plan(rows.bits, groups)
-    length = int(tile_bits.sum()) * blocks_of(rows.width, area) * LINE
-    return rows.data, rows.bits, rows.starts, tile_bits, slots, rows.width, area, length
+    plan = plan_rows(rows.bits, groups)
+    length = int(widths_and_rows(plan)[0].sum()) * blocks_of(rows.width, area) * LINE
+    return rows.data, rows.bits, rows.starts, plan, rows.width, area, length
 
 
 def _bench_cases() -> dict[str, tuple]:
@@ -176,14 +179,13 @@ def _bench_cases() -> dict[str, tuple]:
 
 OP = Op(
     name="tile",
-    schema="(Tensor data, Tensor bits, Tensor starts, Tensor tile_bits, Tensor slots, int width, int area, int length)"
-    " -> Tensor",
+    schema="(Tensor data, Tensor bits, Tensor starts, Tensor plan, int width, int area, int length) -> Tensor",
     reference=_tile_reference,
-    fake=lambda data, bits, starts, tile_bits, slots, width, area, length: data.new_empty(length),
+    fake=lambda data, bits, starts, plan, width, area, length: data.new_empty(length),
     cases=_tile_cases,
     bench_cases=_bench_cases,
     traffic=lambda data, *rest: data.numel() + rest[-1],
-    operations=lambda data, bits, starts, tile_bits, slots, width, area, length: bits.shape[0] * width,
+    operations=lambda data, bits, starts, plan, width, area, length: bits.shape[0] * width,
     exact=True,
 )
 
@@ -210,7 +212,7 @@ def tile_rows(rows: PackedRows, scale: Tensor, offset: Tensor, *, area: int = 1,
             f"tile_rows: an area of {area} and {groups} groups do not divide {rows.width} levels and {count} rows"
         )
     arguments = _arguments(rows, area, groups)
-    slots = arguments[4]
+    plan = arguments[3]
     # a place that holds no row takes the last of these: any number will do, as long as it is one
-    grid = (torch.nn.functional.pad(t.float(), (0, 1))[slots.long()] for t in (scale, offset))
-    return TiledRows(OP(*arguments), arguments[3], slots, *grid, count)
+    grid = torch.nn.functional.pad(torch.stack([scale, offset]).float(), (0, 1))
+    return TiledRows(OP(*arguments), plan, grid[:, widths_and_rows(plan)[1].long()].contiguous(), count)

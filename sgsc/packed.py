@@ -52,7 +52,7 @@ class PackedLayer(nn.Module):
 
     def __init__(self, rows: PackedRows, scale: Tensor, offset: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.width = rows.width
+        self.channels, self.width = len(rows.bits), rows.width
         buffers = {"data": rows.data, "bits": rows.bits, "scale": scale, "offset": offset, "bias": bias}
         for name, value in buffers.items():
             self.register_buffer(name, value)
@@ -102,11 +102,9 @@ class PackedProduct(PackedLayer):
     """
 
     lines: Tensor
-    tile_bits: Tensor
-    slots: Tensor
-    tile_scale: Tensor
-    tile_offset: Tensor
-    _float32 = (*PackedLayer._float32, "tile_scale", "tile_offset")
+    plan: Tensor
+    tile_grid: Tensor
+    _float32 = (*PackedLayer._float32, "tile_grid")
 
     def __init__(self, rows: PackedRows, scale: Tensor, offset: Tensor, bias: Tensor | None) -> None:
         super().__init__(rows, scale, offset, bias)
@@ -115,8 +113,7 @@ class PackedProduct(PackedLayer):
     def lay_out(self) -> None:
         """Make the run form anew, from the disk form; call it after changing `data`, `bits`, `scale` or `offset`."""
         tiles = self._tile(self.rows)
-        buffers = (tiles.lines, tiles.tile_bits, tiles.slots, tiles.scale, tiles.offset)
-        for name, value in zip(("lines", "tile_bits", "slots", "tile_scale", "tile_offset"), buffers, strict=True):
+        for name, value in (("lines", tiles.lines), ("plan", tiles.plan), ("tile_grid", tiles.grid)):
             self.register_buffer(name, value, persistent=False)
 
     def _tile(self, rows: PackedRows) -> TiledRows:
@@ -125,16 +122,8 @@ class PackedProduct(PackedLayer):
     @property
     def tiles(self) -> TiledRows:
         """The run form."""
-        # through _buffers: nn.Module's own look-up costs as much as a small product
-        b = self._buffers
-        return TiledRows(
-            b["lines"],
-            b["tile_bits"],
-            b["slots"],
-            b["tile_scale"],
-            b["tile_offset"],
-            len(b["bits"]),  # type: ignore
-        )
+        b = self._buffers  # nn.Module's own look-up costs as much as a small product
+        return tuple.__new__(TiledRows, (b["lines"], b["plan"], b["tile_grid"], self.channels))
 
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -153,7 +142,7 @@ class PackedLinear(PackedProduct):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., K) -> (..., C)."""
-        return packed_linear(input, self.tiles, self.bias, self.width, self.numerics == "int8")
+        return packed_linear(input, self.tiles, self._buffers["bias"], self.width, self.numerics == "int8")
 
 
 class PackedConv2d(PackedProduct):

@@ -14,7 +14,7 @@ from sgsc import pack, prepare
 from sgsc.kernels import NUMERICS, PackedRows, extension, unpack
 from sgsc.kernels.packed_linear import grid
 from sgsc.kernels.packing import case
-from sgsc.kernels.tiling import untile
+from sgsc.kernels.tiling import untile, widths_and_rows
 from sgsc.packed import PackedConv1d, PackedConv2d, PackedEmbedding, PackedLinear, PackedProduct, set_numerics
 from tests.checks import assert_close_to, assert_same
 
@@ -119,11 +119,11 @@ def assert_laid_out(layer: PackedProduct) -> None:
     channels = layer.weight_shape()[1]
     sliding = isinstance(layer, PackedConv2d) and layer.groups > 1 and channels < 4
     tiles = layer.tiles
-    levels = untile(*tiles[:3], tiles.rows, layer.width, 1 if sliding else layer.width // channels)
+    levels = untile(*tiles[:2], tiles.rows, layer.width, 1 if sliding else layer.width // channels)
     assert_same(levels, unpack(layer.rows))
-    held = tiles.slots >= 0
-    assert_same(tiles.scale[held], layer.scale[tiles.slots[held].long()])
-    assert_same(tiles.offset[held], layer.offset[tiles.slots[held].long()])
+    slots = widths_and_rows(tiles.plan)[1]
+    held = slots >= 0
+    assert_same(tiles.grid[:, held], torch.stack([layer.scale, layer.offset])[:, slots[held].long()])
 
 
 @every_layer
@@ -169,7 +169,7 @@ def test_copies_answer_alike_and_are_apart(kind, numerics, tmp_path):
     for other in copies:
         assert other.numerics == numerics
         assert_same(other(x), want)
-        for t in (other.lines, other.tile_scale, other.data):
+        for t in (other.lines, other.tile_grid, other.data):
             t.zero_()
         assert_same(layer(x), want)
 
@@ -197,7 +197,7 @@ def test_half_precision_is_for_activations_and_bias(kind, numerics, dtype):
     layer, x = set_numerics(make(), numerics), inputs().to(dtype)
     exact = layer(x.float()).double()
     half = copy.deepcopy(layer).to(dtype)
-    assert [half.tile_scale.dtype, half.tile_offset.dtype, half.scale.dtype] == [torch.float32] * 3
+    assert [half.tile_grid.dtype, half.scale.dtype] == [torch.float32] * 2
     assert half.bias.dtype == dtype
     assert_laid_out(half)
     assert_rounded(half(x), exact, layer.bias, dtype)
@@ -294,7 +294,7 @@ def test_a_compiled_model_notices_other_numerics():
 def test_tensors_may_be_swapped_for_a_call():
     """`torch.func` and its kin replace buffers, which the run form is among."""
     layer, x = linear(), torch.randn(3, 40)
-    twice = {"tile_scale": 2 * layer.tile_scale, "bias": 2 * layer.bias}
+    twice = {"tile_grid": layer.tile_grid * torch.tensor([[2.0], [1.0]]), "bias": 2 * layer.bias}
     assert_same(torch.func.functional_call(layer, twice, (x,)), 2 * layer(x))
 
 

@@ -66,7 +66,7 @@ def large_arguments() -> dict[str, tuple]:
         "packed_embedding": (torch.arange(100).repeat(3).flip(0), *packed.args[:3], scale, offset, 601),
     }
     tiles = tile_rows(packed, scale, offset)
-    found["tile"] = (*packed.args[:3], tiles.tile_bits, tiles.slots, 601, 1, tiles.lines.numel())
+    found["tile"] = (*packed.args[:3], tiles.plan, 601, 1, tiles.lines.numel())
     convolutions = {  # one image shared by the threads, images apiece, groups of several tiles, and rows that slide
         "one image": ((1, 24, 19, 21), 1, [3, 3], [1, 1]),
         "few pixels": ((1, 300, 3, 3), 1, [3, 3], [0, 0]),
@@ -76,13 +76,13 @@ def large_arguments() -> dict[str, tuple]:
     }
     for int8, numerics in enumerate(NUMERICS):
         for m in (1, 8, 9, 16, 17, 201):
-            operands = (torch.randn(m, 601, generator=make), *tiles[:5], bias, 100, 601, bool(int8))
+            operands = (torch.randn(m, 601, generator=make), *tiles[:3], bias, 100, 601, bool(int8))
             found[f"packed_linear, {m} rows, {numerics}"] = operands
         for name, (shape, groups, kernel, padding) in convolutions.items():
             width = shape[1] // groups * kernel[0] * kernel[1]
             kernels = tile_kernel(case(bits, width)[1], scale, offset, inputs=shape[1], kernel=kernel, groups=groups)
             geometry = (kernel, [1, 1], padding, [1, 1], groups)
-            operands = (torch.randn(shape, generator=make), *kernels[:5], bias, 100, *geometry, bool(int8))
+            operands = (torch.randn(shape, generator=make), *kernels[:3], bias, 100, *geometry, bool(int8))
             found[f"packed_conv2d, {name}, {numerics}"] = operands
     return found
 

@@ -28,7 +28,7 @@ def linear(x: Tensor, bits: Tensor, scale: Tensor, offset: Tensor, bias: Tensor 
     """Arguments of packed_linear, with random levels."""
     width = x.shape[1]
     tiles = tile_rows(case(bits, width)[1], scale, offset)
-    return x, *tiles[:5], bias, tiles.rows, width, int8
+    return x, *tiles[:3], bias, tiles.rows, width, int8
 
 
 def conv2d(
@@ -37,7 +37,7 @@ def conv2d(
     """Arguments of packed_conv2d, with random levels."""
     packed = case(bits, x.shape[1] // groups * prod(kernel))[1]
     tiles = tile_kernel(packed, grid(bits)[0], offset, inputs=x.shape[1], kernel=kernel, groups=groups)
-    return x, *tiles[:5], bias, tiles.rows, kernel, stride, padding, dilation, groups, int8
+    return x, *tiles[:3], bias, tiles.rows, kernel, stride, padding, dilation, groups, int8
 
 
 def exact_grid(bits: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,7 +78,7 @@ def test_one_hot_images_read_the_kernels(int8, level):
     for group, channel in itertools.product(range(2), range(5)):
         x = torch.zeros(1, 10, 5, 5)
         x[0, 5 * group + channel, 2, 2] = size
-        y = OPS["packed_conv2d"](x, *tiles[:5], None, 18, [3, 3], [1, 1], [0, 0], [1, 1], 2, int8)
+        y = OPS["packed_conv2d"](x, *tiles[:3], None, 18, [3, 3], [1, 1], [0, 0], [1, 1], 2, int8)
         expected = torch.zeros(1, 18, 3, 3)
         mine = slice(9 * group, 9 * group + 9)
         expected[0, mine] = size * weights[mine, channel].flip(1, 2)

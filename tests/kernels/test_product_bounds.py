@@ -23,7 +23,7 @@ def weights_of(levels: Tensor, bits: Tensor, scale: Tensor, offset: Tensor) -> T
 
 def multiply(x: Tensor, rows: PackedRows, scale: Tensor, offset: Tensor, int8: bool) -> Tensor:
     tiles = tile_rows(rows, scale, offset)
-    return OPS["packed_linear"](x, *tiles[:5], None, tiles.rows, rows.width, int8)
+    return OPS["packed_linear"](x, *tiles[:3], None, tiles.rows, rows.width, int8)
 
 
 # ---- int8 ----
@@ -83,7 +83,7 @@ def test_int8_images_stay_within_their_bound(level):
     weights = weights_of(levels, rows.bits, scale, offset).view(27, 6, 3, 3)
     x = torch.randn(3, 6, 9, 7) * torch.tensor([1e-3, 1.0, 100.0]).view(3, 1, 1, 1)  # each image has its own step
     tiles = tile_kernel(rows, scale, offset, inputs=6, kernel=[3, 3], groups=1)
-    y = OPS["packed_conv2d"](x, *tiles[:5], None, 27, [3, 3], [1, 1], [1, 1], [1, 1], 1, True)
+    y = OPS["packed_conv2d"](x, *tiles[:3], None, 27, [3, 3], [1, 1], [1, 1], [1, 1], 1, True)
     error = (y.double() - torch.nn.functional.conv2d(x.double(), weights, padding=1)).abs()
     step = x.double().abs().amax((1, 2, 3), keepdim=True) / 127
     assert (error <= 1.001 * step / 2 * weights.abs().sum((1, 2, 3)).view(27, 1, 1)).all()
@@ -149,7 +149,7 @@ def test_int8_sums_of_a_convolution_do_not_overflow(end, level):
     tiles = tile_kernel(rows, torch.ones(48), offset, inputs=DEEP // 4, kernel=[2, 2], groups=1)
     x = torch.full((1, DEEP // 4, 3, 2), end)
     x[0, ::3, 1] = 5
-    y = OPS["packed_conv2d"](x, *tiles[:5], None, 48, [2, 2], [1, 1], [0, 0], [1, 1], 1, True)
+    y = OPS["packed_conv2d"](x, *tiles[:3], None, 48, [2, 2], [1, 1], [0, 0], [1, 1], 1, True)
     weights = (levels.double() + offset.double()[:, None]).view(48, DEEP // 4, 2, 2)
     patches = torch.stack([x[0, :, i : i + 2] for i in range(2)]).flatten(1).double()
     assert_same(y[0, :, :, 0] + 0.0, (weights.flatten(1) @ patches.t()).float() + 0.0)
@@ -209,7 +209,7 @@ def test_pixels_stay_within_the_exact_bound(level):
     for groups, shape in ((1, (27, 6, 3, 3)), (3, (27, 6, 3, 3))):
         x = torch.randn(2, 6 * groups, 9, 7)
         tiles = tile_kernel(rows, scale, offset, inputs=6 * groups, kernel=[3, 3], groups=groups)
-        y = OPS["packed_conv2d"](x, *tiles[:5], None, 27, [3, 3], [1, 1], [1, 1], [1, 1], groups, False)
+        y = OPS["packed_conv2d"](x, *tiles[:3], None, 27, [3, 3], [1, 1], [1, 1], [1, 1], groups, False)
         weights = weights_of(levels, rows.bits, scale, offset).view(shape)
         options = {"padding": 1, "groups": groups}
         exact = torch.nn.functional.conv2d(x.double(), weights, **options)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sgsc.kernels import OPS, extension, pack, tile_rows
 from sgsc.kernels.packing import case, shapes
-from sgsc.kernels.tiling import BLOCK, LINE, TILE, blocks_of, plan, untile
+from sgsc.kernels.tiling import BLOCK, LINE, TILE, blocks_of, plan_rows, untile, widths_and_rows
 from tests.checks import assert_same
 
 U8 = torch.uint8
@@ -41,8 +41,7 @@ def test_the_layout_is_this(level):
     k = torch.arange(36)
     wide = torch.cat([k[:32], torch.tensor([31, 0, 1, 16])])
     tiles = tiled(torch.stack([wide, k % 8]).to(U8), torch.tensor([5, 3], dtype=U8))
-    assert tiles.tile_bits.tolist() == [5]
-    assert tiles.slots.tolist() == [1, 0] + [-1] * 14  # the narrow row first
+    assert tiles.plan.tolist() == [5] + [1, 0] + [-1] * 14  # the narrow row first
     ascending = [0x40, 0x51, 0x62, 0x73]  # of a line of quads 0 and 1: levels 4, 5, 6, 7 above levels 0, 1, 2, 3
     first = [
         [*ascending, *ascending],
@@ -84,7 +83,7 @@ def test_every_level_of_every_width_is_where_the_words_say(bits, level):
     width = 300
     levels = (torch.arange(16)[:, None] * 37 + torch.arange(width)).to(U8) & (2**bits - 1)
     tiles = tiled(levels, torch.full((16,), bits, dtype=U8))
-    lines, order = tiles.lines.tolist(), tiles.slots.tolist()
+    lines, order = tiles.lines.tolist(), tiles.plan[1:].tolist()
     assert len(lines) == bits * 10 * LINE
     for place in range(16):
         assert [level_at(lines, bits, place, k) for k in range(width)] == levels[order[place]].tolist()
@@ -99,8 +98,8 @@ def test_every_shape_comes_back(name, area, level):
     levels, rows = case(bits, width)
     for groups in {1, 3} if len(bits) % 3 == 0 else {1}:
         tiles = tile_rows(rows, torch.ones(len(bits)), torch.zeros(len(bits)), area=area, groups=groups)
-        assert_same(untile(*tiles[:3], tiles.rows, width, area), levels)
-        assert tiles.lines.numel() == int(tiles.tile_bits.sum()) * blocks_of(width, area) * LINE
+        assert_same(untile(*tiles[:2], tiles.rows, width, area), levels)
+        assert tiles.lines.numel() == int(widths_and_rows(tiles.plan)[0].sum()) * blocks_of(width, area) * LINE
 
 
 @ANY_SHAPE
@@ -108,22 +107,22 @@ def test_every_shape_comes_back(name, area, level):
 def test_any_shape_is_the_references(level, widths, channels, area):
     bits, width = torch.tensor(widths, dtype=U8), channels * area
     levels, rows = case(bits, width)
-    tile_bits, slots = plan(bits)
-    arguments = (*rows.args[:3], tile_bits, slots, width, area, int(tile_bits.sum()) * blocks_of(width, area) * LINE)
+    plan = plan_rows(bits)
+    length = int(widths_and_rows(plan)[0].sum()) * blocks_of(width, area) * LINE
+    arguments = (*rows.args[:3], plan, width, area, length)
     lines = OPS["tile"](*arguments)
     assert_same(lines, OPS["tile"].reference(*arguments))
-    assert_same(untile(lines, tile_bits, slots, len(bits), width, area), levels)
+    assert_same(untile(lines, plan, len(bits), width, area), levels)
 
 
 def test_scale_and_offset_follow_their_rows():
     bits = torch.arange(9, dtype=U8).repeat(3)
     scale, offset = torch.rand(27), torch.rand(27)
     tiles = tile_rows(case(bits, 5)[1], scale, offset)
-    held = tiles.slots >= 0
-    assert_same(tiles.scale[held], scale[tiles.slots[held].long()])
-    assert_same(tiles.offset[held], offset[tiles.slots[held].long()])
-    assert tiles.scale.isfinite().all()
-    assert tiles.offset.isfinite().all()
+    slots = widths_and_rows(tiles.plan)[1]
+    held = slots >= 0
+    assert_same(tiles.grid[:, held], torch.stack([scale, offset])[:, slots[held].long()])
+    assert tiles.grid.isfinite().all()
 
 
 # ---- which row goes where ----
@@ -134,8 +133,9 @@ def test_scale_and_offset_follow_their_rows():
 def test_a_plan_holds_every_row_once_and_wastes_little(data, groups, each):
     widths = data.draw(st.lists(st.integers(0, 8), min_size=groups * each, max_size=groups * each))
     bits = torch.tensor(widths, dtype=U8)
-    tile_bits, slots = plan(bits, groups)
-    assert (tile_bits.dtype, slots.dtype) == (U8, torch.int32)
+    plan = plan_rows(bits, groups)
+    tile_bits, slots = widths_and_rows(plan)
+    assert plan.dtype == torch.int32
     by_tile = slots.view(-1, TILE).tolist()
     assert len(by_tile) == len(tile_bits)
     assert sorted(row for tile in by_tile for row in tile if row >= 0) == list(range(groups * each))
@@ -166,13 +166,13 @@ def test_a_plan_holds_every_row_once_and_wastes_little(data, groups, each):
 LEVELS, ROWS = case(torch.tensor([3, 0, 4], dtype=U8), 10)
 DATA, BITS, STARTS = ROWS.data, ROWS.bits, ROWS.starts
 TILES = tile_rows(ROWS, torch.ones(3), torch.zeros(3))
-TILE_BITS, SLOTS = TILES.tile_bits, TILES.slots  # 0 and 4 bits, 4 lines; row 1, rows 0 and 2
-GRID = torch.ones(32)
+PLAN = TILES.plan  # 0 and 4 bits, 4 lines; row 1, rows 0 and 2
+GRID = torch.ones(2, 32)
 LINES = TILES.lines
-TILE_ARGUMENTS = (DATA, BITS, STARTS, TILE_BITS, SLOTS, 10, 1, 4 * LINE)
-LINEAR = (torch.ones(2, 10), LINES, TILE_BITS, SLOTS, GRID, GRID, torch.ones(3), 3, 10, False)
-CONV = (torch.ones(1, 10, 3, 3), *LINEAR[1:8], [1, 1], [1, 1], [0, 0], [1, 1], 1, False)
-SLIDING = (torch.ones(1, 3, 3, 5), *LINEAR[1:8], [2, 5], [1, 1], [0, 1], [1, 1], 3, False)
+TILE_ARGUMENTS = (DATA, BITS, STARTS, PLAN, 10, 1, 4 * LINE)
+LINEAR = (torch.ones(2, 10), LINES, PLAN, GRID, torch.ones(3), 3, 10, False)
+CONV = (torch.ones(1, 10, 3, 3), *LINEAR[1:6], [1, 1], [1, 1], [0, 0], [1, 1], 1, False)
+SLIDING = (torch.ones(1, 3, 3, 5), *LINEAR[1:6], [2, 5], [1, 1], [0, 1], [1, 1], 3, False)
 PRODUCTS = {
     "linear": ("packed_linear", LINEAR),
     "conv2d": ("packed_conv2d", CONV),
@@ -185,9 +185,13 @@ def changed(arguments: tuple, place: int, value: Any) -> tuple:
 
 
 def with_slot(place: int, row: int) -> torch.Tensor:
-    slots = SLOTS.clone()
-    slots[place] = row
-    return slots
+    plan = PLAN.clone()
+    plan[2 + place] = row
+    return plan
+
+
+def with_widths(*widths: int) -> torch.Tensor:
+    return torch.cat([torch.tensor(widths, dtype=torch.int32), PLAN[2:]])
 
 
 # of the tiles, which every operation that takes them refuses alike: places of `lines` to `offset` and of `rows`
@@ -197,32 +201,32 @@ BAD_TILES = {
     "lines-empty": (0, LINES[:0], "lines has 0 bytes"),
     "lines-of-int8": (0, LINES.view(torch.int8), r"lines is \(256\) Char; want \(any\) Byte"),
     "lines-matrix": (0, LINES.view(4, LINE), r"lines is \(4, 64\) Byte"),
-    "nine-bits": (1, torch.tensor([0, 9], dtype=U8), r"tile_bits\[1\] is 9; want 0 to 8"),
-    "tile-bits-255": (1, torch.tensor([255, 4], dtype=U8), r"tile_bits\[0\] is 255"),
-    "tile-bits-other": (1, torch.tensor([1, 4], dtype=U8), "lines has 256 bytes, .* need 5 times 64"),
-    "tile-bits-of-int32": (1, TILE_BITS.int(), r"tile_bits is \(2\) Int"),
-    "tile-bits-too-few": (1, TILE_BITS[1:], r"slots is \(32\) Int; want \(16\)"),
-    "slots-beyond": (2, with_slot(0, 3), "slots hold 3 rows from -1 to 3"),
-    "slots-far-beyond": (2, with_slot(0, 2**31 - 1), "to 2147483647"),
-    "slots-below": (2, with_slot(5, -2), "rows from -2 to 2"),
-    "slots-far-below": (2, with_slot(5, -(2**31)), "rows from -2147483648"),
-    "slots-a-row-too-many": (2, with_slot(5, 1), "slots hold 4 rows"),
-    "slots-a-row-too-few": (2, with_slot(0, -1), "slots hold 2 rows"),
-    "slots-a-row-twice-for-another": (2, with_slot(17, 0), "slots hold 3 rows .* want each of 3 rows once"),
-    "slots-a-gap": (2, with_slot(0, -1).index_fill(0, torch.tensor([5]), int(SLOTS[0])), "and -1 only after the rows"),
-    "slots-too-short": (2, SLOTS[:-1], r"slots is \(31\) Int; want \(32\)"),
-    "slots-of-int64": (2, SLOTS.long(), r"slots is \(32\) Long"),
-    "scale-too-short": (3, GRID[:-1], r"scale is \(31\) Float; want \(32\)"),
-    "scale-of-double": (3, GRID.double(), r"scale is \(32\) Double"),
-    "offset-too-long": (4, torch.ones(33), r"offset is \(33\) Float; want \(32\)"),
-    "offset-of-half": (4, GRID.half(), r"offset is \(32\) Half"),
-    "bias-too-short": (5, torch.ones(2), r"bias is \(2\) Float; want \(3\)"),
-    "bias-of-another-dtype": (5, torch.ones(3).bfloat16(), r"bias is \(3\) BFloat16; want \(3\) Float"),
+    "nine-bits": (1, with_widths(0, 9), r"plan\[1\] is 9, the width of a tile; want 0 to 8"),
+    "tile-bits-255": (1, with_widths(255, 4), r"plan\[0\] is 255"),
+    "tile-bits-negative": (1, with_widths(-1, 4), r"plan\[0\] is -1"),
+    "tile-bits-other": (1, with_widths(1, 4), "lines has 256 bytes, .* need 5 times 64"),
+    "plan-of-int64": (1, PLAN.long(), r"plan is \(34\) Long"),
+    "plan-too-short": (1, PLAN[:-1], "plan has 33 numbers; want .* a multiple of 17"),
+    "plan-of-a-tile-less": (1, PLAN[:17], r"grid is \(2, 32\) Float; want \(2, 16\)"),
+    "slots-beyond": (1, with_slot(0, 3), "plan holds 3 rows from -1 to 3"),
+    "slots-far-beyond": (1, with_slot(0, 2**31 - 1), "to 2147483647"),
+    "slots-below": (1, with_slot(5, -2), "rows from -2 to 2"),
+    "slots-far-below": (1, with_slot(5, -(2**31)), "rows from -2147483648"),
+    "slots-a-row-too-many": (1, with_slot(5, 1), "plan holds 4 rows"),
+    "slots-a-row-too-few": (1, with_slot(0, -1), "plan holds 2 rows"),
+    "slots-a-row-twice-for-another": (1, with_slot(17, 0), "plan holds 3 rows .* want each of 3 rows once"),
+    "slots-a-gap": (1, with_slot(0, -1).index_fill(0, torch.tensor([7]), 1), "and -1 only after the rows"),
+    "grid-too-short": (2, GRID[:, :-1], r"grid is \(2, 31\) Float; want \(2, 32\)"),
+    "grid-of-double": (2, GRID.double(), r"grid is \(2, 32\) Double"),
+    "grid-of-half": (2, GRID.half(), r"grid is \(2, 32\) Half"),
+    "grid-of-one-row": (2, GRID[:1], r"grid is \(1, 32\) Float"),
+    "bias-too-short": (3, torch.ones(2), r"bias is \(2\) Float; want \(3\)"),
+    "bias-of-another-dtype": (3, torch.ones(3).bfloat16(), r"bias is \(3\) BFloat16; want \(3\) Float"),
 }
 
 BAD_ROWS = {
     "negative": (-1, "rows is -1; want 0 to 2"),
-    "none": (0, "slots hold 3 rows from -1 to 2; want each of 0 rows"),
+    "none": (0, "plan holds 3 rows from -1 to 2; want each of 0 rows"),
     "too-few": (2, "want each of 2 rows|do not divide"),
     "too-many": (4, "want each of 4 rows|do not divide"),
     "huge": (2**62, "rows is 4611686018427387904; want 0 to 2"),
@@ -248,7 +252,7 @@ def test_a_number_of_rows_that_is_not_there_is_refused(rows, message, product):
     if (product, rows) == ("sliding", 0):
         rows, message = 3 * 2**40, "rows is 3298534883328"
     with pytest.raises(ValueError, match=message):
-        OPS[name](*changed(changed(arguments, 6, None), 7, rows))
+        OPS[name](*changed(changed(arguments, 4, None), 5, rows))
 
 
 X, IMAGE = LINEAR[0], CONV[0]
@@ -258,25 +262,25 @@ REFUSED = {
     "linear-x-number": ("packed_linear", changed(LINEAR, 0, torch.tensor(1.0)), r"x is \(\) Float"),
     "linear-x-double": ("packed_linear", changed(LINEAR, 0, X.double()), "x is Double; want Float, BFloat16 or Half"),
     "linear-x-integers": ("packed_linear", changed(LINEAR, 0, X.int()), "x is Int; want Float"),
-    "linear-narrower-in-the-same-blocks": ("packed_linear", changed(LINEAR, 8, 9), r"x is \(2, 10\) Float; want"),
-    "linear-wider": ("packed_linear", changed(LINEAR, 8, 33), "lines has 256 bytes, .* need 4 times 128"),
-    "linear-no-width": ("packed_linear", changed(LINEAR, 8, 0), "lines has 256 bytes, .* need 4 times 0"),
-    "linear-negative-width": ("packed_linear", changed(LINEAR, 8, -1), "width is -1; want 0 to 2"),
-    "linear-width-that-overflows": ("packed_linear", changed(LINEAR, 8, 2**63 - 1), "width is 9223372036854775807"),
-    "linear-width-that-fills": ("packed_linear", changed(LINEAR, 8, 2**40), "lines has 256 bytes"),
-    "conv-kernel": ("packed_conv2d", changed(CONV, 8, [3, 3]), "lines has 256 bytes, .* need 4 times 256?"),
+    "linear-narrower-in-the-same-blocks": ("packed_linear", changed(LINEAR, 6, 9), r"x is \(2, 10\) Float; want"),
+    "linear-wider": ("packed_linear", changed(LINEAR, 6, 33), "lines has 256 bytes, .* need 4 times 128"),
+    "linear-no-width": ("packed_linear", changed(LINEAR, 6, 0), "lines has 256 bytes, .* need 4 times 0"),
+    "linear-negative-width": ("packed_linear", changed(LINEAR, 6, -1), "width is -1; want 0 to 2"),
+    "linear-width-that-overflows": ("packed_linear", changed(LINEAR, 6, 2**63 - 1), "width is 9223372036854775807"),
+    "linear-width-that-fills": ("packed_linear", changed(LINEAR, 6, 2**40), "lines has 256 bytes"),
+    "conv-kernel": ("packed_conv2d", changed(CONV, 6, [3, 3]), "lines has 256 bytes, .* need 4 times 256?"),
     "conv-kernel-too-large": (
         "packed_conv2d",
-        changed(CONV, 8, [4, 1]),
+        changed(CONV, 6, [4, 1]),
         "a kernel that covers 4 is larger than the input, 3",
     ),
-    "conv-kernel-overflows": ("packed_conv2d", changed(CONV, 8, [2**24, 2**24]), "is larger than the input|too large"),
-    "conv-kernel-zero": ("packed_conv2d", changed(CONV, 8, [0, 1]), "kernel holds 0; want 1 to"),
-    "conv-stride": ("packed_conv2d", changed(CONV, 9, [0, 1]), "stride holds 0"),
-    "conv-padding": ("packed_conv2d", changed(CONV, 10, [0, -1]), "padding holds -1"),
-    "conv-dilation": ("packed_conv2d", changed(CONV, 11, [1, 2**62]), "dilation holds 4611686018427387904"),
-    "conv-groups": ("packed_conv2d", changed(CONV, 12, 2), "2 groups do not divide 10 inputs and 3 outputs"),
-    "conv-no-groups": ("packed_conv2d", changed(CONV, 12, 0), "0 groups do not divide"),
+    "conv-kernel-overflows": ("packed_conv2d", changed(CONV, 6, [2**24, 2**24]), "is larger than the input|too large"),
+    "conv-kernel-zero": ("packed_conv2d", changed(CONV, 6, [0, 1]), "kernel holds 0; want 1 to"),
+    "conv-stride": ("packed_conv2d", changed(CONV, 7, [0, 1]), "stride holds 0"),
+    "conv-padding": ("packed_conv2d", changed(CONV, 8, [0, -1]), "padding holds -1"),
+    "conv-dilation": ("packed_conv2d", changed(CONV, 9, [1, 2**62]), "dilation holds 4611686018427387904"),
+    "conv-groups": ("packed_conv2d", changed(CONV, 10, 2), "2 groups do not divide 10 inputs and 3 outputs"),
+    "conv-no-groups": ("packed_conv2d", changed(CONV, 10, 0), "0 groups do not divide"),
     "conv-x-image": ("packed_conv2d", changed(CONV, 0, IMAGE[0]), "x has 3 dimensions"),
     "conv-x-channels": ("packed_conv2d", changed(CONV, 0, torch.ones(1, 50, 3, 3)), "lines has 256 bytes"),
     "conv-x-double": ("packed_conv2d", changed(CONV, 0, IMAGE.double()), "x is Double; want Float"),
@@ -286,35 +290,34 @@ REFUSED = {
     "tile-bits-other": ("tile", changed(TILE_ARGUMENTS, 1, BITS.flip(0)), r"starts\[1\] is 4, but .* make it 5"),
     "tile-starts": ("tile", changed(TILE_ARGUMENTS, 2, STARTS + 1), r"starts\[0\] is 1"),
     "tile-starts-of-int32": ("tile", changed(TILE_ARGUMENTS, 2, STARTS.int()), r"starts is \(4\) Int"),
-    "tile-nine-bits": ("tile", changed(TILE_ARGUMENTS, 3, torch.tensor([0, 9], dtype=U8)), r"tile_bits\[1\] is 9"),
-    "tile-tile-bits-of-int64": ("tile", changed(TILE_ARGUMENTS, 3, TILE_BITS.long()), r"tile_bits is \(2\) Long"),
+    "tile-nine-bits": ("tile", changed(TILE_ARGUMENTS, 3, with_widths(0, 9)), r"plan\[1\] is 9"),
     "tile-too-narrow": (
         "tile",
-        changed(changed(TILE_ARGUMENTS, 3, torch.tensor([0, 3], dtype=U8)), 7, 3 * LINE),
+        changed(changed(TILE_ARGUMENTS, 3, with_widths(0, 3)), 6, 3 * LINE),
         "row 2 has 4 bits, its tile 3; want rows no wider than their tile",
     ),
     "tile-removed-row-in-a-live-tile": (
         "tile",
-        changed(changed(TILE_ARGUMENTS, 3, torch.tensor([1, 4], dtype=U8)), 7, 5 * LINE),
+        changed(changed(TILE_ARGUMENTS, 3, with_widths(1, 4)), 6, 5 * LINE),
         "row 1 has 0 bits, its tile 1; .* removed rows in tiles of 0 bits",
     ),
     "tile-live-row-in-a-removed-tile": (
         "tile",
-        changed(changed(TILE_ARGUMENTS, 3, torch.tensor([0, 0], dtype=U8)), 7, 0),
+        changed(changed(TILE_ARGUMENTS, 3, with_widths(0, 0)), 6, 0),
         "row 0 has 3 bits, its tile 0",
     ),
-    "tile-slots-beyond": ("tile", changed(TILE_ARGUMENTS, 4, with_slot(0, 3)), "slots hold 3 rows from -1 to 3"),
-    "tile-slots-below": ("tile", changed(TILE_ARGUMENTS, 4, with_slot(5, -2)), "slots hold 3 rows from -2"),
-    "tile-slots-a-row-too-few": ("tile", changed(TILE_ARGUMENTS, 4, with_slot(0, -1)), "slots hold 2 rows"),
-    "tile-slots-of-int64": ("tile", changed(TILE_ARGUMENTS, 4, SLOTS.long()), r"slots is \(32\) Long"),
-    "tile-slots-too-short": ("tile", changed(TILE_ARGUMENTS, 4, SLOTS[:16]), r"slots is \(16\) Int; want \(32\)"),
-    "tile-width": ("tile", changed(TILE_ARGUMENTS, 5, -1), "a width of -1 levels"),
-    "tile-area": ("tile", changed(TILE_ARGUMENTS, 6, 3), "an area of 3 for rows of 10 levels"),
-    "tile-area-zero": ("tile", changed(TILE_ARGUMENTS, 6, 0), "an area of 0"),
-    "tile-area-negative": ("tile", changed(TILE_ARGUMENTS, 6, -5), "an area of -5"),
-    "tile-length": ("tile", changed(TILE_ARGUMENTS, 7, 4 * LINE - 1), "lines has 255 bytes, .* need 4 times 64"),
-    "tile-length-too-long": ("tile", changed(TILE_ARGUMENTS, 7, 5 * LINE), "lines has 320 bytes"),
-    "tile-length-negative": ("tile", changed(TILE_ARGUMENTS, 7, -1), "a length of -1"),
+    "tile-slots-beyond": ("tile", changed(TILE_ARGUMENTS, 3, with_slot(0, 3)), "plan holds 3 rows from -1 to 3"),
+    "tile-slots-below": ("tile", changed(TILE_ARGUMENTS, 3, with_slot(5, -2)), "plan holds 3 rows from -2"),
+    "tile-slots-a-row-too-few": ("tile", changed(TILE_ARGUMENTS, 3, with_slot(0, -1)), "plan holds 2 rows"),
+    "tile-plan-of-int64": ("tile", changed(TILE_ARGUMENTS, 3, PLAN.long()), r"plan is \(34\) Long"),
+    "tile-plan-too-short": ("tile", changed(TILE_ARGUMENTS, 3, PLAN[:16]), "plan has 16 numbers"),
+    "tile-width": ("tile", changed(TILE_ARGUMENTS, 4, -1), "a width of -1 levels"),
+    "tile-area": ("tile", changed(TILE_ARGUMENTS, 5, 3), "an area of 3 for rows of 10 levels"),
+    "tile-area-zero": ("tile", changed(TILE_ARGUMENTS, 5, 0), "an area of 0"),
+    "tile-area-negative": ("tile", changed(TILE_ARGUMENTS, 5, -5), "an area of -5"),
+    "tile-length": ("tile", changed(TILE_ARGUMENTS, 6, 4 * LINE - 1), "lines has 255 bytes, .* need 4 times 64"),
+    "tile-length-too-long": ("tile", changed(TILE_ARGUMENTS, 6, 5 * LINE), "lines has 320 bytes"),
+    "tile-length-negative": ("tile", changed(TILE_ARGUMENTS, 6, -1), "a length of -1"),
 }
 
 

@@ -18,8 +18,8 @@ static Threads three() { return {3, Threads::one().run}; }
 // Rows of 0 to 8 bits in disk form and as tiles.
 struct Weights {
   int64_t rows, width;
-  Array<uint8_t> bits, levels, tile_bits, lines;
-  Array<int32_t> slots;
+  Array<uint8_t> bits, levels, lines;
+  Array<int32_t> tile_bits, slots;
   Array<float> scale, offset, tile_scale, tile_offset;
   Tiles tiles{};
 

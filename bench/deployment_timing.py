@@ -1,0 +1,112 @@
+"""Who may be timed, and how: contenders are judged first, then visited in turns."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+PAUSE = 0.004  # seconds before a visit, for threads that spin after their work
+VISIT = 0.01  # seconds that a visit lasts, about
+FEWEST = 5  # visits
+LONGEST_REASON = 200  # characters of why one is missing
+OURS = "ours"  # how the names of our own contenders begin
+
+Row = dict[str, Any]
+
+
+class Contender(NamedTuple):
+    """One way to compute a result.
+
+    Attributes:
+        make: Returns what to call; whatever it raises is the reason why the contender is missing.
+        exact: The result in float64.
+        allowed: Relative error that the result may have, Frobenius norm.
+    """
+
+    make: Callable[[], Callable[[], Any]]
+    exact: Tensor
+    allowed: float
+
+
+def admit(contenders: Mapping[str, Contender], what: str) -> tuple[dict[str, Any], dict[str, float], dict[str, str]]:
+    """What to call, and the error, of those whose results are right; and of the others, why not.
+
+    Raises:
+        ValueError: If a result of ours is wrong: no speed is written beside it.
+    """
+    runs, errors, missing = {}, {}, {}
+    for name, (make, exact, allowed) in contenders.items():
+        try:
+            run = make()
+            error = relative_error(run(), exact)
+        except Exception as problem:  # whatever a library may raise
+            missing[name] = f"{type(problem).__name__}: {' '.join(str(problem).split())}"[:LONGEST_REASON]
+            continue
+        if error <= allowed:  # NaN is wrong
+            runs[name], errors[name] = run, error
+        elif name.startswith(OURS):
+            raise ValueError(f"{what}, {name}: error {error:.2g}, may have {allowed:g}; no speed is written for it")
+        else:
+            missing[name] = f"wrong: error {error:.2g}, may have {allowed:g}"
+    return runs, errors, missing
+
+
+def relative_error(found: Any, exact: Tensor) -> float:
+    """Of a result, Frobenius norm; NaN where its shape is wrong."""
+    found = torch.as_tensor(found).double()
+    return float((found - exact).norm() / exact.norm()) if found.shape == exact.shape else float("nan")
+
+
+def visited(runs: Mapping[str, Callable[[], Any]], budget: float) -> dict[str, list[float]]:
+    """Seconds a call, one number a visit: all take turns, each after a pause and a call that warms the caches.
+
+    Args:
+        runs: What to time, by name.
+        budget: Seconds of visits to each, at least; FEWEST visits are made.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    repeats = {}
+    for name, run in runs.items():
+        run()
+        start = time.perf_counter()
+        run()
+        repeats[name] = max(1, min(1000, int(VISIT / (time.perf_counter() - start))))
+    for _ in range(max(FEWEST, round(budget / VISIT))):
+        for name, run in runs.items():
+            time.sleep(PAUSE)
+            run()
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                run()
+            times[name].append((time.perf_counter() - start) / repeats[name])
+    return times
+
+
+def measured(case: Row, contenders: Mapping[str, Contender], budget: float) -> list[Row]:
+    """A row a contender: medians and minima, or why there is none."""
+    what = ", ".join(map(str, case.values()))
+    with torch.inference_mode():
+        runs, errors, missing = admit(contenders, what)
+        times = visited(runs, budget)
+    rows = []
+    for name in contenders:
+        seconds = times.get(name)
+        rows.append(
+            {
+                **case,
+                "by": name,
+                "microseconds": statistics.median(seconds) * 1e6 if seconds else None,
+                "fastest_microseconds": min(seconds) * 1e6 if seconds else None,
+                "error": errors.get(name),
+                "missing": missing.get(name),
+            }
+        )
+    shown = ", ".join(f"{row['by']} {row['microseconds']:.0f}" for row in rows if not row["missing"])
+    print(f"{what}: {shown} µs; {len(missing)} missing", file=sys.stderr)
+    return rows
