@@ -5,17 +5,21 @@ TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.sgsc-ready
 
-.PHONY: demo test lint install bench clean
+.PHONY: demo test native lint install bench clean
 demo: $(READY)
 	$(BIN)/sgsc compress digits --target-size 0.05 --seed 0 --out runs/digits
 
 test: $(READY)
 	$(BIN)/python -m pytest -q
 
+# the C++ kernels of all instruction sets, those that this machine lacks emulated; installs Debian packages, as root
+native:
+	tests/native/run
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.inc csrc/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.inc csrc/*.cpp tests/native/*.h tests/native/*.cpp
 	$(BIN)/pyright
 
 install: $(READY)

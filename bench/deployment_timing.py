@@ -77,14 +77,16 @@ def visited(runs: Mapping[str, Callable[[], Any]], budget: float) -> dict[str, l
         start = time.perf_counter()
         run()
         repeats[name] = max(1, min(1000, int(VISIT / (time.perf_counter() - start))))
-    for _ in range(max(FEWEST, round(budget / VISIT))):
-        for name, run in runs.items():
+    left = list(runs)
+    while left:
+        for name in left:
             time.sleep(PAUSE)
-            run()
+            runs[name]()
             start = time.perf_counter()
             for _ in range(repeats[name]):
-                run()
+                runs[name]()
             times[name].append((time.perf_counter() - start) / repeats[name])
+        left = [name for name in left if len(times[name]) < FEWEST or sum(times[name]) * repeats[name] < budget]
     return times
 
 

@@ -56,7 +56,13 @@ def reference(
     width: int,
     int8: bool,
 ) -> Tensor:
-    """The meaning: dequantize, then torch's own linear."""
+    """The meaning: dequantize, then torch's own linear.
+
+    Raises:
+        ValueError: If x is not (M, K).
+    """
+    if x.dim() != 2 or x.shape[1] != width:
+        raise ValueError(f"packed_linear: x is {tuple(x.shape)}; want (any, {width}), the layer's input features")
     tiles = (lines, plan, grid, rows, width, 1)
     if int8 and width <= 2**15:
         weight, live = tiled_weight(*tiles, torch.float64)
@@ -166,13 +172,13 @@ def packed_linear(x: Tensor, tiles: TiledRows, bias: Tensor | None, width: int, 
     Raises:
         ValueError: If the last dimension of x is not K.
     """
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)  # as under autocast
+    if x.dim() == 2:  # the operation checks it; looking at a shape takes a tenth of a small call
+        return OP(x, tiles.lines, tiles.plan, tiles.grid, bias, tiles.rows, width, int8)
     if not x.dim() or x.shape[-1] != width:
         raise ValueError(
             f"packed_linear: x has shape {tuple(x.shape)}; want (..., {width}), the layer's input features"
         )
-    if bias is not None and bias.dtype != x.dtype:
-        bias = bias.to(x.dtype)  # as under autocast
-    if x.dim() == 2:
-        return OP(x, *tiles[:3], bias, tiles.rows, width, int8)
     y = OP(x.reshape(prod(x.shape[:-1]), width), *tiles[:3], bias, tiles.rows, width, int8)
     return y.reshape(*x.shape[:-1], tiles.rows)

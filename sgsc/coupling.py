@@ -309,7 +309,7 @@ def remove_channels(model: nn.Module) -> dict[str, int]:
         keep = ~gone[ids]
         _select(layer, ("weight", "bias"), 0, keep)
         quantizer = layer.weight_quantizer
-        _select(quantizer, [n for n, _ in [*quantizer.named_parameters(), *quantizer.named_buffers()]], 0, keep)
+        _select(quantizer, quantizer.state_dict(), 0, keep)  # what is saved is a value a channel
         if isinstance(layer, QuantLinear):
             layer.out_features = int(keep.sum())
         else:

@@ -31,7 +31,8 @@ class Codes(NamedTuple):
 class Quantizer(nn.Module, ABC):
     """Turns rows (C, K), one a channel, into rows on a grid. Abstract; every subclass is final.
 
-    Learned parameters are 1-D, one value a channel, so that they shard, average and checkpoint like any other.
+    Learned parameters and saved buffers are 1-D, one value a channel, so that they shard, average and checkpoint like
+    any other, and go with their channel when that is cut out.
     """
 
     def __init_subclass__(cls, name: str = "", **rest) -> None:

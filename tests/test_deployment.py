@@ -1,0 +1,260 @@
+"""The bench of whole networks, loading and calls: it runs on next to nothing, refuses what is wrong, and can lose."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from bench import deployment, deployment_memory, deployment_networks, deployment_peers, deployment_timing, record
+from bench.deployment_timing import Contender
+from sgsc.kernels import Op
+
+OTHERS = {
+    "convolution": {"F.conv2d float32", "onnxruntime float32", "onnxruntime int8 ConvInteger"}
+    | {"onnxruntime int8 QLinearConv"},
+    "network": {"torch float32 eager", "torch float32 compiled", "torch int8 dynamic", "torch int8 static"}
+    | {"onnxruntime float32", "onnxruntime int8 dynamic", "onnxruntime int8 static"},
+    "overhead": {"torch"},
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Result file of a quick run; inductor's minute is left out, its place is not."""
+    folder = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deployment_peers, "COMPILER", "aot_eager")
+        assert deployment.main(["--quick", "--results", str(folder)]) == 0
+    return record.read("deployment", folder)
+
+
+def rows_of(found, section):
+    return [row for row in found["rows"] if row["section"] == section]
+
+
+@pytest.mark.parametrize("section", list(OTHERS))
+def test_everyone_is_timed_or_named_as_missing(results, section):
+    rows = rows_of(results, section)
+    key = lambda row: (row["case"], row.get("batch"), row["threads"])  # noqa: E731
+    for _, its in itertools.groupby(rows, key):
+        of = {row["by"]: row for row in its}
+        assert {name for name in of if not name.startswith("ours")} == OTHERS[section]
+        assert {name.rsplit(" ", 1)[1] for name in of if name.startswith("ours")} == {"exact", "int8"}
+        for name, row in of.items():
+            if row["missing"]:
+                assert "onnx" in name
+                assert row["microseconds"] is row["error"] is None
+            else:
+                assert 0 < row["fastest_microseconds"] <= row["microseconds"]
+                assert 0 <= row["error"] < (0.3 if "int8" in name else 1e-3)
+
+
+def test_loading_is_measured_in_time_and_memory(results):
+    rows = {(row["what"], row["threads"]): row for row in rows_of(results, "load")}
+    for threads in (1, 2):
+        load, read = rows["load_into", threads], rows["read the file", threads]
+        assert load["bytes"] == read["bytes"] > 2 * 64 * 64 // 2  # two layers of 4 bits
+        assert load["over_reading"] == pytest.approx(load["milliseconds"] / read["milliseconds"])
+        assert rows["tile", threads]["bytes"] == 2 * 64 * 64 // 2 == rows["copy of a layer's bytes", threads]["bytes"]
+    peak = rows["peak of resident memory", None]
+    assert peak["run_form_bytes"] == 2 * 64 * 64 // 2
+    assert peak["bytes"] >= 0
+
+
+def test_the_peak_of_memory_is_that_of_the_load(tmp_path):
+    model = deployment_memory.packed_model(2, 2048)
+    path = tmp_path / "model.sgsc"
+    size = deployment_memory.save(model, path)
+    peak = deployment_memory._peak(path, 2, 2048, size, model)
+    both_forms = 2 * 2 * 2048 * 2048 // 2
+    assert peak["layer_bytes"] == both_forms // 2
+    assert both_forms < peak["bytes"] < 5 * both_forms  # a float32 layer would be four times its packed forms
+
+
+def test_claims_are_written_with_their_command(results):
+    counts = {"convolution": 3, "network": 2 * len(deployment_networks.SMALL), "load": 3, "overhead": 1}
+    for section, count in counts.items():
+        found = [claim for claim in results["claims"] if claim["section"] == section]
+        assert len(found) == count
+        assert {claim["command"] for claim in found} == {f"python -m bench.deployment {section}"}
+
+
+# ---- networks ----
+
+
+@pytest.mark.parametrize("name", list(deployment_networks.SMALL))
+def test_the_float_network_holds_the_packed_values(name):
+    torch.manual_seed(0)
+    network, x = deployment_networks.SMALL[name]()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    packed, plain = deployment_networks.compressed(network, deployment_networks.MIXED)
+    torch.testing.assert_close(packed(x), plain(x))
+    assert any(not torch.equal(value, before[key]) for key, value in plain.state_dict().items())
+    widths = torch.cat([m.bits for m in packed.modules() if isinstance(m, deployment_networks.PackedLayer)])
+    assert set(widths.tolist()) == set(deployment_networks.MIXED)
+    assert 3.5 < widths.float().mean() < 4.5
+
+
+def test_numerics_are_those_asked_for():
+    packed, _ = deployment_networks.convolution((4,), 16, 3, 1)
+    x = torch.randn(1, 16, 5, 5)
+    by = {n: deployment_networks.with_numerics(packed, n)(x) for n in ("exact", "int8")}
+    assert torch.equal(by["exact"], packed(x))
+    assert not torch.equal(by["exact"], by["int8"])
+
+
+def test_resnet_20_has_its_layers():
+    network, x = deployment_networks.NETWORKS["ResNet-20, 1 image"]()
+    assert network(x).shape == (1, 10)
+    threes = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert len(threes) == 19
+    assert sum(m.weight.numel() for m in threes) == 267_696
+
+
+# ---- who may be timed ----
+
+
+def contender(found, allowed=1e-4):
+    return Contender(lambda: lambda: found, torch.ones(3, dtype=torch.float64), allowed)
+
+
+def refuse():
+    raise ImportError("No module\nnamed 'x'")
+
+
+def test_a_wrong_or_absent_contender_is_named_and_not_timed():
+    runs = {
+        **{"right": contender(torch.ones(3)), "wrong": contender(1.1 * torch.ones(3))},
+        **{"nan": contender(torch.full((3,), torch.nan)), "shape": contender(torch.ones(1, 3))},
+        "absent": Contender(refuse, torch.ones(3), 1.0),
+    }
+    rows = {row["by"]: row for row in deployment_timing.measured({"case": "c"}, runs, 0.0)}
+    assert list(rows) == list(runs)
+    assert rows["right"]["missing"] is None
+    assert rows["right"]["microseconds"] > 0
+    assert rows["wrong"]["missing"] == "wrong: error 0.1, may have 0.0001"
+    assert rows["absent"]["missing"] == "ImportError: No module named 'x'"
+    assert "wrong" in rows["nan"]["missing"]
+    assert "wrong" in rows["shape"]["missing"]
+    assert all(row["microseconds"] is None for by, row in rows.items() if by != "right")
+
+
+@pytest.mark.parametrize("section", ["convolution", "network", "overhead"])
+def test_no_speed_for_a_wrong_result_of_ours(section, monkeypatch):
+    monkeypatch.setattr(deployment_peers, "COMPILER", "aot_eager")
+    kept = Op.__call__
+    monkeypatch.setattr(
+        Op, "__call__", lambda self, *a: 2 * kept(self, *a) if "packed" in self.name else kept(self, *a)
+    )
+    with pytest.raises(ValueError, match=r"ours .*: error .*; no speed is written for it"):
+        deployment.SECTIONS[section](0.0, True)
+
+
+def test_no_speed_for_a_file_that_comes_back_as_another(monkeypatch):
+    other = deployment_memory.packed_model(2, 64)
+    other[1].data[5] ^= 1
+    monkeypatch.setattr(deployment_memory, "load_into", lambda model, path: other)
+    with pytest.raises(ValueError, match="load: what was loaded is not what was saved"):
+        deployment_memory.measure_load(0.0, True)
+
+
+def test_everyone_admitted_is_visited_as_itself():
+    ran = []
+    runs = {name: lambda name=name: ran.append(name) for name in "abc"}
+    times = deployment_timing.visited(runs, 0.0)
+    assert {name: len(t) for name, t in times.items()} == dict.fromkeys("abc", deployment_timing.FEWEST)
+    assert ran[:6] == list("aabbcc")
+    assert ran.count("a") > deployment_timing.FEWEST
+
+
+# ---- claims ----
+
+
+def row(case, by, microseconds, **more):
+    return {
+        "case": case,
+        "threads": 1,
+        "by": by,
+        "microseconds": microseconds,
+        "fastest_microseconds": microseconds,
+    } | more
+
+
+def layer_rows(**changed):
+    times = {"ours mixed exact": 8.0, "ours 8 bits exact": 9.0, "ours mixed int8": 4.0, "ours 8 bits int8": 4.5}
+    times |= {"F.conv2d float32": 10.0, "onnxruntime float32": 3.0}
+    times |= {"onnxruntime int8 ConvInteger": 9.0, "onnxruntime int8 QLinearConv": 5.0}
+    return [row("a", by, t, batch=1) for by, t in times.items()] + [
+        row("b", by, changed.get(by, t), batch=32) for by, t in times.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("by", "microseconds", "lost", "named"),
+    [
+        ("ours 8 bits exact", 10.1, 0, "F.conv2d float32"),
+        ("ours mixed int8", 10.1, 1, "F.conv2d float32"),
+        ("onnxruntime int8 ConvInteger", 4.4, 2, "ConvInteger"),
+        ("onnxruntime int8 QLinearConv", 4.4, 2, "QLinearConv"),
+    ],
+)
+def test_each_claim_about_layers_can_be_lost(by, microseconds, lost, named):
+    assert all(claim["holds"] for claim in deployment.convolution_claims(layer_rows()))
+    claims = deployment.convolution_claims(layer_rows(**{by: microseconds}))
+    assert not claims[lost]["holds"]
+    assert f"the worst is b, batch 32, threads 1, {'F' if lost < 2 else 'onnxruntime'}" in claims[lost]["claim"]
+    assert claims[lost]["claim"].endswith(named)
+
+
+def network_rows(**changed):
+    times = {"ours eager exact": 9.0, "ours compiled exact": 7.0, "ours eager int8": 4.0, "ours compiled int8": 6.0}
+    times |= {"torch float32 compiled": 8.0, "onnxruntime int8 static": 7.5, "torch int8 static": None}
+    return [row("a", by, changed.get(by, t)) for by, t in times.items()] + [row("b", by, t) for by, t in times.items()]
+
+
+def test_each_claim_about_networks_can_be_lost():
+    exact, int8, *others = deployment.network_claims(network_rows())
+    assert exact["measured"] == pytest.approx(7.5 / 7)
+    assert int8["measured"] == pytest.approx(7.5 / 4)
+    assert len(others) == 2
+    holds = [claim["holds"] for claim in deployment.network_claims(network_rows(**{"torch float32 compiled": 5.0}))]
+    assert holds == [False, True, True, True]
+    holds = [claim["holds"] for claim in deployment.network_claims(network_rows(**{"torch int8 static": 3.0}))]
+    assert holds == [False, False, True, True]
+
+
+def test_what_was_not_measured_is_not_claimed():
+    rows = [r for r in layer_rows() if not r["by"].startswith("onnxruntime int8")]
+    (*_, against) = deployment.convolution_claims(rows)
+    assert (against["measured"], against["holds"]) == (None, False)
+
+
+@pytest.mark.parametrize(("ratio", "need", "holds"), [(1.9, 1.0, [True, True]), (2.1, 1.2, [False, False])])
+def test_claims_about_loading_can_be_lost(ratio, need, holds):
+    rows = [{"what": "load_into", "threads": 1, "over_reading": ratio}, {"what": "peak of", "over_need": need}]
+    assert [claim["holds"] for claim in deployment_memory.load_claims(rows)] == holds
+
+
+def test_the_claim_about_calls_takes_the_slower_numerics():
+    case = "Linear 16x32, 1 row"
+    rows = [
+        row(case, "torch", 9.0),
+        row(case, "ours exact", 4.0),
+        row(case, "ours int8", 5.9),
+        row("Conv2d", "ours", 8),
+    ]
+    assert deployment_memory.overhead_claims(rows)[0]["holds"]
+    rows[2] |= {"fastest_microseconds": 6.1}
+    assert not deployment_memory.overhead_claims(rows)[0]["holds"]
+
+
+def test_the_command_line_refuses_what_it_does_not_know(capsys):
+    for arguments, said in (
+        (["--quick"], "name another folder with --results"),
+        (["lode"], "sections lode are not known"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            deployment.main(arguments)
+        assert said in capsys.readouterr().err
