@@ -47,8 +47,8 @@ struct Exact {
   static void product(const Tile& tile, std::int64_t blocks, const float* strip, int m, float* sums) {
     float_kernels(tile).product(tile.lines, tile.bits, blocks, tile.offset, strip, m, m, sums);
   }
-  static void settle(const Tile& tile, const std::int32_t*, const float*, const float* sums, int m, float* out) {
-    tile_kernels().scale(sums, m, side_of_rows(tile), side_of_x(nullptr, nullptr), out);
+  static void settle(const Side& rows, const Side& x, const float* sums, int m, float* out) {
+    tile_kernels().scale(sums, m, rows, x, out);
   }
 };
 
@@ -81,9 +81,8 @@ struct Int8 {
   static void product(const Tile& tile, std::int64_t blocks, const std::int8_t* strip, int m, std::int32_t* sums) {
     tile_kernels().dot(tile.lines, tile.bits, blocks, strip, m, m, sums);
   }
-  static void settle(const Tile& tile, const std::int32_t* totals, const float* steps, const std::int32_t* sums, int m,
-                     float* out) {
-    tile_kernels().settle(sums, m, side_of_rows(tile), side_of_x(totals, steps), out);
+  static void settle(const Side& rows, const Side& x, const std::int32_t* sums, int m, float* out) {
+    tile_kernels().settle(sums, m, rows, x, out);
   }
 };
 
@@ -94,10 +93,16 @@ void write_as(const Linear& layer, const Tile& tile, std::int64_t first, std::in
   T* y = static_cast<T*>(layer.y) + first * layer.rows;
   float add[TILE] = {};
   int live = 0;  // places in use come first
-  for (; live < TILE && tile.slots[live] >= 0; ++live)
+  bool side_by_side = true;
+  for (; live < TILE && tile.slots[live] >= 0; ++live) {
     if (bias) add[live] = widen(bias[tile.slots[live]]);
-  for (std::int64_t t = 0; t < count; ++t, y += layer.rows)
-    for (int r = 0; r < live; ++r) narrow((tile.bits ? sums[t * TILE + r] : 0.0f) + add[r], y[tile.slots[r]]);
+    side_by_side &= tile.slots[live] == tile.slots[0] + live;
+  }
+  for (std::int64_t t = 0; t < count; ++t, y += layer.rows, sums += TILE)
+    if (side_by_side && live == TILE)
+      for (int r = 0; r < TILE; ++r) narrow(sums[r] + add[r], y[tile.slots[0] + r]);
+    else
+      for (int r = 0; r < live; ++r) narrow(sums[r] + add[r], y[tile.slots[r]]);
 }
 
 void write(const Linear& layer, const Tile& tile, std::int64_t first, std::int64_t count, const float* sums) {
@@ -113,20 +118,22 @@ void few_tokens(const Linear& layer, const TileList& tiles, int m, const Threads
   const bool as_it_is =
       m == 1 && std::is_same<Numerics, Exact>::value && layer.type == Type::f32 && levels == layer.width;
   const Scratch<typename Numerics::Value> scratch(as_it_is ? 0 : levels * m);
-  std::int32_t totals[TILE];
+  std::int32_t totals[TILE] = {};
   float steps[TILE];
+  std::fill(steps, steps + TILE, 1.0f);
   const auto* strip = as_it_is ? static_cast<const typename Numerics::Value*>(layer.x) : scratch.data();
   if (!as_it_is) Numerics::fill(Rows(layer), layer, 0, layer.m, m, levels, scratch.data(), totals, steps);
   const std::int64_t most = std::max<std::int64_t>(tiles.bytes() * m / BYTES, 1);
   const std::int64_t parts = std::min(std::min(threads.count, most), std::max<std::int64_t>(tiles.count(), 1));
+  const Side x = side_of_x(totals, steps);
   threads.run(parts, [&](std::int64_t part) {
     for (std::int64_t t = tiles.boundary(part, parts); t < tiles.boundary(part + 1, parts); ++t) {
       const Tile tile = tiles[t];
       alignas(LINE) typename Numerics::Sum sums[TILE * TILE];
-      float settled[TILE * TILE];
+      float settled[TILE * TILE] = {};  // what a removed row gives
       if (tile.bits) {
         Numerics::product(tile, tiles.blocks(), strip, m, sums);
-        Numerics::settle(tile, totals, steps, sums, m, settled);
+        Numerics::settle(side_of_rows(tile), x, sums, m, settled);
       }
       write(layer, tile, 0, layer.m, settled);
     }
@@ -138,7 +145,7 @@ void many_tokens(const Linear& layer, const TileList& tiles, const Threads& thre
   const std::int64_t levels = tiles.blocks() * BLOCK, strips = (layer.m + TILE - 1) / TILE;
   const Scratch<typename Numerics::Value> x(strips * levels * TILE);
   std::vector<std::int32_t> totals(strips * TILE);
-  std::vector<float> steps(strips * TILE);
+  std::vector<float> steps(strips * TILE, 1.0f);
   const auto here = [&](std::int64_t strip) { return std::min<std::int64_t>(TILE, layer.m - strip * TILE); };
   const std::int64_t each = std::max<std::int64_t>(VALUES / std::max<std::int64_t>(levels * TILE, 1), 1);
   threads.run((strips + each - 1) / each, [&](std::int64_t task) {
@@ -158,14 +165,18 @@ void many_tokens(const Linear& layer, const TileList& tiles, const Threads& thre
     const Scratch<typename Numerics::Sum> sums(count * n * TILE * TILE);
     multiply_tokens<typename Numerics::Value>(tiles, first, n, {x.data() + from * levels * TILE, count, levels * TILE},
                                               sums.data());
-    for (std::int64_t s = 0; s < count; ++s)
-      for (std::int64_t t = 0; t < n; ++t) {
-        const Tile tile = tiles[first + t];
-        float settled[TILE * TILE];
-        Numerics::settle(tile, totals.data() + (from + s) * TILE, steps.data() + (from + s) * TILE,
-                         sums.data() + (s * n + t) * TILE * TILE, TILE, settled);
+    std::vector<Side> sides;
+    for (std::int64_t s = from; s < from + count; ++s)
+      sides.push_back(side_of_x(totals.data() + s * TILE, steps.data() + s * TILE));
+    for (std::int64_t t = 0; t < n; ++t) {
+      const Tile tile = tiles[first + t];
+      const Side side = side_of_rows(tile);
+      for (std::int64_t s = 0; s < count; ++s) {
+        float settled[TILE * TILE] = {};
+        if (tile.bits) Numerics::settle(side, sides[s], sums.data() + (s * n + t) * TILE * TILE, TILE, settled);
         write(layer, tile, (from + s) * TILE, here(from + s), settled);
       }
+    }
   });
 }
 
