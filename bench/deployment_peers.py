@@ -176,27 +176,43 @@ def onnx_qlinear_conv(layer: nn.Conv2d, x: Tensor, threads: int) -> Run:
     return session(_graph(nodes, constants, x, layer(x).shape), x, threads)
 
 
-def onnx_network(network: nn.Module, x: Tensor, threads: int, form: str) -> Run:
-    """A network as exported ("float32"), or as onnxruntime quantizes that ("dynamic", "static"), weights a channel."""
-    import onnxruntime.quantization as quantization
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+class Exported:
+    """The graphs of a network, each made when it is first asked for."""
 
-    class Batches(quantization.CalibrationDataReader):
-        def __init__(self) -> None:
-            self.batches = calibration(x)
+    def __init__(self, network: nn.Module, x: Tensor) -> None:
+        self.network, self.x = network, x
+        self.graphs: dict[str, bytes] = {}
 
-        def get_next(self) -> dict[str, Any] | None:
-            batch = next(self.batches, None)
-            return None if batch is None else {"x": batch.numpy()}
+    def graph(self, form: str) -> bytes:
+        """As exported ("float32"), or as onnxruntime quantizes that ("dynamic", "static"), weights a channel."""
+        if form not in self.graphs:
+            self.graphs[form] = self._float32() if form == "float32" else self._quantized(form)
+        return self.graphs[form]
 
-    with tempfile.TemporaryDirectory() as folder, quiet():
-        paths = [str(Path(folder) / f"{name}.onnx") for name in ("float32", "prepared", "int8")]
-        torch.onnx.export(network, (x,), paths[0], input_names=["x"], dynamo=True, external_data=False, verbose=False)
-        if form == "float32":
-            return session(paths[0], x, threads)
-        quant_pre_process(paths[0], paths[1], skip_symbolic_shape=True)
-        if form == "dynamic":
-            quantization.quantize_dynamic(paths[1], paths[2], per_channel=True)
-        else:
-            quantization.quantize_static(paths[1], paths[2], Batches(), per_channel=True)
-        return session(paths[2], x, threads)
+    def _float32(self) -> bytes:
+        arguments: dict[str, Any] = {"input_names": ["x"], "dynamo": True, "external_data": False, "verbose": False}
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            path = Path(folder) / "float32.onnx"
+            torch.onnx.export(self.network, (self.x,), str(path), **arguments)
+            return path.read_bytes()
+
+    def _quantized(self, form: str) -> bytes:
+        import onnxruntime.quantization as quantization
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        batches = calibration(self.x)
+
+        class Reader(quantization.CalibrationDataReader):
+            def get_next(self) -> dict[str, Any] | None:
+                batch = next(batches, None)
+                return None if batch is None else {"x": batch.numpy()}
+
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            plain, prepared, found = (Path(folder) / f"{name}.onnx" for name in ("float32", "prepared", "int8"))
+            plain.write_bytes(self.graph("float32"))
+            quant_pre_process(str(plain), str(prepared), skip_symbolic_shape=True)
+            if form == "dynamic":
+                quantization.quantize_dynamic(str(prepared), str(found), per_channel=True)
+            else:
+                quantization.quantize_static(str(prepared), str(found), Reader(), per_channel=True)
+            return found.read_bytes()

@@ -9,23 +9,6 @@
 namespace sgsc {
 namespace {
 
-// One block of 16 rows, (8, 64) quads of levels, to its lines; see tiles.h.
-void encode(const std::uint8_t* quads, int bits, std::uint8_t* lines) {
-  std::fill(lines, lines + bits * LINE, std::uint8_t{0});
-  int low = 0;
-  for (int plane = 8; plane; plane /= 2) {
-    if (!(bits & plane)) continue;
-    const int fields = 8 / plane, mask = (1 << plane) - 1;
-    for (int q = 0; q < QUADS; ++q) {
-      std::uint8_t* line = lines + (low + q / fields) * LINE;
-      const int up = q % fields * plane;
-      for (int i = 0; i < LINE; ++i)
-        line[i] = static_cast<std::uint8_t>(line[i] | (quads[q * LINE + i] >> low & mask) << up);
-    }
-    low += plane;
-  }
-}
-
 // The levels of one row in the order of quads, (4 * quads): zeros where a quad has no channel.
 void in_order(const std::uint8_t* levels, const LevelOrder& order, std::uint8_t* out) {
   for (std::int64_t c = 0; c < order.channels; c += 4)
@@ -94,13 +77,7 @@ void tile(const PackedRows& packed, const LevelOrder& order, const Tiles& shape,
       rows.levels(row_of(packed, row), packed.width, order.area > 1 ? as_stored.data() : out);
       if (order.area > 1) in_order(as_stored.data(), order, out);
     }
-    std::uint8_t quads[QUADS * LINE];
-    for (std::int64_t b = 0; b < shape.blocks; ++b) {
-      for (int r = 0; r < TILE; ++r)
-        for (int q = 0; q < QUADS; ++q)
-          std::memcpy(quads + q * LINE + 4 * r, levels.data() + r * width + b * BLOCK + 4 * q, 4);
-      encode(quads, shape.bits[t], lines + starts[t] + b * shape.bits[t] * LINE);
-    }
+    tile_kernels().encode(levels.data(), width, shape.bits[t], shape.blocks, lines + starts[t]);
   });
 }
 

@@ -70,6 +70,8 @@ struct Side {
 
 struct TileKernels {
   int most;
+  // Lines of `blocks` blocks from the levels of 16 rows, `stride` bytes apart: the inverse of `levels`.
+  void (*encode)(const std::uint8_t* levels, std::int64_t stride, int bits, std::int64_t blocks, std::uint8_t* lines);
   // The quads of `blocks` blocks, (8 * blocks, TILE, 4).
   void (*levels)(const std::uint8_t* lines, int bits, std::int64_t blocks, std::uint8_t* quads);
   // level + offset, (32 * blocks, TILE).

@@ -51,7 +51,8 @@ def read(path: str | os.PathLike) -> Artefact:
         head = file.read(8 + MAX_HEADER)
         try:
             header, shapes = _header(head, size)  # the lengths fit the file before the rest of it is read
-            return _contents(head + file.read(size - len(head)), size, header, shapes)
+            file.seek(0)
+            return _contents([file.read(size)], size, header, shapes)
         except ArtefactError as error:
             raise ArtefactError(f"{Path(path).name}: {error}") from None
 
@@ -62,10 +63,11 @@ def from_bytes(data: bytes) -> Artefact:
     Raises:
         ArtefactError: If anything about them is not as the format says; the message names the part.
     """
-    return _contents(data, len(data), *_header(data, len(data)))
+    return _contents([data], len(data), *_header(data, len(data)))
 
 
-def _contents(data: bytes, size: int, header: dict[str, Any], shapes: dict[str, tuple[str, int]]) -> Artefact:
+def _contents(held: list[bytes], size: int, header: dict[str, Any], shapes: dict[str, tuple[str, int]]) -> Artefact:
+    data = held.pop()  # nobody else holds what was read from a file: it is gone before the run form is made
     if len(data) != size:
         raise ArtefactError(f"{size} bytes when it was opened, {len(data)} when it was read: something writes to it")
     manifest = _manifest(header)
@@ -81,6 +83,7 @@ def _contents(data: bytes, size: int, header: dict[str, Any], shapes: dict[str, 
         tensors = safetensors.torch.load(data)
     except SafetensorError as error:  # what Python's JSON reads and the other reader does not, such as -0
         raise ArtefactError(f"the header is no safetensors header ({error})") from None
+    del data
     if "values.BOOL" in tensors and (tensors["values.BOOL"].view(torch.uint8) > 1).any():
         raise ArtefactError("tensor 'values.BOOL': a byte is neither 0 nor 1")
     layers = _layers(manifest, shapes, tensors)
@@ -92,7 +95,7 @@ def _contents(data: bytes, size: int, header: dict[str, Any], shapes: dict[str, 
             continue
         parts = tensors[f"values.{dtype}"].split(sizes)
         values |= {name: part.view(shape).clone() for (name, shape), part in zip(listed, parts, strict=True)}
-    return Artefact(manifest, layers, values, len(data))
+    return Artefact(manifest, layers, values, size)
 
 
 def _json(text: bytes | str, what: str) -> dict[str, Any]:
@@ -285,7 +288,9 @@ def _layers(manifest: dict, shapes: dict[str, tuple[str, int]], tensors: dict[st
         scale[alive] = scales[first_scale : first_scale + int(alive.sum())]
         if not (torch.isfinite(scale) & (scale > 0)).all():
             raise ArtefactError(f"layer {name!r}: a scale is not positive and finite")
-        codes = PackedRows(data[first_byte : first_byte + length].clone(), own, width)
+        codes = PackedRows(
+            data[first_byte : first_byte + length], own, width
+        )  # a view: all layers share the file's bytes
         used = own.long() * width % 8  # bits of a row's last byte; 0 where all are
         if (codes.data[codes.starts[1:][used > 0] - 1] >> used[used > 0]).any():
             raise ArtefactError(f"layer {name!r}: the unused bits of a row's last byte are not 0")
