@@ -25,7 +25,7 @@ constexpr std::int64_t PAGE = std::int64_t{1} << 12, HUGE_PAGE = std::int64_t{1}
 
 // On Linux not from the C library: large blocks inside its heap would keep it from reusing its own, or from trimming.
 // The address sanitizer watches over nothing else, though.
-#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
+#if defined(__linux__) && !defined(SGSC_WATCHED)
 void* allocate_pages(std::int64_t bytes) noexcept {
   const std::int64_t spare = bytes < HUGE_PAGE ? 0 : HUGE_PAGE;
   void* mapped = mmap(nullptr, bytes + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

@@ -12,6 +12,15 @@
 
 #include <cstdint>
 
+// Under the address sanitizer every block is its own allocation, of the size that was asked for.
+#if defined(__SANITIZE_ADDRESS__)
+#define SGSC_WATCHED
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define SGSC_WATCHED
+#endif
+#endif
+
 namespace sgsc {
 
 struct Block {

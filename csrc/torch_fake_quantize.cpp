@@ -109,6 +109,8 @@ void stream(const Tensor& from, const std::optional<Tensor>& with, const Tensor&
                b = take("_stream", "with", with.value_or(from), dtype, like);
   if (!to.is_contiguous()) throw std::invalid_argument("_stream: to has gaps; want it contiguous");
   take("_stream", "to", to, dtype, like);
+  if (reinterpret_cast<std::uintptr_t>(to.mutable_data_ptr()) % 64)
+    throw std::invalid_argument("_stream: to does not begin on a cache line");
   sgsc::stream(static_cast<const float*>(a.const_data_ptr()),
                with ? static_cast<const float*>(b.const_data_ptr()) : nullptr,
                static_cast<float*>(to.mutable_data_ptr()), to.numel(), threads());

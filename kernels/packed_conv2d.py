@@ -204,12 +204,14 @@ def packed_conv2d(
     Raises:
         ValueError: If x is not (B, I, H, W), `groups` does not divide, or the kernel is larger than the padded input.
     """
-    if x.dim() != 4 or x.shape[1] % groups or tiles.rows % groups:
+    if x.dim() != 4 or groups < 1 or x.shape[1] % groups or tiles.rows % groups:
         raise ValueError(
             f"packed_conv2d: x {tuple(x.shape)}, {tiles.rows} outputs, {groups} groups; "
             "want x (batch, channels, height, width), with groups dividing both numbers of channels"
         )
     for axis in (0, 1):
+        if stride[axis] < 1:
+            raise ValueError(f"packed_conv2d: stride {stride}; want numbers of at least 1")
         if output_size(x.shape[2 + axis], kernel[axis], stride[axis], padding[axis], dilation[axis]) < 1:
             raise ValueError(
                 f"packed_conv2d: kernel {kernel} with dilation {dilation} is larger than the input "

@@ -62,13 +62,12 @@ def _tile_reference(
     by_place = levels[slots.long()].view(tiles, TILE, blocks, QUADS, 4)
     by_quad = by_place.permute(0, 2, 3, 1, 4).reshape(tiles, blocks, QUADS, LINE)
     lines = data.new_empty(length)
-    start = 0
-    for tile, b in enumerate(tile_bits.tolist()):
-        block = data.new_zeros(blocks, b, LINE)
+    for b in range(1, 9):
+        which, numbers = _line_numbers(tile_bits, blocks, b)
+        block = data.new_zeros(len(which), blocks, b, LINE)
         for i, (line, up, mask, low) in enumerate(_fields(b)):
-            block[:, line] |= ((by_quad[tile, :, i % QUADS] >> low) & mask) << up
-        lines[start : start + block.numel()] = block.flatten()
-        start += block.numel()
+            block[:, :, line] |= ((by_quad[which][:, :, i % QUADS] >> low) & mask) << up
+        lines.view(-1, LINE)[numbers] = block.view(len(which), blocks * b, LINE)
     return lines
 
 
@@ -84,22 +83,29 @@ def row_bits(plan: Tensor) -> Tensor:
     return tile_bits.repeat_interleave(TILE)[slots >= 0]
 
 
+def _line_numbers(tile_bits: Tensor, blocks: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Which tiles are `bits` wide, and where their lines lie: (n, blocks * bits)."""
+    (which,) = (tile_bits == bits).nonzero(as_tuple=True)
+    first = (tile_bits.long().cumsum(0) - tile_bits) * blocks
+    return which, first[which][:, None] + torch.arange(blocks * bits, device=tile_bits.device)
+
+
 def untile(lines: Tensor, plan: Tensor, rows: int, width: int, area: int = 1) -> Tensor:
     """The levels that lines hold, (rows, width) uint8, in plain PyTorch."""
     tile_bits, slots = widths_and_rows(plan)
-    blocks, start, tiles = blocks_of(width, area), 0, []
-    for b in tile_bits.tolist():
-        block = lines[start : start + b * blocks * LINE].view(blocks, b, LINE)
-        quads = lines.new_zeros(blocks, QUADS, LINE)
+    count, quads, blocks = len(tile_bits), quads_of(width, area), blocks_of(width, area)
+    by_quad = lines.new_zeros(count, blocks, QUADS, LINE)
+    for b in range(1, 9):
+        which, numbers = _line_numbers(tile_bits, blocks, b)
+        block = lines.view(-1, LINE)[numbers].view(len(which), blocks, b, LINE)
+        levels = lines.new_zeros(len(which), blocks, QUADS, LINE)
         for i, (line, up, mask, low) in enumerate(_fields(b)):
-            quads[:, i % QUADS] |= ((block[:, line] >> up) & mask) << low
-        tiles.append(quads.view(blocks, QUADS, TILE, 4).permute(2, 0, 1, 3).reshape(TILE, blocks * BLOCK))
-        start += block.numel()
+            levels[:, :, i % QUADS] |= ((block[:, :, line] >> up) & mask) << low
+        by_quad[which] = levels
+    by_place = by_quad.view(count, blocks, QUADS, TILE, 4).permute(0, 3, 1, 2, 4).reshape(count * TILE, blocks * BLOCK)
+    by_place = by_place[:, : 4 * quads].reshape(len(slots), quads // area, area, 4).transpose(2, 3)
     levels = lines.new_zeros(rows + 1, width)  # the last row takes what stands in no row's place
-    if tiles:
-        quads = quads_of(width, area)
-        by_place = torch.cat(tiles)[:, : 4 * quads].view(len(slots), quads // area, area, 4).transpose(2, 3)
-        levels[slots.long()] = by_place.reshape(len(slots), 4 * quads)[:, :width]
+    levels[slots.long()] = by_place.reshape(len(slots), 4 * quads)[:, :width]
     return levels[:rows]
 
 

@@ -166,8 +166,8 @@ def test_everyone_admitted_is_visited_as_itself():
     runs = {name: lambda name=name: ran.append(name) for name in "abc"}
     times = deployment_timing.visited(runs, 0.0)
     assert {name: len(t) for name, t in times.items()} == dict.fromkeys("abc", deployment_timing.FEWEST)
-    assert ran[:6] == list("aabbcc")
-    assert ran.count("a") > deployment_timing.FEWEST
+    assert [name for name, _ in itertools.groupby(ran)] == list("abc") * (1 + deployment_timing.FEWEST)
+    assert ran.count("a") > 2 * deployment_timing.FEWEST
 
 
 # ---- claims ----

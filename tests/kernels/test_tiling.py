@@ -278,6 +278,11 @@ REFUSED = {
     "conv-kernel-zero": ("packed_conv2d", changed(CONV, 6, [0, 1]), "kernel holds 0; want 1 to"),
     "conv-stride": ("packed_conv2d", changed(CONV, 7, [0, 1]), "stride holds 0"),
     "conv-padding": ("packed_conv2d", changed(CONV, 8, [0, -1]), "padding holds -1"),
+    "conv-padding-that-overflows": (
+        "packed_conv2d",
+        changed(changed(CONV, 8, [2**24 - 1, 2**24 - 1]), 7, [2**24, 2**24]),
+        "has more than 2.40 values",
+    ),
     "conv-dilation": ("packed_conv2d", changed(CONV, 9, [1, 2**62]), "dilation holds 4611686018427387904"),
     "conv-groups": ("packed_conv2d", changed(CONV, 10, 2), "2 groups do not divide 10 inputs and 3 outputs"),
     "conv-no-groups": ("packed_conv2d", changed(CONV, 10, 0), "0 groups do not divide"),
