@@ -173,15 +173,15 @@ def test_no_speed_for_a_wrong_packed_operation(monkeypatch):
     monkeypatch.setattr(
         Op, "__call__", lambda self, *a: 1.1 * kept(self, *a) if "linear" in self.name else kept(self, *a)
     )
-    with pytest.raises(AssertionError, match="packed_linear one-weight-1-rows"):
+    with pytest.raises(AssertionError, match="packed_linear exact-one-weight-1-rows"):
         kernels.measure_packed(0.0, 1e10, True)
 
 
 @pytest.mark.parametrize("name", ["packed_linear", "packed_conv2d", "packed_embedding"])
 def test_torchs_own_operation_computes_the_same(name):
-    cases = dict(OPS[name].cases())
-    cases.pop("nan-and-infinity", None)  # a removed row is the bias alone in ours; 0 * NaN in torch's
-    for case, arguments in cases.items():
+    for case, arguments in OPS[name].cases().items():
+        if case.startswith("int8") or "nan-and-infinity" in case:  # rounded; the bias alone in ours, 0 * NaN in torch's
+            continue
         run = kernels.float_form(name, arguments)
         assert run is not None
         torch.testing.assert_close(run(), OPS[name].reference(*arguments), msg=case)
