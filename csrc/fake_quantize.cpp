@@ -8,6 +8,10 @@
 #include "isa.h"
 #include "memory.h"
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <xmmintrin.h>
+#endif
+
 namespace sgsc {
 namespace {
 
@@ -101,6 +105,13 @@ std::int64_t elements_of(const std::vector<GridRows>& tensors) {
   return elements;
 }
 
+// Orders what was streamed before what follows.
+void fence() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  _mm_sfence();
+#endif
+}
+
 // Runs work(tensor, row, block, first element of the block, its length) once for every block of every row.
 template <class Work>
 void for_each_block(const std::vector<GridRows>& tensors, const Threads& threads, const Work& work) {
@@ -114,6 +125,7 @@ void for_each_block(const std::vector<GridRows>& tensors, const Threads& threads
     const std::int64_t block = inner % blocks, row = inner / blocks * step, begin = block * BLOCK;
     for (std::int64_t r = row; r < std::min(row + step, t.rows); ++r)
       work(static_cast<std::size_t>(which), r, block, r * t.width + begin, std::min(BLOCK, t.width - begin));
+    fence();  // once a task: after every row of 16 KiB, it would cost a tenth of the time
   };
   if (elements_of(tensors) < ALONE)
     for (std::int64_t task = 0; task < first_task.back(); ++task) run(task);

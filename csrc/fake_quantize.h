@@ -12,6 +12,8 @@
 // x, write the gradient of x), about 14 operations. Both are bound by memory.
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -53,9 +55,18 @@ struct GridKernels {
   void (*backward)(const void* grad, const void* x, const Grid& grid, void* grad_x, std::int64_t n, Sums& sums);
 };
 
-// Not for f64. With `stream`, results go past the caches, to memory.
+// Not for f64. With `stream`, results go past the caches, to memory, and the caller fences them.
 GridKernels grid_kernels_avx2(Type type, bool stream);
 GridKernels grid_kernels_avx512(Type type, bool stream);
 void stream_avx2(const float* from, const float* with, float* to, std::int64_t n);
+
+constexpr std::size_t LINE = 64;  // bytes of a cache line
+
+// Elements up to the next cache line, at most n: what is streamed fills whole lines.
+template <class T>
+std::int64_t to_line(const T* p, std::int64_t n) {
+  const auto bytes = -reinterpret_cast<std::uintptr_t>(p) & (LINE - 1);
+  return std::min<std::int64_t>(static_cast<std::int64_t>(bytes / sizeof(T)), n);
+}
 
 }  // namespace sgsc

@@ -19,15 +19,7 @@ namespace sgsc {
 namespace {
 
 constexpr int ROUND = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;  // half to even
-constexpr std::size_t LINE = 64;                                      // bytes
 constexpr std::int64_t RUN = 256;  // elements summed in float lanes before double takes over: 32 a lane
-
-// Elements up to the next cache line, at most n: what is streamed fills whole lines.
-template <class T>
-std::int64_t to_line(const T* p, std::int64_t n) {
-  const auto bytes = -reinterpret_cast<std::uintptr_t>(p) & (LINE - 1);
-  return std::min<std::int64_t>(static_cast<std::int64_t>(bytes / sizeof(T)), n);
-}
 
 __m256 load(const float* p) { return _mm256_loadu_ps(p); }
 template <bool STREAM>
@@ -96,7 +88,6 @@ void forward(const void* x, const Grid& grid, void* q, std::int64_t n) {
     some(0, i = to_line(out, n));
     for (; i + STEP <= n; i += STEP)
       for (std::int64_t j = i; j < i + STEP; j += 8) store<true>(out + j, eight(in + j));
-    _mm_sfence();
   }
   some(i, n);
 }
@@ -167,7 +158,6 @@ void backward(const void* grad, const void* x, const Grid& grid, void* grad_x, s
       for (std::int64_t j = i; j < i + RUN; j += 8) store<true>(out + j, eight(in + j, up + j, all));
       next_run();
     }
-    _mm_sfence();
   }
   some(i, n);
 }

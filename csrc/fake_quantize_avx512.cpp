@@ -19,16 +19,8 @@ namespace sgsc {
 namespace {
 
 constexpr int ROUND = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;  // half to even
-constexpr std::size_t LINE = 64;                                      // bytes
 constexpr std::int64_t RUN = 512;  // elements summed in float lanes before double takes over: 32 a lane
 constexpr __mmask16 ALL = 0xffff;
-
-// Elements up to the next cache line, at most n: what is streamed fills whole lines.
-template <class T>
-std::int64_t to_line(const T* p, std::int64_t n) {
-  const auto bytes = -reinterpret_cast<std::uintptr_t>(p) & (LINE - 1);
-  return std::min<std::int64_t>(static_cast<std::int64_t>(bytes / sizeof(T)), n);
-}
 
 // Sixteen elements as they lie in memory. Lanes outside the mask read as zero, and are not written.
 __m512 load(__mmask16 here, const float* p) { return _mm512_maskz_loadu_ps(here, p); }
@@ -101,7 +93,6 @@ void for_each_sixteen(const T* out, std::int64_t n, const F& f, const G& g) {
     some(to_line(out, n));
     for (; i + RUN <= n; g())
       for (const std::int64_t stop = i + RUN; i < stop; i += 16) f(i, ALL, std::true_type{});
-    _mm_sfence();
   }
   some(n);
 }

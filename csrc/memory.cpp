@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <fstream>
 #include <memory>
 #include <mutex>
 #include <new>
+#include <string>
 #include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -161,13 +163,19 @@ void give_block(Block* block) noexcept { pool().give(block); }
 void release_blocks() noexcept { pool().release(); }
 Held held_memory() { return pool().held(); }
 
+// Not from sysconf: on AMD, glibc 2.36 adds up the last-level caches of the whole package, ten times what a core has.
 std::int64_t last_cache() {
   static const std::int64_t bytes = [] {
-    long found = 0;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    found = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    std::int64_t found = 0;
+#if defined(__linux__)
+    for (int index = 0;; ++index) {
+      std::ifstream size("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/size");  // as in 32768K
+      std::int64_t kibibytes = 0;
+      if (!(size >> kibibytes)) break;
+      found = std::max(found, kibibytes << 10);
+    }
 #endif
-    return found > 0 ? std::int64_t{found} : std::int64_t{32} << 20;
+    return found > 0 ? found : std::int64_t{32} << 20;
   }();
   return bytes;
 }

@@ -63,4 +63,12 @@ inline void narrow(float value, Float16& out) {
   out.bits = static_cast<std::uint16_t>(sign | half);
 }
 
+// use(T{}) with T the elements' type, of which f64 is none.
+template <class Use>
+void as_element(Type type, const Use& use) {
+  if (type == Type::f32) return use(float{});
+  if (type == Type::bf16) return use(Bfloat16{});
+  use(Float16{});
+}
+
 }  // namespace sgsc

@@ -25,40 +25,27 @@ void check_pair(const char* name, const Convolution::Sizes& pair, std::int64_t l
   if (pair.size() != 2) refuse(std::string(name) + " has " + std::to_string(pair.size()) + " numbers; want 2");
 }
 
-template <class T>
-void pad_as(const T* x, const Convolution& c, float* padded) {
+// A plane of floats, or of units of int8, with zeros around it.
+template <class T, class U>
+void pad(const T* x, const Convolution& c, U* padded) {
   const std::int64_t wide = c.padded_width(), side = c.padding[1];
-  std::fill_n(padded, c.padding[0] * wide + side, 0.0f);
+  std::fill_n(padded, c.padding[0] * wide + side, U{0});
   padded += c.padding[0] * wide + side;
   for (std::int64_t y = 0; y < c.height; ++y, x += c.width, padded += wide) {
-    if constexpr (std::is_same<T, float>::value)
-      std::memcpy(padded, x, c.width * sizeof(float));
+    if constexpr (std::is_same<T, U>::value)
+      std::memcpy(padded, x, c.width * sizeof(U));
     else
       for (std::int64_t i = 0; i < c.width; ++i) padded[i] = widen(x[i]);
-    std::fill_n(padded + c.width, y + 1 < c.height ? 2 * side : side, 0.0f);  // and the left of the next
+    std::fill_n(padded + c.width, y + 1 < c.height ? 2 * side : side, U{0});  // and the left of the next
   }
-  std::fill_n(padded - side, c.padding[0] * wide, 0.0f);
+  std::fill_n(padded - side, c.padding[0] * wide, U{0});
 }
 
-template <class T>
-void write_as(const ConvolutionData& data, const Convolution& c, std::int64_t image, const std::int32_t* rows,
-              std::int64_t first, std::int64_t n, const float* values) {
-  const T* bias = static_cast<const T*>(data.bias);
-  T* images = static_cast<T*>(data.y) + image * c.rows * c.area() + first;
-  for (int r = 0; r < TILE && rows[r] >= 0; ++r, values += n < TILE ? TILE : n) {
-    const float add = bias ? widen(bias[rows[r]]) : 0.0f;
-    T* y = images + rows[r] * c.area();
-    for (std::int64_t i = 0; i < n; ++i) narrow(values[i] + add, y[i]);
-  }
-}
+bool padded(const Convolution& c) { return c.padding[0] || c.padding[1]; }
 
-// Runs use(i) for all i < n, some to a task of about `size` values each.
-template <class Use>
-void in_tasks(std::int64_t n, std::int64_t size, const Threads& threads, const Use& use) {
-  const std::int64_t each = std::max<std::int64_t>(PLANE_VALUES / std::max<std::int64_t>(size, 1), 1);
-  threads.run((n + each - 1) / each, [&](std::int64_t task) {
-    for (std::int64_t i = task * each; i < std::min((task + 1) * each, n); ++i) use(i);
-  });
+// Planes of about `size` values, or stretches of them, to a task.
+std::int64_t planes_a_task(std::int64_t size) {
+  return std::max<std::int64_t>(PLANE_VALUES / std::max<std::int64_t>(size, 1), 1);
 }
 
 // One image as planes of units, and the step of its values where they are int8. A quad is four channels at one tap.
@@ -69,12 +56,12 @@ class Exact {
   static constexpr std::int64_t LINES = 4;  // of 16 units, a quad
 
   Exact(const ConvolutionData& data, const Convolution& c, std::int64_t image, const Threads& threads)
-      : as_it_is_(data.type == Type::f32 && !c.padding[0] && !c.padding[1]),
+      : as_it_is_(data.type == Type::f32 && !padded(c)),
         padded_(as_it_is_ ? 0 : c.inputs * c.plane()),
         units_(as_it_is_ ? static_cast<const float*>(data.x) + image * c.inputs * c.plane() : padded_.data()) {
     if (!as_it_is_)
-      in_tasks(c.inputs, c.plane(), threads,
-               [&](std::int64_t i) { pad_plane(data, c, image, i, padded_.data() + i * c.plane()); });
+      threads.each(c.inputs, planes_a_task(c.plane()),
+                   [&](std::int64_t i) { pad_plane(data, c, image, i, padded_.data() + i * c.plane()); });
   }
 
   // The units of line `line` of quad channel `quad` of a group, or null where there is no such channel.
@@ -83,8 +70,8 @@ class Exact {
     return channel < c.channels() ? units_ + (group * c.channels() + channel) * c.plane() : nullptr;
   }
   Side side(const float*, const std::int64_t*, std::int64_t) const { return side_of_x(nullptr, nullptr); }
-  static void settle(const float* sums, const Side& x, const Side& rows, float* out) {
-    tile_kernels().scale(sums, TILE, x, rows, out);
+  static void settle(const float* sums, int live, const Side& x, const Side& rows, const Target& out) {
+    tile_kernels().scale(sums, live, x, rows, out);
   }
 
  private:
@@ -102,21 +89,32 @@ class Int8 {
   Int8(const ConvolutionData& data, const Convolution& c, std::int64_t image, const Threads& threads)
       : quads_((c.channels() + 3) / 4), units_(c.groups * quads_ * c.plane() * UNIT) {
     const TileKernels& kernels = tile_kernels();
-    const Exact floats(data, c, image, threads);
-    const auto plane = [&](std::int64_t channel) {
-      return floats.units(c, channel / c.channels(), channel % c.channels() / 4, channel % c.channels() % 4);
-    };
+    const std::int64_t size = c.height * c.width;
+    const Scratch<float> widened(data.type == Type::f32 ? 0 : c.inputs * size);
+    const float* x = widened.data();
+    if (data.type == Type::f32) x = static_cast<const float*>(data.x) + image * c.inputs * size;
     std::vector<float> largest(c.inputs);
-    in_tasks(c.inputs, c.plane(), threads, [&](std::int64_t i) { largest[i] = kernels.largest(plane(i), c.plane()); });
+    threads.each(c.inputs, planes_a_task(size), [&](std::int64_t i) {
+      if (data.type != Type::f32)
+        as_element(data.type, [&](auto element) {
+          const auto* plane = static_cast<const decltype(element)*>(data.x) + (image * c.inputs + i) * size;
+          for (std::int64_t p = 0; p < size; ++p) widened.data()[i * size + p] = widen(plane[p]);
+        });
+      largest[i] = kernels.largest(x + i * size, size);
+    });
     const Step step(kernels.largest(largest.data(), c.inputs));
     step_ = step.step;
-    in_tasks(c.groups * quads_, 4 * c.plane(), threads, [&](std::int64_t i) {
+    threads.each(c.groups * quads_, planes_a_task(4 * size), [&](std::int64_t i) {
       const std::int64_t first = i % quads_ * 4, some = std::min<std::int64_t>(c.channels() - first, 4);
       std::int8_t* out = units_.data() + i * c.plane() * UNIT;
-      if (step.step == step.step)
-        kernels.quantize_four(plane(i / quads_ * c.channels() + first), c.plane(), some, step.inverse, out);
-      else
+      if (step.step != step.step) {
         std::fill_n(out, c.plane() * UNIT, std::int8_t{0});
+      } else {
+        const Scratch<std::uint32_t> apart(padded(c) ? size : 0);
+        auto* codes = padded(c) ? reinterpret_cast<std::int8_t*>(apart.data()) : out;
+        kernels.quantize_four(x + (i / quads_ * c.channels() + first) * size, size, some, step.inverse, codes);
+        if (padded(c)) pad(apart.data(), c, reinterpret_cast<std::uint32_t*>(out));
+      }
     });
   }
 
@@ -131,8 +129,8 @@ class Int8 {
     tile_kernels().dot_values(strip, at, 1, quads, ones, 0, 1, totals);
     return side_of_x(totals, steps);
   }
-  static void settle(const std::int32_t* sums, const Side& x, const Side& rows, float* out) {
-    tile_kernels().settle(sums, TILE, x, rows, out);
+  static void settle(const std::int32_t* sums, int live, const Side& x, const Side& rows, const Target& out) {
+    tile_kernels().settle(sums, live, x, rows, out);
   }
 
  private:
@@ -141,18 +139,23 @@ class Int8 {
   float step_;
 };
 
-// Units of a strip's 16 pixels from the first on; equal steps of 1 where the pixels are neighbours.
+// Units of a strip's 16 pixels from the first on. They lie in runs of neighbours of one length, a power of two.
 struct Pixels {
   std::int64_t at[TILE];
-  bool neighbours = true;
+  int run = TILE;
 
   Pixels(const Convolution& c, std::int64_t first) {
     for (int p = 0; p < TILE; ++p) {
       at[p] = c.place_of(std::min(first + p, c.area() - 1));
-      neighbours &= at[p] == at[0] + p;
+      while (at[p] != at[p / run * run] + p % run) run /= 2;
     }
   }
 };
+
+template <int RUN>
+void gather_line(const std::uint8_t* units, const std::int64_t* at, std::uint8_t* line) {
+  for (int p = 0; p < TILE; p += RUN) std::memcpy(line + p * UNIT, units + at[p] * UNIT, RUN * UNIT);
+}
 
 // Where each line of a strip lies from the strip's first pixel on, in values: x is then used as it is. Only where all
 // strips are neighbours and all quads full.
@@ -174,6 +177,10 @@ template <class Numerics>
 void gather(const Convolution& c, const Numerics& image, const std::vector<std::int64_t>& taps, std::int64_t group,
             std::int64_t first, std::int64_t size, typename Numerics::Value* strip) {
   const Pixels pixels(c, first);
+  const auto gather_line = pixels.run == TILE       ? sgsc::gather_line<TILE>
+                           : pixels.run == TILE / 2 ? sgsc::gather_line<TILE / 2>
+                           : pixels.run == TILE / 4 ? sgsc::gather_line<TILE / 4>
+                                                    : sgsc::gather_line<1>;
   auto* out = reinterpret_cast<std::uint8_t*>(strip);
   for (std::int64_t quad = 0; quad < (c.channels() + 3) / 4; ++quad)
     for (const std::int64_t tap : taps)
@@ -181,10 +188,8 @@ void gather(const Convolution& c, const Numerics& image, const std::vector<std::
         const auto* units = reinterpret_cast<const std::uint8_t*>(image.units(c, group, quad, line));
         if (!units) {
           std::memset(out, 0, LINE);
-        } else if (pixels.neighbours) {
-          std::memcpy(out, units + (pixels.at[0] + tap) * UNIT, LINE);
         } else {
-          for (int p = 0; p < TILE; ++p) std::memcpy(out + p * UNIT, units + (pixels.at[p] + tap) * UNIT, UNIT);
+          gather_line(units + tap * UNIT, pixels.at, out);
         }
       }
   std::fill(out, reinterpret_cast<std::uint8_t*>(strip + size), std::uint8_t{0});
@@ -210,6 +215,7 @@ template <class Numerics>
 void one_image(const ConvolutionData& data, const Convolution& c, const TileList& tiles, std::int64_t image,
                const Threads& threads) {
   using Value = typename Numerics::Value;
+  using Sum = typename Numerics::Sum;
   const Numerics planes(data, c, image, threads);
   const std::vector<std::int64_t> at = places(c, planes);
   std::vector<std::int64_t> taps(c.taps());
@@ -237,23 +243,25 @@ void one_image(const ConvolutionData& data, const Convolution& c, const TileList
         starts[s] = c.place_of((from + s) * TILE) * (UNIT / static_cast<std::int64_t>(sizeof(Value)));
       x = {planes.units(c, rows.group, 0, 0), count, 0, starts, at.data()};
     }
-    const Scratch<typename Numerics::Sum> sums(count * GROUP * TILE * TILE);
     std::vector<Side> sides;
     for (std::int64_t s = 0; s < count; ++s)
       sides.push_back(planes.side(x.at ? x.x + starts[s] : x.x + s * strip_size, x.at, levels / 4));
     for (std::int64_t first = rows.first; first < rows.end; first += GROUP) {
       const std::int64_t n = std::min(GROUP, rows.end - first);
-      multiply_pixels(tiles, first, n, levels, x, sums.data());
-      for (std::int64_t t = 0; t < n; ++t) {
+      std::vector<Side> of_rows;
+      for (std::int64_t t = 0; t < n; ++t) of_rows.push_back(side_of_rows(tiles[first + t], data.type, data.bias));
+      multiply_pixels<Value, Sum>(tiles, first, n, levels, x, [&](std::int64_t s, std::int64_t t, const Sum* sums) {
         const Tile tile = tiles[first + t];
-        const Side side = side_of_rows(tile);
-        for (std::int64_t s = 0; s < count; ++s) {
-          float settled[TILE * TILE] = {};
-          if (tile.bits) Numerics::settle(sums.data() + (s * n + t) * TILE * TILE, sides[s], side, settled);
-          const std::int64_t pixel = (from + s) * TILE, here = std::min<std::int64_t>(TILE, c.area() - pixel);
-          write_pixels(data, c, image, tile.slots, pixel, here, settled);
+        const std::int64_t pixel = (from + s) * TILE, here = std::min<std::int64_t>(TILE, c.area() - pixel);
+        if (sums && here == TILE && data.type == Type::f32) {
+          float* y = static_cast<float*>(data.y) + image * c.rows * c.area() + pixel;
+          return Numerics::settle(sums, tile.live(), sides[s], of_rows[t], {y, c.area(), tile.slots});
         }
-      }
+        float values[TILE * TILE];
+        if (sums) Numerics::settle(sums, tile.live(), sides[s], of_rows[t], {values});
+        for (int r = 0; r < TILE && !sums; ++r) std::fill_n(values + r * TILE, TILE, of_rows[t].add[r]);
+        write_pixels(data, c, image, tile.slots, pixel, here, values);
+      });
     }
   });
 }
@@ -293,17 +301,18 @@ Convolution::Convolution(const Sizes& x, std::int64_t rows, const Sizes& kernel,
 
 void pad_plane(const ConvolutionData& data, const Convolution& c, std::int64_t image, std::int64_t channel,
                float* padded) {
-  const std::int64_t at = (image * c.inputs + channel) * c.height * c.width;
-  if (data.type == Type::f32) return pad_as(static_cast<const float*>(data.x) + at, c, padded);
-  if (data.type == Type::bf16) return pad_as(static_cast<const Bfloat16*>(data.x) + at, c, padded);
-  pad_as(static_cast<const Float16*>(data.x) + at, c, padded);
+  as_element(data.type, [&](auto element) {
+    pad(static_cast<const decltype(element)*>(data.x) + (image * c.inputs + channel) * c.height * c.width, c, padded);
+  });
 }
 
 void write_pixels(const ConvolutionData& data, const Convolution& c, std::int64_t image, const std::int32_t* rows,
                   std::int64_t first, std::int64_t n, const float* values) {
-  if (data.type == Type::f32) return write_as<float>(data, c, image, rows, first, n, values);
-  if (data.type == Type::bf16) return write_as<Bfloat16>(data, c, image, rows, first, n, values);
-  write_as<Float16>(data, c, image, rows, first, n, values);
+  as_element(data.type, [&](auto element) {
+    auto* images = static_cast<decltype(element)*>(data.y) + image * c.rows * c.area() + first;
+    for (int r = 0; r < TILE && rows[r] >= 0; ++r, values += std::max<std::int64_t>(n, TILE))
+      for (std::int64_t i = 0; i < n; ++i) narrow(values[i], images[rows[r] * c.area() + i]);
+  });
 }
 
 void check_groups(const Convolution& c, const Tiles& tiles) {

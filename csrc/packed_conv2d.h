@@ -63,8 +63,8 @@ void packed_conv2d(const ConvolutionData& data, const Convolution& shape, const 
 void pad_plane(const ConvolutionData& data, const Convolution& shape, std::int64_t image, std::int64_t channel,
                float* padded);
 
-// `n` values from `first` on of up to 16 output channels, those in `rows` before a -1; the bias is added here. The
-// values of a channel follow those of the one before after 16, or after n where that is more.
+// `n` values from `first` on of up to 16 output channels, those in `rows` before a -1. The values of a channel follow
+// those of the one before after 16, or after n where that is more.
 void write_pixels(const ConvolutionData& data, const Convolution& shape, std::int64_t image, const std::int32_t* rows,
                   std::int64_t first, std::int64_t n, const float* values);
 

@@ -17,9 +17,10 @@ class Rows {
   const float* operator[](std::int64_t row) const {
     const std::int64_t at = row * layer_.width;
     if (layer_.type == Type::f32) return static_cast<const float*>(layer_.x) + at;
-    const auto* half = static_cast<const std::uint16_t*>(layer_.x) + at;
-    for (std::int64_t k = 0; k < layer_.width; ++k)
-      widened_.data()[k] = layer_.type == Type::bf16 ? widen(Bfloat16{half[k]}) : widen(Float16{half[k]});
+    as_element(layer_.type, [&](auto element) {
+      const auto* x = static_cast<const decltype(element)*>(layer_.x) + at;
+      for (std::int64_t k = 0; k < layer_.width; ++k) widened_.data()[k] = widen(x[k]);
+    });
     return widened_.data();
   }
 
@@ -47,7 +48,7 @@ struct Exact {
   static void product(const Tile& tile, std::int64_t blocks, const float* strip, int m, float* sums) {
     float_kernels(tile).product(tile.lines, tile.bits, blocks, tile.offset, strip, m, m, sums);
   }
-  static void settle(const Side& rows, const Side& x, const float* sums, int m, float* out) {
+  static void settle(const Side& rows, const Side& x, const float* sums, int m, const Target& out) {
     tile_kernels().scale(sums, m, rows, x, out);
   }
 };
@@ -81,35 +82,45 @@ struct Int8 {
   static void product(const Tile& tile, std::int64_t blocks, const std::int8_t* strip, int m, std::int32_t* sums) {
     tile_kernels().dot(tile.lines, tile.bits, blocks, strip, m, m, sums);
   }
-  static void settle(const Side& rows, const Side& x, const std::int32_t* sums, int m, float* out) {
+  static void settle(const Side& rows, const Side& x, const std::int32_t* sums, int m, const Target& out) {
     tile_kernels().settle(sums, m, rows, x, out);
   }
 };
 
-// Settled sums of `count` tokens from `first` on, a tile's rows on the lanes, to y.
-template <class T>
-void write_as(const Linear& layer, const Tile& tile, std::int64_t first, std::int64_t count, const float* sums) {
-  const T* bias = static_cast<const T*>(layer.bias);
-  T* y = static_cast<T*>(layer.y) + first * layer.rows;
-  float add[TILE] = {};
-  int live = 0;  // places in use come first
-  bool side_by_side = true;
-  for (; live < TILE && tile.slots[live] >= 0; ++live) {
-    if (bias) add[live] = widen(bias[tile.slots[live]]);
-    side_by_side &= tile.slots[live] == tile.slots[0] + live;
+// The rows of a tile, and how its results come to y.
+class Writer {
+ public:
+  Writer(const Linear& layer, const Tile& tile)
+      : layer_(layer), slots_(tile.slots), live_(tile.live()), rows_(side_of_rows(tile, layer.type, layer.bias)) {
+    bool follow = layer.type == Type::f32 && live_ == TILE;
+    for (int r = 0; r < TILE; ++r) follow &= slots_[r] == slots_[0] + r;
+    straight_ = follow;
   }
-  for (std::int64_t t = 0; t < count; ++t, y += layer.rows, sums += TILE)
-    if (side_by_side && live == TILE)
-      for (int r = 0; r < TILE; ++r) narrow(sums[r] + add[r], y[tile.slots[0] + r]);
-    else
-      for (int r = 0; r < live; ++r) narrow(sums[r] + add[r], y[tile.slots[r]]);
-}
 
-void write(const Linear& layer, const Tile& tile, std::int64_t first, std::int64_t count, const float* sums) {
-  if (layer.type == Type::f32) return write_as<float>(layer, tile, first, count, sums);
-  if (layer.type == Type::bf16) return write_as<Bfloat16>(layer, tile, first, count, sums);
-  write_as<Float16>(layer, tile, first, count, sums);
-}
+  // Of `count` tokens from `first` on; no sums: removed rows.
+  template <class Numerics>
+  void write(std::int64_t first, int count, const Side& x, const typename Numerics::Sum* sums) const {
+    if (straight_ && sums) {
+      float* y = static_cast<float*>(layer_.y) + first * layer_.rows + slots_[0];
+      return Numerics::settle(rows_, x, sums, count, {y, layer_.rows});
+    }
+    float values[TILE * TILE];
+    if (sums) Numerics::settle(rows_, x, sums, count, {values});
+    for (int t = 0; t < count && !sums; ++t) std::copy(rows_.add, rows_.add + TILE, values + t * TILE);
+    as_element(layer_.type, [&](auto element) {
+      auto* y = static_cast<decltype(element)*>(layer_.y) + first * layer_.rows;
+      for (int t = 0; t < count; ++t, y += layer_.rows)
+        for (int r = 0; r < live_; ++r) narrow(values[t * TILE + r], y[slots_[r]]);
+    });
+  }
+
+ private:
+  const Linear& layer_;
+  const std::int32_t* slots_;
+  int live_;
+  bool straight_;
+  Side rows_;
+};
 
 // One strip: every tile is unpacked in registers, by the thread that has it.
 template <class Numerics>
@@ -130,12 +141,8 @@ void few_tokens(const Linear& layer, const TileList& tiles, int m, const Threads
     for (std::int64_t t = tiles.boundary(part, parts); t < tiles.boundary(part + 1, parts); ++t) {
       const Tile tile = tiles[t];
       alignas(LINE) typename Numerics::Sum sums[TILE * TILE];
-      float settled[TILE * TILE] = {};  // what a removed row gives
-      if (tile.bits) {
-        Numerics::product(tile, tiles.blocks(), strip, m, sums);
-        Numerics::settle(side_of_rows(tile), x, sums, m, settled);
-      }
-      write(layer, tile, 0, layer.m, settled);
+      if (tile.bits) Numerics::product(tile, tiles.blocks(), strip, m, sums);
+      Writer(layer, tile).template write<Numerics>(0, static_cast<int>(layer.m), x, tile.bits ? sums : nullptr);
     }
   });
 }
@@ -146,13 +153,13 @@ void many_tokens(const Linear& layer, const TileList& tiles, const Threads& thre
   const Scratch<typename Numerics::Value> x(strips * levels * TILE);
   std::vector<std::int32_t> totals(strips * TILE);
   std::vector<float> steps(strips * TILE, 1.0f);
-  const auto here = [&](std::int64_t strip) { return std::min<std::int64_t>(TILE, layer.m - strip * TILE); };
-  const std::int64_t each = std::max<std::int64_t>(VALUES / std::max<std::int64_t>(levels * TILE, 1), 1);
-  threads.run((strips + each - 1) / each, [&](std::int64_t task) {
-    const Rows rows(layer);
-    for (std::int64_t s = task * each; s < std::min((task + 1) * each, strips); ++s)
-      Numerics::fill(rows, layer, s * TILE, here(s), TILE, levels, x.data() + s * levels * TILE,
-                     totals.data() + s * TILE, steps.data() + s * TILE);
+  const auto here = [&](std::int64_t strip) {
+    return static_cast<int>(std::min<std::int64_t>(TILE, layer.m - strip * TILE));
+  };
+  const std::int64_t some = std::max<std::int64_t>(VALUES / std::max<std::int64_t>(levels * TILE, 1), 1);
+  threads.each(strips, some, [&](std::int64_t s) {
+    Numerics::fill(Rows(layer), layer, s * TILE, here(s), TILE, levels, x.data() + s * levels * TILE,
+                   totals.data() + s * TILE, steps.data() + s * TILE);
   });
 
   const std::int64_t groups = (tiles.count() + GROUP - 1) / GROUP;
@@ -162,21 +169,16 @@ void many_tokens(const Linear& layer, const TileList& tiles, const Threads& thre
   threads.run(groups * stretches, [&](std::int64_t task) {
     const std::int64_t first = task / stretches * GROUP, n = std::min(GROUP, tiles.count() - first);
     const std::int64_t from = task % stretches * step, count = std::min(step, strips - from);
-    const Scratch<typename Numerics::Sum> sums(count * n * TILE * TILE);
-    multiply_tokens<typename Numerics::Value>(tiles, first, n, {x.data() + from * levels * TILE, count, levels * TILE},
-                                              sums.data());
     std::vector<Side> sides;
     for (std::int64_t s = from; s < from + count; ++s)
       sides.push_back(side_of_x(totals.data() + s * TILE, steps.data() + s * TILE));
-    for (std::int64_t t = 0; t < n; ++t) {
-      const Tile tile = tiles[first + t];
-      const Side side = side_of_rows(tile);
-      for (std::int64_t s = 0; s < count; ++s) {
-        float settled[TILE * TILE] = {};
-        if (tile.bits) Numerics::settle(side, sides[s], sums.data() + (s * n + t) * TILE * TILE, TILE, settled);
-        write(layer, tile, (from + s) * TILE, here(from + s), settled);
-      }
-    }
+    std::vector<Writer> writers;
+    for (std::int64_t t = 0; t < n; ++t) writers.emplace_back(layer, tiles[first + t]);
+    multiply_tokens<typename Numerics::Value, typename Numerics::Sum>(
+        tiles, first, n, {x.data() + from * levels * TILE, count, levels * TILE},
+        [&](std::int64_t s, std::int64_t t, const typename Numerics::Sum* sums) {
+          writers[t].template write<Numerics>((from + s) * TILE, here(from + s), sides[s], sums);
+        });
   });
 }
 

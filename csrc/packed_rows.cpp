@@ -33,13 +33,8 @@ void values(const Row& row, std::int64_t n, float offset, float scale, float* ou
 
 constexpr RowKernels row_kernels_scalar{levels, values};
 
-// Runs task(row) for each row, some thousand levels a task.
-template <class Work>
-void for_each_row(std::int64_t rows, std::int64_t width, const Threads& threads, const Work& work) {
-  const std::int64_t step = std::max<std::int64_t>(TASK / std::max<std::int64_t>(width, 1), 1);
-  threads.run((rows + step - 1) / step, [&](std::int64_t task) {
-    for (std::int64_t row = task * step; row < std::min((task + 1) * step, rows); ++row) work(row);
-  });
+std::int64_t rows_a_task(std::int64_t width) {
+  return std::max<std::int64_t>(TASK / std::max<std::int64_t>(width, 1), 1);
 }
 
 }  // namespace
@@ -72,7 +67,7 @@ void check(const std::string& op, const PackedRows& p) {
 }
 
 void pack(const std::uint8_t* levels, const PackedRows& shape, std::uint8_t* data, const Threads& threads) {
-  for_each_row(shape.rows, shape.width, threads, [&](std::int64_t row) {
+  threads.each(shape.rows, rows_a_task(shape.width), [&](std::int64_t row) {
     const int bits = shape.bits[row];
     const std::uint8_t* in = levels + row * shape.width;
     std::uint8_t* out = data + shape.starts[row];
@@ -89,7 +84,7 @@ void pack(const std::uint8_t* levels, const PackedRows& shape, std::uint8_t* dat
 
 void unpack(const PackedRows& packed, std::uint8_t* levels, const Threads& threads) {
   const RowKernels& kernels = row_kernels();
-  for_each_row(packed.rows, packed.width, threads, [&](std::int64_t row) {
+  threads.each(packed.rows, rows_a_task(packed.width), [&](std::int64_t row) {
     std::uint8_t* out = levels + row * packed.width;
     if (packed.bits[row])
       kernels.levels(row_of(packed, row), packed.width, out);
@@ -105,7 +100,7 @@ void packed_embedding(const std::int64_t* index, std::int64_t n, const PackedRow
       throw std::out_of_range("packed_embedding: index " + std::to_string(index[i]) +
                               " is out of range; the table has " + std::to_string(packed.rows) + " rows");
   const RowKernels& kernels = row_kernels();
-  for_each_row(n, packed.width, threads, [&](std::int64_t i) {
+  threads.each(n, rows_a_task(packed.width), [&](std::int64_t i) {
     const std::int64_t row = index[i];
     float* out = y + i * packed.width;
     if (packed.bits[row])

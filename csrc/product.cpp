@@ -49,19 +49,33 @@ struct Int8 {
 template <class Value>
 using NumericsOf = std::conditional_t<std::is_same<Value, float>::value, Exact, Int8>;
 
-// Runs use(strip, tile of the group, its panel, first block, blocks) for all of them.
-template <class Numerics, class Use>
-void for_each_panel(const TileList& tiles, std::int64_t first, std::int64_t n, std::int64_t strips, const Use& use) {
-  constexpr std::int64_t FULL = Numerics::BLOCKS * BLOCK * TILE;
-  const Scratch<typename Numerics::Weight> panels(n * FULL);
-  for (std::int64_t b = 0; b < tiles.blocks(); b += Numerics::BLOCKS) {
-    const std::int64_t blocks = std::min(Numerics::BLOCKS, tiles.blocks() - b);
+// multiply(strip, tile, its panel, first block, blocks, sums) adds to the sums of a strip and a tile of the group.
+// Where one panel holds all levels, there are sums of one of them at a time. What is written should follow what was
+// written before: rows of y hold the tiles of a token, or the strips of a row.
+template <class Numerics, bool TILES_FIRST, class Sum, class Multiply>
+void in_panels(const TileList& tiles, std::int64_t first, std::int64_t n, std::int64_t strips, const Multiply& multiply,
+               const Done<Sum>& done) {
+  constexpr std::int64_t AREA = TILE * TILE;
+  const std::int64_t most = std::min(Numerics::BLOCKS, tiles.blocks()), panel = most * BLOCK * TILE;
+  const bool once = most == tiles.blocks();
+  const Scratch<typename Numerics::Weight> panels(n * panel);
+  const Scratch<Sum> sums((once ? 1 : strips * n) * AREA);
+  std::int64_t b = 0, blocks;
+  do {  // also where there are no levels: all sums are then zero
+    blocks = std::min(most, tiles.blocks() - b);
     for (std::int64_t t = 0; t < n; ++t)
-      if (tiles[first + t].bits) Numerics::unpack(tiles[first + t], b, blocks, panels.data() + t * FULL);
-    for (std::int64_t s = 0; s < strips; ++s)
-      for (std::int64_t t = 0; t < n; ++t)
-        if (tiles[first + t].bits) use(s, t, panels.data() + t * FULL, b, blocks);
-  }
+      if (tiles[first + t].bits) Numerics::unpack(tiles[first + t], b, blocks, panels.data() + t * panel);
+    const bool last = b + blocks == tiles.blocks();
+    for (std::int64_t i = 0; i < strips * n; ++i) {
+      const std::int64_t s = TILES_FIRST ? i / n : i % strips, t = TILES_FIRST ? i % n : i / strips;
+      const int bits = tiles[first + t].bits;
+      Sum* its = sums.data() + (once ? 0 : i * AREA);
+      if (bits && !b) std::fill(its, its + AREA, Sum{0});
+      if (bits) multiply(s, bits, panels.data() + t * panel, b, blocks, its);
+      if (last) done(s, t, bits ? its : nullptr);
+    }
+    b += blocks;
+  } while (b < tiles.blocks());
 }
 
 #if defined(SGSC_WATCHED)
@@ -145,14 +159,21 @@ Step::Step(float largest) {
   step = finite == largest ? 1.0f / inverse : std::numeric_limits<float>::quiet_NaN();
 }
 
-Side side_of_rows(const Tile& tile) {
-  Side side{};
-  for (int r = 0; r < TILE; ++r) {
-    const float offset = tile.offset[r];
-    side.whole[r] = std::fabs(offset) <= 256 ? static_cast<std::int32_t>(std::nearbyint(offset)) : 0;
-    side.part[r] = offset - static_cast<float>(side.whole[r]);
-    side.factor[r] = tile.scale[r];
-  }
+int Tile::live() const {
+  int n = TILE;
+  while (n > 0 && slots[n - 1] < 0) --n;
+  return n;
+}
+
+Side side_of_rows(const Tile& tile, Type type, const void* bias) {
+  Side side;
+  tile_kernels().side(tile.scale, tile.offset, side);
+  std::fill(side.add, side.add + TILE, 0.0f);
+  if (bias)
+    as_element(type, [&](auto element) {
+      const auto* values = static_cast<const decltype(element)*>(bias);
+      for (int r = 0; r < TILE && tile.slots[r] >= 0; ++r) side.add[r] = widen(values[tile.slots[r]]);
+    });
   return side;
 }
 
@@ -162,52 +183,56 @@ Side side_of_x(const std::int32_t* totals, const float* steps) {
     side.whole[t] = totals ? totals[t] : 0;
     side.part[t] = static_cast<float>(side.whole[t]);
     side.factor[t] = steps ? steps[t] : 1.0f;
+    side.add[t] = 0;
   }
   return side;
 }
 
 template <class Value, class Sum>
 void multiply_tokens(const TileList& tiles, std::int64_t first, std::int64_t n, const Strips<Value>& strips,
-                     Sum* sums) {
+                     const Done<Sum>& done) {
   using Numerics = NumericsOf<Value>;
   const TileKernels& kernels = tile_kernels();
   const int m = std::min(kernels.most, TILE);
   constexpr std::int64_t UNIT = BLOCK / Numerics::STEPS;  // values of a token a step
-  std::fill(sums, sums + strips.count * n * TILE * TILE, Sum{0});
-  for_each_panel<Numerics>(
+  in_panels<Numerics, true, Sum>(
       tiles, first, n, strips.count,
-      [&](std::int64_t s, std::int64_t t, const typename Numerics::Weight* panel, std::int64_t b, std::int64_t blocks) {
+      [&](std::int64_t s, int bits, const typename Numerics::Weight* panel, std::int64_t b, std::int64_t blocks,
+          Sum* sums) {
         const Value* x = strips.x + s * strips.each + b * BLOCK * TILE;
         for (int i = 0; i < TILE; i += m)
-          Numerics::tokens(kernels, tiles[first + t].bits, blocks * Numerics::STEPS, panel, x + i * UNIT, m,
-                           sums + ((s * n + t) * TILE + i) * TILE);
-      });
+          Numerics::tokens(kernels, bits, blocks * Numerics::STEPS, panel, x + i * UNIT, m, sums + i * TILE);
+      },
+      done);
 }
 
 template <class Value, class Sum>
 void multiply_pixels(const TileList& tiles, std::int64_t first, std::int64_t n, std::int64_t levels,
-                     const Strips<Value>& strips, Sum* sums) {
+                     const Strips<Value>& strips, const Done<Sum>& done) {
   using Numerics = NumericsOf<Value>;
   const TileKernels& kernels = tile_kernels();
   const int m = std::min(kernels.most, TILE);
   constexpr std::int64_t UNIT = BLOCK / Numerics::STEPS;
-  std::fill(sums, sums + strips.count * n * TILE * TILE, Sum{0});
-  for_each_panel<Numerics>(
+  in_panels<Numerics, false, Sum>(
       tiles, first, n, strips.count,
-      [&](std::int64_t s, std::int64_t t, const typename Numerics::Weight* panel, std::int64_t b, std::int64_t blocks) {
+      [&](std::int64_t s, int bits, const typename Numerics::Weight* panel, std::int64_t b, std::int64_t blocks,
+          Sum* sums) {
         const std::int64_t from = b * Numerics::STEPS, all = (levels + UNIT - 1) / UNIT;
         const Value* x = strips.at ? strips.x + strips.starts[s] : strips.x + s * strips.each + b * BLOCK * TILE;
         const std::int64_t* at = strips.at ? strips.at + from : nullptr;
         for (int i = 0; i < TILE; i += m)
-          Numerics::pixels(kernels, tiles[first + t].bits, std::min(blocks * Numerics::STEPS, all - from),
-                           panel + i * UNIT, x, at, m, sums + ((s * n + t) * TILE + i) * TILE);
-      });
+          Numerics::pixels(kernels, bits, std::min(blocks * Numerics::STEPS, all - from), panel + i * UNIT, x, at, m,
+                           sums + i * TILE);
+      },
+      done);
 }
 
-template void multiply_tokens(const TileList&, std::int64_t, std::int64_t, const Strips<float>&, float*);
-template void multiply_tokens(const TileList&, std::int64_t, std::int64_t, const Strips<std::int8_t>&, std::int32_t*);
-template void multiply_pixels(const TileList&, std::int64_t, std::int64_t, std::int64_t, const Strips<float>&, float*);
+template void multiply_tokens(const TileList&, std::int64_t, std::int64_t, const Strips<float>&, const Done<float>&);
+template void multiply_tokens(const TileList&, std::int64_t, std::int64_t, const Strips<std::int8_t>&,
+                              const Done<std::int32_t>&);
+template void multiply_pixels(const TileList&, std::int64_t, std::int64_t, std::int64_t, const Strips<float>&,
+                              const Done<float>&);
 template void multiply_pixels(const TileList&, std::int64_t, std::int64_t, std::int64_t, const Strips<std::int8_t>&,
-                              std::int32_t*);
+                              const Done<std::int32_t>&);
 
 }  // namespace sgsc

@@ -7,9 +7,11 @@
 // x comes in strips: 16 tokens side by side, (quads, 16, 4) int8 or (levels, 16) float, zeros where there is none.
 #pragma once
 
+#include <functional>
 #include <vector>
 
 #include "memory.h"
+#include "number.h"
 #include "tiles.h"
 
 namespace sgsc {
@@ -37,14 +39,18 @@ class Arena {
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(std::int64_t n) : block_(Arena::of_this_thread().take(n * static_cast<std::int64_t>(sizeof(T)))) {}
-  ~Scratch() { Arena::of_this_thread().give(block_); }
+  explicit Scratch(std::int64_t n) {
+    if (n) block_ = Arena::of_this_thread().take(n * static_cast<std::int64_t>(sizeof(T)));
+  }
+  ~Scratch() {
+    if (block_.data) Arena::of_this_thread().give(block_);
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T* data() const { return static_cast<T*>(block_.data); }
 
  private:
-  Block block_;
+  Block block_{};
 };
 
 // One tile, and what a product needs to know of it.
@@ -53,6 +59,8 @@ struct Tile {
   int bits;
   const std::int32_t* slots;
   const float *scale, *offset;
+
+  int live() const;  // rows of it that are there; they come first
 };
 
 // The kernels that take the tile's offsets: the fast ones want multiples of 1 / 256 below 2^14, as those of every
@@ -83,7 +91,7 @@ struct Step {
   explicit Step(float largest);
 };
 
-Side side_of_rows(const Tile& tile);  // rows beyond the tile's: zeros
+Side side_of_rows(const Tile& tile, Type type, const void* bias);  // of `type`, or null
 // Sums of codes of 16 tokens and their steps; the first may be null for exact numerics, the second for steps of 1.
 Side side_of_x(const std::int32_t* totals, const float* steps);
 
@@ -100,12 +108,17 @@ struct Strips {
 // cache while all strips pass by.
 constexpr std::int64_t GROUP = 8;  // tiles
 
-// Sums (count, n, 16, 16) of tiles first .. first + n - 1, n <= GROUP, times strips, over `levels`. Rows stand on the
-// lanes (the last axis) and tokens before; `multiply_pixels` has it the other way round. Removed rows give zeros.
+// Takes the finished sums (16, 16) of a strip and a tile of the group, null of removed rows, from the nearest cache.
+template <class Sum>
+using Done = std::function<void(std::int64_t strip, std::int64_t tile, const Sum* sums)>;
+
+// Tiles first .. first + n - 1, n <= GROUP, times strips, over `levels`. Rows stand on the lanes (the last axis of
+// sums) and tokens before; `multiply_pixels` has it the other way round.
 template <class Value, class Sum>
-void multiply_tokens(const TileList& tiles, std::int64_t first, std::int64_t n, const Strips<Value>& strips, Sum* sums);
+void multiply_tokens(const TileList& tiles, std::int64_t first, std::int64_t n, const Strips<Value>& strips,
+                     const Done<Sum>& done);
 template <class Value, class Sum>
 void multiply_pixels(const TileList& tiles, std::int64_t first, std::int64_t n, std::int64_t levels,
-                     const Strips<Value>& strips, Sum* sums);
+                     const Strips<Value>& strips, const Done<Sum>& done);
 
 }  // namespace sgsc

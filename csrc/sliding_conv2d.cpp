@@ -33,30 +33,35 @@ void sliding_conv2d(const ConvolutionData& data, const Convolution& c, const Til
   const Scratch<bool> live(c.rows);
   std::fill(live.data(), live.data() + c.rows, false);
   unpack(c, tiles, weights.data(), live.data());
+  const Scratch<float> bias(c.rows);
+  std::fill(bias.data(), bias.data() + c.rows, 0.0f);
+  if (data.bias)
+    as_element(data.type, [&](auto element) {
+      const auto* values = static_cast<const decltype(element)*>(data.bias);
+      for (std::int64_t row = 0; row < c.rows; ++row) bias.data()[row] = widen(values[row]);
+    });
 
   const std::int64_t size = c.plane(), each = c.rows / c.groups;
   std::vector<std::int64_t> at(c.levels);
   for (std::int64_t k = 0; k < c.levels; ++k) at[k] = k / c.taps() * size + c.place_of_tap(k % c.taps());
 
-  const std::int64_t total = c.batch * c.groups,
-                     step = std::max<std::int64_t>(VALUES / std::max<std::int64_t>(c.area() * each, 1), 1);
-  threads.run((total + step - 1) / step, [&](std::int64_t task) {
-    const Scratch<float> planes(c.channels() * size), out(c.area());
-    for (std::int64_t i = task * step; i < std::min((task + 1) * step, total); ++i) {
-      const std::int64_t image = i / c.groups, group = i % c.groups;
-      for (std::int64_t channel = 0; channel < c.channels(); ++channel)
-        pad_plane(data, c, image, group * c.channels() + channel, planes.data() + channel * size);
-      for (std::int64_t row = group * each; row < (group + 1) * each; ++row) {
-        if (live.data()[row])
-          for (std::int64_t y = 0; y < c.out_height; ++y)
-            tile_kernels().slide(planes.data() + c.place_of(y * c.out_width), at.data(),
-                                 weights.data() + row * c.levels, c.levels, c.stride[1], c.out_width,
-                                 out.data() + y * c.out_width);
-        else
-          std::fill(out.data(), out.data() + c.area(), 0.0f);
-        const std::int32_t only[2] = {static_cast<std::int32_t>(row), -1};
-        write_pixels(data, c, image, only, 0, c.area(), out.data());
-      }
+  const bool straight = data.type == Type::f32;
+  const std::int64_t some = std::max<std::int64_t>(VALUES / std::max<std::int64_t>(c.area() * each, 1), 1);
+  threads.each(c.batch * c.groups, some, [&](std::int64_t i) {
+    const Scratch<float> planes(c.channels() * size), apart(straight ? 0 : c.area());
+    const std::int64_t image = i / c.groups, group = i % c.groups;
+    for (std::int64_t channel = 0; channel < c.channels(); ++channel)
+      pad_plane(data, c, image, group * c.channels() + channel, planes.data() + channel * size);
+    for (std::int64_t row = group * each; row < (group + 1) * each; ++row) {
+      float* out = straight ? static_cast<float*>(data.y) + (image * c.rows + row) * c.area() : apart.data();
+      if (live.data()[row])
+        for (std::int64_t y = 0; y < c.out_height; ++y)
+          tile_kernels().slide(planes.data() + c.place_of(y * c.out_width), at.data(), weights.data() + row * c.levels,
+                               c.levels, c.stride[1], bias.data()[row], c.out_width, out + y * c.out_width);
+      else
+        std::fill(out, out + c.area(), bias.data()[row]);
+      const std::int32_t only[2] = {static_cast<std::int32_t>(row), -1};
+      if (!straight) write_pixels(data, c, image, only, 0, c.area(), out);
     }
   });
 }

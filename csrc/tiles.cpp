@@ -1,6 +1,8 @@
 #include "tiles.h"
 
 #include <algorithm>
+#include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <vector>
 
@@ -15,6 +17,30 @@ void in_order(const std::uint8_t* levels, const LevelOrder& order, std::uint8_t*
     for (std::int64_t a = 0; a < order.area; ++a)
       for (std::int64_t i = 0; i < 4; ++i)
         *out++ = c + i < order.channels ? levels[(c + i) * order.area + a] : std::uint8_t{0};
+}
+
+// Whether the slots hold each row, and -1 only after the rows of a tile. A small product takes about as long as this
+// does, so it has no branches: what is wrong sets a sign.
+bool each_row_once(const Tiles& t) {
+  constexpr std::int64_t MOST = std::numeric_limits<std::int32_t>::max();
+  const auto rows = static_cast<std::uint32_t>(std::min(t.rows, MOST));
+  std::uint32_t wrong = 0, none = 0;
+  for (std::int64_t tile = 0; tile < t.count; ++tile) {
+    std::uint32_t slots[TILE];
+    std::memcpy(slots, t.slots + tile * TILE, sizeof slots);
+    for (const std::uint32_t slot : slots) {
+      wrong |= (slot + 1) | (rows - 1 - slot);
+      none += slot >> 31;
+    }
+    for (int i = 1; i < TILE; ++i) wrong |= slots[i - 1] & ~slots[i];
+  }
+  if (wrong >> 31 || t.count * TILE - none != t.rows) return false;
+  thread_local std::vector<std::uint8_t> seen;  // a byte a row: bits would wait for one another
+  seen.assign(t.rows + 1, 0);
+  std::uint8_t* const row = seen.data() + 1;
+  const std::int32_t *slot = t.slots, *const end = slot + t.count * TILE;
+  while (slot != end) row[*slot++] = 1;
+  return !t.rows || !std::memchr(row, 0, t.rows);
 }
 
 }  // namespace
@@ -32,23 +58,13 @@ void check(const std::string& op, const Tiles& t) {
   if (__builtin_mul_overflow(lines, t.blocks * LINE, &bytes) || bytes != t.length)
     refuse("lines has " + std::to_string(t.length) + " bytes, but these tiles and width need " + std::to_string(lines) +
            " times " + std::to_string(t.blocks * LINE));
-  std::int64_t low = 0, high = -1, held = 0, gaps = 0;
-  for (std::int64_t i = 0; i < t.count * TILE; ++i) {
-    low = std::min<std::int64_t>(low, t.slots[i]);
-    high = std::max<std::int64_t>(high, t.slots[i]);
-    held += t.slots[i] >= 0;
-    gaps += t.slots[i] >= 0 && i % TILE && t.slots[i - 1] < 0;
-  }
-  std::int64_t different = 0;
-  if (low >= -1 && high < t.rows && held == t.rows) {
-    thread_local std::vector<std::uint8_t> seen;  // a byte a row: bits would wait for one another
-    seen.assign(t.rows + 1, 0);
-    for (std::int64_t i = 0; i < t.count * TILE; ++i) seen[t.slots[i] + 1] = 1;
-    for (std::int64_t row = 0; row < t.rows; ++row) different += seen[row + 1];
-  }
-  if (different != t.rows || low < -1 || high >= t.rows || gaps)
-    refuse("plan holds " + std::to_string(held) + " rows from " + std::to_string(low) + " to " + std::to_string(high) +
+  if (!each_row_once(t)) {
+    const auto range = std::minmax_element(t.slots, t.slots + t.count * TILE);
+    const auto held = std::count_if(t.slots, t.slots + t.count * TILE, [](std::int32_t slot) { return slot >= 0; });
+    refuse("plan holds " + std::to_string(held) + " rows" +
+           (t.count ? " from " + std::to_string(*range.first) + " to " + std::to_string(*range.second) : "") +
            "; want each of " + std::to_string(t.rows) + " rows once, and -1 only after the rows of a tile");
+  }
 }
 
 void check_widths(const std::string& op, const PackedRows& packed, const Tiles& t) {

@@ -61,11 +61,21 @@ void tile(const PackedRows& packed, const LevelOrder& order, const Tiles& shape,
 // A strip is what a product takes beside the tile: `stride` values side by side, of which it uses the first `m`:
 // (quads, stride, 4) bytes or (levels, stride) floats. Sums are (m, TILE); m is a power of two up to `most`.
 
-// For rows: their offset, the integer before the fraction, and scale. For x: twice its sum, and its step. The integers
-// take part before anything is rounded: as floats, the sum of levels and the offset's share would cancel.
+// For rows: their offset, the integer before the fraction, scale, and bias. For x: twice its sum, and its step. The
+// integers take part before anything is rounded: as floats, the sum of levels and the offset's share would cancel.
 struct Side {
   std::int32_t whole[TILE];
-  float part[TILE], factor[TILE];
+  float part[TILE], factor[TILE], add[TILE];
+};
+
+// Where the 16 lanes of each value of a strip go: those of value i to values + i * stride, or, where there are places,
+// to values + places[i] * stride.
+struct Target {
+  float* values;
+  std::int64_t stride = TILE;
+  const std::int32_t* places = nullptr;
+
+  float* operator[](std::int64_t i) const { return values + (places ? places[i] : i) * stride; }
 };
 
 struct TileKernels {
@@ -90,16 +100,19 @@ struct TileKernels {
                      const std::uint8_t* strip, std::int64_t stride, int m, std::int32_t* sums);
   void (*multiply)(const float* lanes, const std::int64_t* at, std::int64_t n, const float* strip, std::int64_t stride,
                    int m, float* sums);
-  // From sums (m, TILE) of levels times codes of x to those of real weights times real x: with what the lanes and the
-  // strip bring, (sum + lanes.whole * strip.whole + lanes.part * strip.part) * lanes.factor * strip.factor.
-  void (*settle)(const std::int32_t* sums, int m, const Side& lanes, const Side& strip, float* out);
-  // The same of float sums, which hold the offset already: sum * lanes.factor * strip.factor.
-  void (*scale)(const float* sums, int m, const Side& lanes, const Side& strip, float* out);
+  // What a tile's 16 rows bring to a product, but for their bias.
+  void (*side)(const float* scale, const float* offset, Side& rows);
+  // From sums (m, TILE), any m, of levels times codes of x to those of real weights times real x, with the bias. Lanes
+  // and strip bring what they have: (sum + lanes.whole * strip.whole + lanes.part * strip.part) * lanes.factor *
+  // strip.factor + lanes.add + strip.add.
+  void (*settle)(const std::int32_t* sums, int m, const Side& lanes, const Side& strip, const Target& out);
+  // The same of float sums, which hold the offset already: sum * lanes.factor * strip.factor + lanes.add + strip.add.
+  void (*scale)(const float* sums, int m, const Side& lanes, const Side& strip, const Target& out);
   // (n, 16) from 16 rows `stride` apart, and of four bytes each: a strip from tokens.
   void (*interleave)(const void* rows, std::int64_t stride, std::int64_t n, void* strip);
-  // out[i] = sum over k < taps of weights[k] * x[at[k] + i * stride], i < n
+  // out[i] = bias + sum over k < taps of weights[k] * x[at[k] + i * stride], i < n
   void (*slide)(const float* x, const std::int64_t* at, const float* weights, std::int64_t taps, std::int64_t stride,
-                std::int64_t n, float* out);
+                float bias, std::int64_t n, float* out);
   // The largest magnitude; NaN or infinity where one is among x.
   float (*largest)(const float* x, std::int64_t n);
   // Rounds x * inverse, half to even, each within -127 .. 127; returns their sum.

@@ -182,25 +182,42 @@ static Side side() {
     all.whole[r] = chance(-30000, 30000);
     all.part[r] = reals(1)[0];
     all.factor[r] = r == 5 ? std::numeric_limits<float>::quiet_NaN() : reals(1)[0];
+    all.add[r] = reals(1)[0];
   }
   return all;
 }
 
 static void test_loops(const std::string& set, const TileKernels& kernels) {
-  Report settle(set, "settle"), scale(set, "scale"), interleave(set, "interleave"), slide(set, "slide"),
-      largest(set, "largest"), quantize(set, "quantize"), four(set, "quantize_four");
+  Report rows(set, "side"), settle(set, "settle"), scale(set, "scale"), interleave(set, "interleave"),
+      slide(set, "slide"), largest(set, "largest"), quantize(set, "quantize"), four(set, "quantize_four");
   const TileKernels& plain = tile_kernels_scalar;
   for (int m = 1; m <= TILE; ++m) {
     const Side lanes = side(), strip = side();
     const auto sums = integers<int32_t>(m * TILE, -(1 << 29), 1 << 29);
     const auto floats = reals(m * TILE);
-    Array<float> got(m * TILE, 77), want(m * TILE, 78);
-    kernels.settle(sums.data(), m, lanes, strip, got.data());
-    plain.settle(sums.data(), m, lanes, strip, want.data());
-    settle.same(got.data(), want.data(), m * TILE, {m});
-    kernels.scale(floats.data(), m, lanes, strip, got.data());
-    plain.scale(floats.data(), m, lanes, strip, want.data());
-    scale.same(got.data(), want.data(), m * TILE, {m});
+    const int64_t stride = TILE + m % 3, n = TILE * stride;
+    const Array<int32_t> backwards{15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0};
+    for (const int32_t* places : {static_cast<const int32_t*>(nullptr), backwards.data()}) {
+      Array<float> got(n, 77), want(n, 77);
+      kernels.settle(sums.data(), m, lanes, strip, {got.data(), stride, places});
+      plain.settle(sums.data(), m, lanes, strip, {want.data(), stride, places});
+      settle.same(got.data(), want.data(), n, {m, places != nullptr});
+      kernels.scale(floats.data(), m, lanes, strip, {got.data(), stride, places});
+      plain.scale(floats.data(), m, lanes, strip, {want.data(), stride, places});
+      scale.same(got.data(), want.data(), n, {m, places != nullptr});
+    }
+    auto offset = reals(TILE);
+    offset[m % TILE] = m % 2 ? 300.5f : -256.0f;
+    Side got, want;
+    kernels.side(lanes.factor, offset.data(), got);
+    plain.side(lanes.factor, offset.data(), want);
+    rows.same(got.whole, want.whole, TILE, {m});
+    rows.same(got.part, want.part, TILE, {m});
+    rows.same(got.factor, lanes.factor, TILE, {m});
+    for (int r = 0; r < TILE; ++r) {
+      const float sum = static_cast<float>(got.whole[r]) + got.part[r];
+      rows.same(&sum, &offset[r], 1, {m, r});
+    }
   }
   for (int64_t n = 0; n <= 70; ++n) {
     for (int64_t stride : {n, n + 5}) {
@@ -215,10 +232,18 @@ static void test_loops(const std::string& set, const TileKernels& kernels) {
         const auto at = integers<int64_t>(taps, 0, 40);
         const auto x = reals(*std::max_element(at.begin(), at.end()) + std::max<int64_t>(n - 1, 0) * stride + 1);
         const auto weights = reals(taps);
-        Array<float> got(n, 77), want(n, 78);
-        kernels.slide(x.data(), at.data(), weights.data(), taps, stride, n, got.data());
-        plain.slide(x.data(), at.data(), weights.data(), taps, stride, n, want.data());
-        slide.same(got.data(), want.data(), n, {n, stride, taps});
+        const float bias = reals(1)[0];
+        Array<float> got(n, 77);
+        kernels.slide(x.data(), at.data(), weights.data(), taps, stride, bias, n, got.data());
+        Array<double> want(n, bias), bound(n, std::fabs(bias));
+        for (int64_t i = 0; i < n; ++i) {
+          for (int64_t k = 0; k < taps; ++k) {
+            const double product = double{weights[k]} * x[at[k] + i * stride];
+            want[i] += product, bound[i] += std::fabs(product);
+          }
+          bound[i] *= rounding(taps);
+        }
+        slide.near(got.data(), want.data(), bound.data(), n, {n, stride, taps});
       }
     constexpr float INF = std::numeric_limits<float>::infinity(), NAN_ = std::numeric_limits<float>::quiet_NaN();
     for (float special : {0.0f, -0.0f, -99.0f, 99.0f, 1e-42f, INF, -INF, NAN_, -NAN_}) {
