@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgsc.demos.models import CharLM
@@ -14,46 +14,15 @@ from sgsc.layers import QuantLayer
 from sgsc.packed import PackedLayer, pack, set_numerics
 from sgsc.preparation import prepare
 
+from .networks import ResNet20
+
 MIXED = (2, 3, 3, 4, 4, 5, 5, 6)  # widths of a mixed layer's rows, in turn: 4 bits in the mean
 EIGHT = (8,)
 
-
-class _Residual(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.first_norm = nn.BatchNorm2d(outputs)
-        self.second = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.second_norm = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Identity()
-        if stride > 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.second_norm(self.second(F.relu(self.first_norm(self.first(x)))))
-        return F.relu(y + self.shortcut(x))
+Network = TypeVar("Network", bound=nn.Module)
 
 
-class ResNet20(nn.Module):
-    """He et al. 2015, section 4.2, with 1x1 convolutions as shortcuts: (B, 3, H, W) -> (B, 10)."""
-
-    def __init__(self, width: int = 16, blocks: int = 3) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
-        layers, inputs = [], width
-        for stage in range(3):
-            for block in range(blocks):
-                outputs = width << stage
-                layers.append(_Residual(inputs, outputs, 2 if stage and not block else 1))
-                inputs = outputs
-        self.blocks, self.head = nn.Sequential(*layers), nn.Linear(inputs, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, 10)."""
-        return self.head(self.blocks(F.relu(self.norm(self.stem(x)))).mean((2, 3)))
-
-
-def compressed(network: nn.Module, widths: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:
+def compressed(network: Network, widths: tuple[int, ...]) -> tuple[nn.Module, Network]:
     """(packed network, float network of the very values that the packed one holds); the argument is spent."""
     quantized = prepare(network.eval()).model
     for layer in quantized.modules():
@@ -65,12 +34,12 @@ def compressed(network: nn.Module, widths: tuple[int, ...]) -> tuple[nn.Module, 
     packed = pack(quantized)
     for name, layer in packed.named_modules():
         if isinstance(layer, PackedLayer):
-            weight = network.get_submodule(name).weight
+            weight = network.get_parameter(f"{name}.weight")
             weight.data = layer.weight_rows().view(weight.shape)
     return packed, network.requires_grad_(False)
 
 
-def convolution(widths: tuple[int, ...], channels: int, kernel: int, groups: int) -> tuple[nn.Module, nn.Module]:
+def convolution(widths: tuple[int, ...], channels: int, kernel: int, groups: int) -> tuple[nn.Module, nn.Conv2d]:
     """A convolution that keeps the image size, packed and float."""
     torch.manual_seed(0)
     return compressed(nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=groups), widths)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 COMPILER = "inductor"
+AHEAD = {"freezing": True}  # fold constants, batch norms above all: torch in float32 gains but at a single token
 CALIBRATION = 4  # random batches for static quantization
 
 Run = Callable[[], Any]
@@ -30,6 +31,26 @@ def compiled(network: nn.Module, x: Tensor) -> Run:
     torch._dynamo.reset()  # threads are fixed in what is compiled
     run = torch.compile(network, fullgraph=True, dynamic=False, backend=COMPILER)
     return lambda: run(x)
+
+
+def exported(network: nn.Module, x: Tensor) -> Run:
+    """The whole network as an AOTInductor package, loaded back: no Python runs between its operations.
+
+    Where another process loads a package of ours, `import sgsc.kernels` comes first: it registers the operations that
+    the package calls.
+    """
+    with quiet(), tempfile.TemporaryDirectory() as folder:  # loading unpacks: the package is not needed afterwards
+        run = packaged(torch.export.export(network, (x,)), Path(folder) / "network.pt2")
+    return lambda: run(x)
+
+
+def packaged(program: torch.export.ExportedProgram, path: Path) -> Callable[[Tensor], Any]:
+    """Compile into a package at `path`, for as many threads as torch has now, and load it."""
+    import torch._inductor as inductor
+
+    return inductor.aoti_load_package(
+        inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=AHEAD)
+    )
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ class Contender(NamedTuple):
     """One way to compute a result.
 
     Attributes:
-        make: Returns what to call; whatever it raises is the reason why the contender is missing.
+        make: Returns what to call; whatever it raises is the reason why a peer is missing.
         exact: The result in float64.
         allowed: Relative error that the result may have, Frobenius norm.
     """
@@ -35,10 +35,10 @@ class Contender(NamedTuple):
 
 
 def admit(contenders: Mapping[str, Contender], what: str) -> tuple[dict[str, Any], dict[str, float], dict[str, str]]:
-    """What to call, and the error, of those whose results are right; and of the others, why not.
+    """What to call, and the error, of those whose results are right; and of the other peers, why not.
 
     Raises:
-        ValueError: If a result of ours is wrong: no speed is written beside it.
+        ValueError: If one of ours fails, or its result is wrong: no speed is written beside it.
     """
     runs, errors, missing = {}, {}, {}
     for name, (make, exact, allowed) in contenders.items():
@@ -47,6 +47,8 @@ def admit(contenders: Mapping[str, Contender], what: str) -> tuple[dict[str, Any
             error = relative_error(run(), exact)
         except Exception as problem:  # whatever a library may raise
             missing[name] = f"{type(problem).__name__}: {' '.join(str(problem).split())}"[:LONGEST_REASON]
+            if name.startswith(OURS):
+                raise ValueError(f"{what}, {name}: {missing[name]}; no speed is written without it") from problem
             continue
         if error <= allowed:  # NaN is wrong
             runs[name], errors[name] = run, error

@@ -132,10 +132,7 @@ def ours(p: Problem) -> Iterator[tuple[str, Make]]:
         scale, offset = (t[:, 0].contiguous() for t in p.quantize(bits)[1:])
         layers = [PackedLinear(PackedRows(d, rows.bits, p.k), scale, offset, None).eval() for d in p.repeat(rows.data)]
         for one in layers:
-            if hasattr(one, "numerics"):
-                one.numerics = numerics
-            elif numerics != EXACT:
-                raise NotImplementedError("PackedLinear has no numerics to choose yet")
+            one.numerics = numerics
         size = rows.data.numel() + 8 * p.n
         call = lambda copy, m: layers[copy % len(layers)](p.rows(m))  # noqa: E731
         return Candidate(bits, numerics, size, call, p.dequantized(bits))

@@ -32,6 +32,7 @@ from sgsc.measure import interleaved
 from sgsc.preparation import prepare
 from sgsc.preservation import PreservationSet
 
+from .networks import ResNet20
 from .record import claim, options, write
 
 TASKS = ("digits", "char-lm")
@@ -172,37 +173,12 @@ def check(task: Task, network: nn.Module) -> None:
 # ---- networks of usual size, on random data ----
 
 
-class _Residual(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.path = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
-        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-        self.shortcut = nn.Identity() if stride == 1 else shortcut
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.path(x) + self.shortcut(x))
-
-
-def resnet20() -> nn.Module:
-    """ResNet-20 of arXiv 1512.03385 for (N, 3, 32, 32), with convolutions on its two shortcuts: -> (N, CLASSES)."""
-    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    shapes = [(16, 16, 1)] * 3 + [(16, 32, 2)] + [(32, 32, 1)] * 2 + [(32, 64, 2)] + [(64, 64, 1)] * 2
-    blocks = [_Residual(*shape) for shape in shapes]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES))
-
-
 def usual_networks(batch: int | None) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
     """Network, inputs and labels by name; `batch` samples in place of as many as is usual."""
     torch.manual_seed(0)
     images, texts = batch or 128, batch or 32
     return {
-        "ResNet-20": (resnet20(), torch.randn(images, 3, 32, 32), torch.randint(CLASSES, (images,))),
+        "ResNet-20": (ResNet20(classes=CLASSES), torch.randn(images, 3, 32, 32), torch.randint(CLASSES, (images,))),
         "transformer, 4 x 256": (
             CharLM(CLASSES, context=128, width=256, layers=4, heads=4),
             torch.randint(CLASSES, (texts, 128)),

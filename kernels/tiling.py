@@ -168,11 +168,21 @@ def _tile_cases() -> dict[str, tuple]:
     for name, (bits, width) in shapes().items():
         for area in (1, 3):
             if width % area == 0 and len(bits) % area == 0:
-                found[f"{name}-area-{area}"] = _arguments(case(bits, width)[1], area, area)
+                found[f"{name}-area-{area}"] = tile_arguments(case(bits, width)[1], area, area)
     return found
 
 
-def _arguments(rows: PackedRows, area: int, groups: int) -> tuple:
+def tile_arguments(rows: PackedRows, area: int, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int, int]:
+    """The arguments of the operation `tile` that lay packed rows out.
+
+    Args:
+        rows: The disk form, C rows of K levels.
+        area: Kernel height times width of a convolution, else 1; divides K.
+        groups: Of a convolution, else 1; divides C.
+
+    Returns:
+        data, bits and starts of the rows, the plan of `plan_rows`, K, area, and the bytes of the lines.
+    """
     plan = plan_rows(rows.bits, groups)
     length = int(widths_and_rows(plan)[0].sum()) * blocks_of(rows.width, area) * LINE
     return rows.data, rows.bits, rows.starts, plan, rows.width, area, length
@@ -180,7 +190,7 @@ def _arguments(rows: PackedRows, area: int, groups: int) -> tuple:
 
 def _bench_cases() -> dict[str, tuple]:
     bits = torch.tensor([0, 2, 3, 3, 4, 4, 5, 8], dtype=torch.uint8)
-    return {f"{n}x{n}-mixed": _arguments(case(bits.repeat(n // 8), n)[1], 1, 1) for n in (512, 4096)}
+    return {f"{n}x{n}-mixed": tile_arguments(case(bits.repeat(n // 8), n)[1], 1, 1) for n in (512, 4096)}
 
 
 OP = Op(
@@ -217,7 +227,7 @@ def tile_rows(rows: PackedRows, scale: Tensor, offset: Tensor, *, area: int = 1,
         raise ValueError(
             f"tile_rows: an area of {area} and {groups} groups do not divide {rows.width} levels and {count} rows"
         )
-    arguments = _arguments(rows, area, groups)
+    arguments = tile_arguments(rows, area, groups)
     plan = arguments[3]
     # a place that holds no row takes the last of these: any number will do, as long as it is one
     grid = torch.nn.functional.pad(torch.stack([scale, offset]).float(), (0, 1))

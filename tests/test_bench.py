@@ -379,6 +379,50 @@ def test_a_loss_is_shown_in_bold(tmp_path):
     assert "torch.compile is missing where it failed: no g++." in shown
 
 
+DEPLOYMENT = "<!-- tables: deployment -->\n<!-- end -->\n"
+
+
+def visits(case, **microseconds):
+    """Rows of contenders; those without a time are missing."""
+    return [
+        {**case, "threads": 2, "by": by.replace("_", " "), "microseconds": t, "missing": None if t else "no | wheel"}
+        for by, t in microseconds.items()
+    ]
+
+
+def test_contenders_of_a_case_share_a_line(tmp_path):
+    """Exact results stand against exact ones alone; our slower width counts, and our faster form."""
+    others = {"torch_float32": 10.0, "onnxruntime_float32": None, "onnxruntime_int8": 4.0}
+    widths = visits({"case": "3x3", "batch": 8}, ours_a_exact=8.0, ours_b_exact=20.0, ours_b_int8=2.0, **others)
+    forms = [*visits({"case": "net"}, ours_a_exact=8.0, ours_b_exact=2000.0, ours_a_int8=5.0, **others)]
+    forms += visits({"case": "other"}, ours_a_int8=1.0, torch_float32=0.5)
+    record.write("deployment", "convolution", widths, [], "x", tmp_path)
+    record.write("deployment", "network", forms, [], "x", tmp_path)
+    shown = readme.filled(DEPLOYMENT, tmp_path)
+    assert "| 3x3, batch 8 | 2 | 8.0 | 20.0 | 2.0 | 10.0 | missing | 4.0 | **0.50×** | 2.00× |\n" in shown
+    assert "| net | 2 | 8.0 | 2,000 | 5.0 | 10.0 | missing | 4.0 | 1.25× | **0.80×** |\n" in shown
+    assert "| other | 2 |  |  | 1.0 | 0.5 |  |  |  | **0.50×** |\n" in shown
+    assert shown.count("onnxruntime float32 is missing where it failed: no \\| wheel.") == 2
+    assert "of our slower width: below 1" in shown
+    assert "of our fastest form: below 1" in shown
+
+
+def test_loading_is_a_table_and_its_memory_a_sentence(tmp_path):
+    def row(what, threads, milliseconds, over):
+        named = {"what": what, "threads": threads, "bytes": 2_000_000}
+        return named | {"milliseconds": milliseconds, "over_reading": over}
+
+    rows = [row("load_into", 1, 8.0, 4.0), row("read the file", 1, 2.0, 1.0), row("tile", 1, 3.0, None)]
+    rows += [row("load_into", 2, 3.0, 1.5), row("read the file", 2, 2.0, 1.0), row("tile", 2, 2.0, None)]
+    parts = {"file_bytes": 2_000_000, "run_form_bytes": 3_000_000, "layer_bytes": 1_500_000, "over_need": 1.2}
+    rows.append({"what": "peak of resident memory", "threads": None, "bytes": 7_800_000} | parts)
+    record.write("deployment", "load", rows, [], "x", tmp_path)
+    shown = readme.filled(DEPLOYMENT, tmp_path)
+    assert "| load_into | 2.0 | 8.0 | 3.0 | **4.00×** | 1.50× |\n" in shown
+    assert "| read the file | 2.0 | 2.0 | 2.0 | 1.00× | 1.00× |\n| tile | 2.0 | 3.0 | 2.0 |  |  |\n" in shown
+    assert "1.20 × that of the file (2.0), the run form (3.0) and one layer in both forms (1.5), in MB." in shown
+
+
 def test_every_section_has_a_table(tmp_path):
     forms = [{"task": "cnn", "steps": 10_000, "measured_bits": 22.00651, "expected_bits": 22.0065}]
     record.write("main_job", "published", forms, [], "x", tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 
 import pytest
 import torch
@@ -14,9 +15,22 @@ from sgsc.kernels import Op
 OTHERS = {
     "convolution": {"F.conv2d float32", "onnxruntime float32", "onnxruntime int8 ConvInteger"}
     | {"onnxruntime int8 QLinearConv"},
-    "network": {"torch float32 eager", "torch float32 compiled", "torch int8 dynamic", "torch int8 static"}
-    | {"onnxruntime float32", "onnxruntime int8 dynamic", "onnxruntime int8 static"},
+    "network": {"torch float32 eager", "torch float32 compiled", "torch float32 exported"}
+    | {
+        "torch int8 dynamic",
+        "torch int8 static",
+        "onnxruntime float32",
+        "onnxruntime int8 dynamic",
+        "onnxruntime int8 static",
+    },
     "overhead": {"torch"},
+}
+OURS = {
+    "convolution": {f"ours {widths} {numerics}" for widths in ("mixed", "8 bits") for numerics in deployment.NUMERICS},
+    "network": {
+        f"ours {form} {numerics}" for form in ("eager", "compiled", "exported") for numerics in deployment.NUMERICS
+    },
+    "overhead": {f"ours {numerics}" for numerics in deployment.NUMERICS},
 }
 
 
@@ -26,6 +40,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(deployment_peers, "COMPILER", "aot_eager")
+        patch.setattr(deployment_peers, "packaged", lambda program, path: program.module())
         patch.setattr(deployment_timing, "VISIT", 1e-4)
         assert deployment.main(["--quick", "--results", str(folder)]) == 0
     return record.read("deployment", folder)
@@ -42,14 +57,14 @@ def test_everyone_is_timed_or_named_as_missing(results, section):
     for _, its in itertools.groupby(rows, key):
         of = {row["by"]: row for row in its}
         assert {name for name in of if not name.startswith("ours")} == OTHERS[section]
-        assert {name.rsplit(" ", 1)[1] for name in of if name.startswith("ours")} == {"exact", "int8"}
+        assert {name for name in of if name.startswith("ours")} == OURS[section]
         for name, row in of.items():
             if row["missing"]:
-                assert "onnx" in name
+                assert "onnx" in name or (name, row["missing"][:5]) == ("torch int8 static", "wrong")
                 assert row["microseconds"] is row["error"] is None
             else:
                 assert 0 < row["fastest_microseconds"] <= row["microseconds"]
-                assert 0 <= row["error"] < (0.3 if "int8" in name else 1e-3)
+                assert 0 <= row["error"] < (0.05 if "int8" in name else 1e-3)
 
 
 def test_loading_is_measured_in_time_and_memory(results):
@@ -71,11 +86,12 @@ def test_the_peak_of_memory_is_that_of_the_load(tmp_path):
     peak = deployment_memory._peak(path, 2, 2048, size, model)
     both_forms = 2 * 2 * 2048 * 2048 // 2
     assert peak["layer_bytes"] == both_forms // 2
-    assert both_forms < peak["bytes"] < 5 * both_forms  # a float32 layer would be four times its packed forms
+    # some pages lay free before the load; a float32 layer would be four times its packed forms
+    assert 0.9 * both_forms < peak["bytes"] < 5 * both_forms
 
 
 def test_claims_are_written_with_their_command(results):
-    counts = {"convolution": 3, "network": 3 * len(deployment_networks.SMALL), "load": 3, "overhead": 1}
+    counts = {"convolution": 3, "network": 3 * len(deployment_networks.SMALL), "load": 3, "overhead": 2}
     for section, count in counts.items():
         found = [claim for claim in results["claims"] if claim["section"] == section]
         assert len(found) == count
@@ -142,6 +158,19 @@ def test_a_wrong_or_absent_contender_is_named_and_not_timed():
     assert all(row["microseconds"] is None for by, row in rows.items() if by != "right")
 
 
+def test_one_of_ours_that_fails_ends_the_bench():
+    runs = {"right": contender(torch.ones(3)), "ours int8": Contender(refuse, torch.ones(3), 1.0)}
+    with pytest.raises(ValueError, match=r"c, ours int8: ImportError: No module named 'x'; no speed is written"):
+        deployment_timing.measured({"case": "c"}, runs, 0.0)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_an_exported_network_answers_from_its_package():
+    network, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
+    with torch.inference_mode():
+        torch.testing.assert_close(deployment_peers.exported(network, x)(), network(x))
+
+
 @pytest.mark.parametrize("section", ["convolution", "network", "overhead"])
 def test_no_speed_for_a_wrong_result_of_ours(section, monkeypatch):
     monkeypatch.setattr(deployment_peers, "COMPILER", "aot_eager")
@@ -180,6 +209,7 @@ def row(case, by, microseconds, **more):
         "by": by,
         "microseconds": microseconds,
         "fastest_microseconds": microseconds,
+        "missing": None if microseconds else "wrong: error 0.5, may have 0.04",
     } | more
 
 
@@ -210,8 +240,9 @@ def test_each_claim_about_layers_can_be_lost(by, microseconds, lost, named):
 
 
 def network_rows(**changed):
-    times = {"ours eager exact": 9.0, "ours compiled exact": 7.0, "ours eager int8": 4.0, "ours compiled int8": 6.0}
-    times |= {"torch float32 compiled": 8.0, "onnxruntime int8 static": 7.5, "torch int8 static": None}
+    times = {"ours eager exact": 9.0, "ours compiled exact": 8.5, "ours exported exact": 7.0}
+    times |= {"ours eager int8": 4.0, "ours compiled int8": 6.0, "ours exported int8": 5.0}
+    times |= {"torch float32 compiled": 8.0, "onnxruntime int8 static": 7.5, "torch int8 static": 9.0}
     return [row("a", by, changed.get(by, t)) for by, t in times.items()] + [row("b", by, t) for by, t in times.items()]
 
 
@@ -234,9 +265,36 @@ def test_each_claim_about_networks_can_be_lost():
 
 
 def test_what_was_not_measured_is_not_claimed():
-    rows = [r for r in layer_rows() if not r["by"].startswith("onnxruntime int8")]
-    (*_, against) = deployment.convolution_claims(rows)
-    assert (against["measured"], against["holds"]) == (None, False)
+    """Not even where other cases were measured."""
+    for cases in ("a", "b", "ab"):
+        rows = [r for r in layer_rows() if not (r["case"] in cases and r["by"].startswith("onnxruntime int8"))]
+        *others, against = deployment.convolution_claims(rows)
+        assert (against["measured"], against["holds"]) == (None, False)
+        assert f"; not measured {cases[0]}, batch" in against["claim"]
+        assert all(claim["holds"] for claim in others)
+
+
+def test_claims_name_who_is_missing():
+    int8, exact, float32, *_ = deployment.network_claims(network_rows(**{"torch int8 static": None}))
+    for claim in (int8, exact):
+        assert claim["claim"].endswith(
+            "; the worst is a, threads 1, onnxruntime int8 static; "
+            "without torch int8 static (wrong: error 0.5, may have 0.04)"
+        )
+    assert "without" not in float32["claim"]
+    rows = layer_rows(**{"onnxruntime int8 ConvInteger": None})
+    (*_, layers) = deployment.convolution_claims(rows)
+    assert "; without onnxruntime int8 ConvInteger in 1 of 2 cases (wrong: error" in layers["claim"]
+
+
+def test_without_a_time_of_ours_nothing_is_claimed():
+    rows = layer_rows()
+    for changed in (
+        [r for r in rows if not (r["case"] == "b" and r["by"].startswith("ours") and r["by"].endswith("int8"))],
+        layer_rows(**{"ours mixed int8": None}),
+    ):
+        with pytest.raises(ValueError, match=r"int8, against .*: b, batch 32, threads 1 lacks a time of ours in int8"):
+            deployment.convolution_claims(changed)
 
 
 @pytest.mark.parametrize(("ratio", "need", "holds"), [(1.9, 1.0, [True, True]), (2.1, 1.2, [False, False])])
@@ -245,17 +303,15 @@ def test_claims_about_loading_can_be_lost(ratio, need, holds):
     assert [claim["holds"] for claim in deployment_memory.load_claims(rows)] == holds
 
 
-def test_the_claim_about_calls_takes_the_slower_numerics():
-    case = "Linear 16x32, 1 row"
-    rows = [
-        row(case, "torch", 9.0),
-        row(case, "ours exact", 4.0),
-        row(case, "ours int8", 5.9),
-        row("Conv2d", "ours", 8),
-    ]
-    assert deployment_memory.overhead_claims(rows)[0]["holds"]
-    rows[2] |= {"fastest_microseconds": 6.1}
-    assert not deployment_memory.overhead_claims(rows)[0]["holds"]
+def test_claims_about_calls_take_the_median_of_the_slower_numerics():
+    times = {"torch": 9.0, "ours exact": 5.9, "ours int8": 4.0}
+    rows = [row(case, by, t, fastest_microseconds=1.0) for case in ("Linear", "Conv2d") for by, t in times.items()]
+    assert [claim["holds"] for claim in deployment_memory.overhead_claims(rows)] == [True, True]
+    for i, holds in ((2, [False, True]), (4, [True, False])):
+        changed = [r | {"microseconds": 6.1} if r is rows[i] else r for r in rows]
+        claims = deployment_memory.overhead_claims(changed)
+        assert [claim["holds"] for claim in claims] == holds
+        assert [claim["claim"].split("packed ")[1].split(",")[0] for claim in claims] == ["Linear", "Conv2d"]
 
 
 def test_the_command_line_refuses_what_it_does_not_know(capsys):
