@@ -11,6 +11,7 @@ numbers, so that every sum is exact in float32 in whatever order. It must load f
 import copy
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -223,6 +224,24 @@ def test_every_width_and_every_value_comes_back(tmp_path):
         assert_same(layer.scale[alive], was.scale[alive])
         assert_same(layer.offset, was.offset)
         assert_same(layer.weight_rows(), was.weight_rows())
+
+
+@pytest.mark.parametrize("how", ["as-usual", "no-huge-pages", "refused-huge-pages", "small-pieces"])
+def test_however_a_file_is_read_its_codes_stand_in_memory_once(how, tmp_path, monkeypatch):
+    reading = sys.modules["sgsc.artefact.read"]  # the module; the package has a function of that name
+    if how == "no-huge-pages":
+        monkeypatch.delattr(reading.mmap, "MADV_HUGEPAGE", raising=False)
+    elif how == "refused-huge-pages":
+        monkeypatch.setattr(reading.mmap, "MADV_HUGEPAGE", 12345, raising=False)
+    elif how == "small-pieces":
+        monkeypatch.setattr(reading, "CHUNK", 13)
+    packed = compressed(nn.Sequential(nn.Linear(13, 9), nn.Linear(9, 5)), {"0": range(9), "1": range(5)}, remove=False)
+    size = save(packed, tmp_path / "a.sgsc")
+    layers = read(tmp_path / "a.sgsc").layers
+    for name, layer in layers.items():
+        assert_same(layer.data, packed.get_submodule(name).data, name)
+        assert layer.data.untyped_storage().nbytes() == size
+    assert len({layer.data.untyped_storage().data_ptr() for layer in layers.values()}) == 1
 
 
 def test_removed_channels_are_cut_out_of_every_layer_that_held_them(tmp_path):
