@@ -5,9 +5,10 @@
 namespace sgsc {
 namespace {
 
-constexpr std::int64_t BYTES = 16384;     // of tiles a thread, times tokens: some microseconds
-constexpr std::int64_t STRIPS = 32;       // most of a task
-constexpr std::int64_t VALUES = 1 << 16;  // of x a thread, where x is prepared for many tokens
+constexpr std::int64_t BYTES = 16384;          // of tiles a thread, times tokens: some microseconds
+constexpr std::int64_t STRIPS = 32;            // most of a task
+constexpr std::int64_t STRIP_BYTES = 1 << 19;  // of the strips of a task: half of a second-level cache
+constexpr std::int64_t VALUES = 1 << 16;       // of x a thread, where x is prepared for many tokens
 
 // The rows of x one at a time as floats, from whatever they are.
 class Rows {
@@ -33,6 +34,7 @@ class Rows {
 struct Exact {
   using Value = float;
   using Sum = float;
+  static constexpr bool IN_REGISTERS = false;
 
   static void fill(const Rows& rows, const Linear& layer, std::int64_t first, std::int64_t count, std::int64_t stride,
                    std::int64_t levels, float* strip, std::int32_t*, float*) {
@@ -56,6 +58,9 @@ struct Exact {
 struct Int8 {
   using Value = std::int8_t;
   using Sum = std::int32_t;
+  // Of many strips too each unpacks for itself, where the sums of one fit the registers: that is a tenth faster than to
+  // write what was unpacked and read it again. Of floats it is not.
+  static constexpr bool IN_REGISTERS = true;
 
   static void fill(const Rows& rows, const Linear& layer, std::int64_t first, std::int64_t count, std::int64_t stride,
                    std::int64_t levels, std::int8_t* strip, std::int32_t* totals, float* steps) {
@@ -164,7 +169,8 @@ void many_tokens(const Linear& layer, const TileList& tiles, const Threads& thre
 
   const std::int64_t groups = (tiles.count() + GROUP - 1) / GROUP;
   const std::int64_t wanted = groups ? (2 * threads.count + groups - 1) / groups : 1;  // stretches of strips
-  const std::int64_t step = std::max<std::int64_t>(std::min(STRIPS, strips / wanted), 1);
+  const std::int64_t fit = STRIP_BYTES / std::max<std::int64_t>(levels * TILE * sizeof(typename Numerics::Value), 1);
+  const std::int64_t step = std::max<std::int64_t>(std::min({STRIPS, fit, strips / wanted}), 1);
   const std::int64_t stretches = (strips + step - 1) / step;
   threads.run(groups * stretches, [&](std::int64_t task) {
     const std::int64_t first = task / stretches * GROUP, n = std::min(GROUP, tiles.count() - first);
@@ -174,11 +180,19 @@ void many_tokens(const Linear& layer, const TileList& tiles, const Threads& thre
       sides.push_back(side_of_x(totals.data() + s * TILE, steps.data() + s * TILE));
     std::vector<Writer> writers;
     for (std::int64_t t = 0; t < n; ++t) writers.emplace_back(layer, tiles[first + t]);
-    multiply_tokens<typename Numerics::Value, typename Numerics::Sum>(
-        tiles, first, n, {x.data() + from * levels * TILE, count, levels * TILE},
-        [&](std::int64_t s, std::int64_t t, const typename Numerics::Sum* sums) {
-          writers[t].template write<Numerics>((from + s) * TILE, here(from + s), sides[s], sums);
-        });
+    const auto write = [&](std::int64_t s, std::int64_t t, const typename Numerics::Sum* sums) {
+      writers[t].template write<Numerics>((from + s) * TILE, here(from + s), sides[s], sums);
+    };
+    const Strips<typename Numerics::Value> some{x.data() + from * levels * TILE, count, levels * TILE};
+    if (!Numerics::IN_REGISTERS || tile_kernels().most < TILE)
+      return multiply_tokens<typename Numerics::Value, typename Numerics::Sum>(tiles, first, n, some, write);
+    for (std::int64_t t = 0; t < n; ++t)
+      for (std::int64_t s = 0; s < count; ++s) {
+        alignas(LINE) typename Numerics::Sum sums[TILE * TILE];
+        const Tile tile = tiles[first + t];
+        if (tile.bits) Numerics::product(tile, tiles.blocks(), some.x + s * some.each, TILE, sums);
+        write(s, t, tile.bits ? sums : nullptr);
+      }
   });
 }
 

@@ -125,8 +125,8 @@ struct Operands {
   Tensor x, y;
   std::optional<Tensor> bias;
 
-  Operands(const char* op, const Tensor& input, std::initializer_list<int64_t> want, const std::optional<Tensor>& b,
-           int64_t rows, const Sizes& result)
+  Operands(const char* op, const Tensor& input, const Sizes& want, const std::optional<Tensor>& b, int64_t rows,
+           const Sizes& result)
       : type(type_of(op, input, false)), x(take(op, "x", input, input.scalar_type(), want)), y(empty(input, result)) {
     if (b) bias = take(op, "bias", *b, input.scalar_type(), {rows});
   }
@@ -143,8 +143,12 @@ Tensor packed_linear(const Tensor& x, const Tensor& lines, const Tensor& plan, c
   check_size("packed_linear", "rows", rows);
   check_size("packed_linear", "width", width);
   const Tiled tiled("packed_linear", lines, plan, grid, rows, sgsc::LevelOrder(width, 1));
-  const int64_t m = x.dim() ? x.size(0) : 0;
-  const Operands p("packed_linear", x, {ANY, width}, bias, rows, {m, rows});
+  Sizes want = sizes_of(x), result = want;  // any rank of at least one
+  (want.empty() ? want.emplace_back() : want.back()) = width;
+  (result.empty() ? result.emplace_back() : result.back()) = rows;
+  const Operands p("packed_linear", x, want, bias, rows, result);
+  int64_t m = 1;
+  for (size_t i = 0; i + 1 < want.size(); ++i) m *= want[i];
   const sgsc::Linear layer{p.type, p.x.const_data_ptr(), p.bias_data(), p.y.mutable_data_ptr(), m, width, rows};
   sgsc::packed_linear(layer, tiled.tiles, int8, threads());
   return p.y;

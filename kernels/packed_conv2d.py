@@ -60,6 +60,7 @@ def reference(
     int8: bool,
 ) -> Tensor:
     """The meaning: dequantize, then torch's own convolution."""
+    _check(x, rows, kernel, stride, padding, dilation, groups)
     inputs, taps = x.shape[1] // groups, kernel[0] * kernel[1]
     sliding = slides(x.shape[1], groups)
     tiles = (lines, plan, grid, rows, inputs * taps, 1 if sliding else taps)
@@ -81,7 +82,29 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
+def _check(x: Tensor, rows: int, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> None:
+    """What the C++ checks too.
+
+    Raises:
+        ValueError: If x is not (B, I, H, W), `groups` does not divide, or the kernel is larger than the padded input.
+    """
+    if x.dim() != 4 or groups < 1 or x.shape[1] % groups or rows % groups:
+        raise ValueError(
+            f"packed_conv2d: x {tuple(x.shape)}, {rows} outputs, {groups} groups; "
+            "want x (batch, channels, height, width), with groups dividing both numbers of channels"
+        )
+    for axis in (0, 1):
+        if stride[axis] < 1:
+            raise ValueError(f"packed_conv2d: stride {stride}; want numbers of at least 1")
+        if output_size(x.shape[2 + axis], kernel[axis], stride[axis], padding[axis], dilation[axis]) < 1:
+            raise ValueError(
+                f"packed_conv2d: kernel {kernel} with dilation {dilation} is larger than the input "
+                f"{tuple(x.shape[2:])} with padding {padding}"
+            )
+
+
 def _fake(x, lines, plan, grid, bias, rows, kernel, stride, padding, dilation, groups, int8):
+    _check(x, rows, kernel, stride, padding, dilation, groups)
     height, width = (output_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
     return x.new_empty(x.shape[0], rows, height, width)
 
@@ -204,19 +227,6 @@ def packed_conv2d(
     Raises:
         ValueError: If x is not (B, I, H, W), `groups` does not divide, or the kernel is larger than the padded input.
     """
-    if x.dim() != 4 or groups < 1 or x.shape[1] % groups or tiles.rows % groups:
-        raise ValueError(
-            f"packed_conv2d: x {tuple(x.shape)}, {tiles.rows} outputs, {groups} groups; "
-            "want x (batch, channels, height, width), with groups dividing both numbers of channels"
-        )
-    for axis in (0, 1):
-        if stride[axis] < 1:
-            raise ValueError(f"packed_conv2d: stride {stride}; want numbers of at least 1")
-        if output_size(x.shape[2 + axis], kernel[axis], stride[axis], padding[axis], dilation[axis]) < 1:
-            raise ValueError(
-                f"packed_conv2d: kernel {kernel} with dilation {dilation} is larger than the input "
-                f"{tuple(x.shape[2:])} with padding {padding}"
-            )
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)  # as under autocast
-    return OP(x, *tiles[:3], bias, tiles.rows, kernel, stride, padding, dilation, groups, int8)
+    return OP(x, tiles.lines, tiles.plan, tiles.grid, bias, tiles.rows, kernel, stride, padding, dilation, groups, int8)

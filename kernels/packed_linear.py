@@ -1,7 +1,7 @@
 """y = x W^T + bias from tiles of packed rows; the width differs from row to row, removed rows give the bias alone.
 
-    x       (M, K)  float32, bfloat16 or float16      lines, plan, grid   as in tiling.py
-    bias    (C,)  dtype of x, or None                 rows, width   C and K          y   (M, C)  dtype of x
+    x       (..., K)  float32, bfloat16 or float16    lines, plan, grid   as in tiling.py
+    bias    (C,)  dtype of x, or None                 rows, width   C and K          y   (..., C)  dtype of x
 
 Two numerics:
 
@@ -18,8 +18,6 @@ times as many on int8 as on floats. Ratios against the peers are in bench/result
 """
 
 from __future__ import annotations
-
-from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -59,14 +57,14 @@ def reference(
     """The meaning: dequantize, then torch's own linear.
 
     Raises:
-        ValueError: If x is not (M, K).
+        ValueError: If the last dimension of x is not K.
     """
-    if x.dim() != 2 or x.shape[1] != width:
-        raise ValueError(f"packed_linear: x is {tuple(x.shape)}; want (any, {width}), the layer's input features")
+    if not x.dim() or x.shape[-1] != width:
+        raise ValueError(f"packed_linear: x is {tuple(x.shape)}; want (..., {width}), the layer's input features")
     tiles = (lines, plan, grid, rows, width, 1)
     if int8 and width <= 2**15:
         weight, live = tiled_weight(*tiles, torch.float64)
-        codes, step = quantize_tokens(x, (1,))
+        codes, step = quantize_tokens(x, (-1,))
         y = (codes.double() @ weight.t() * step).to(x.dtype)
         y = y if bias is None else y + bias
     else:
@@ -123,6 +121,9 @@ def cases() -> dict[str, tuple]:
         tiny = of(*every, 4)
         tiny[0][0], tiny[0][1], tiny[0][2] = 0.0, 1e-40, 1e30
         one["zeros-tiny-and-huge"] = tiny
+        of_rank = of(*every, 6)
+        one["x-of-rank-one"] = (of_rank[0][0], *of_rank[1:])
+        one["x-of-rank-four"] = (of_rank[0].view(3, 1, 2, -1), *of_rank[1:])
         wide = of(*shapes()["wider-than-a-block"], 4)
         one["x-not-contiguous"] = (wide[0].t().contiguous().t(), *wide[1:])
         found |= {f"{numerics}-{name}": arguments for name, arguments in one.items()}
@@ -151,10 +152,10 @@ OP = Op(
     name="packed_linear",
     schema="(Tensor x, Tensor lines, Tensor plan, Tensor grid, Tensor? bias, int rows, int width, bool int8) -> Tensor",
     reference=reference,
-    fake=lambda x, lines, plan, grid, bias, rows, width, int8: x.new_empty(x.shape[0], rows),
+    fake=lambda x, lines, plan, grid, bias, rows, width, int8: x.new_empty(*x.shape[:-1], rows),
     cases=cases,
     bench_cases=bench_cases,
-    traffic=lambda x, lines, *rest: lines.numel() + x.element_size() * x.shape[0] * (x.shape[1] + rest[3]),
+    traffic=lambda x, lines, *rest: lines.numel() + x.element_size() * (x.numel() + x.shape[:-1].numel() * rest[3]),
     operations=lambda x, lines, plan, *_: 2 * x.numel() * int((row_bits(plan) > 0).sum()),
 )
 
@@ -174,11 +175,5 @@ def packed_linear(x: Tensor, tiles: TiledRows, bias: Tensor | None, width: int, 
     """
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)  # as under autocast
-    if x.dim() == 2:  # the operation checks it; looking at a shape takes a tenth of a small call
-        return OP(x, tiles.lines, tiles.plan, tiles.grid, bias, tiles.rows, width, int8)
-    if not x.dim() or x.shape[-1] != width:
-        raise ValueError(
-            f"packed_linear: x has shape {tuple(x.shape)}; want (..., {width}), the layer's input features"
-        )
-    y = OP(x.reshape(prod(x.shape[:-1]), width), *tiles[:3], bias, tiles.rows, width, int8)
-    return y.reshape(*x.shape[:-1], tiles.rows)
+    # the operation checks x: looking at a shape here takes a tenth of a small call
+    return OP(x, tiles.lines, tiles.plan, tiles.grid, bias, tiles.rows, width, int8)
