@@ -247,7 +247,7 @@ def test_an_input_of_another_width_is_refused():
     with pytest.raises(ValueError, match=r"x is \(2, 39\)( Float)?; want \((2|\.\.\.), 40\)"):
         linear()(torch.randn(2, 39))
     for shape in ((), (39,), (2, 3, 39)):
-        with pytest.raises(ValueError, match=r"x has shape \(.*\); want \(..., 40\)"):
+        with pytest.raises(ValueError, match=r"x is \(.*\)( Float)?; want \(.*40\)"):
             linear()(torch.randn(shape))
 
 
