@@ -6,8 +6,7 @@ namespace sgsc {
 namespace {
 
 constexpr std::int64_t BYTES = 16384;          // of tiles a thread, times tokens: some microseconds
-constexpr std::int64_t STRIPS = 32;            // most of a task
-constexpr std::int64_t STRIP_BYTES = 1 << 19;  // of the strips of a task: half of a second-level cache
+constexpr std::int64_t STRIP_BYTES = 1 << 20;  // of the strips of a task: what a second-level cache may hold
 constexpr std::int64_t VALUES = 1 << 16;       // of x a thread, where x is prepared for many tokens
 
 // The rows of x one at a time as floats, from whatever they are.
@@ -58,8 +57,8 @@ struct Exact {
 struct Int8 {
   using Value = std::int8_t;
   using Sum = std::int32_t;
-  // Of many strips too each unpacks for itself, where the sums of one fit the registers: that is a tenth faster than to
-  // write what was unpacked and read it again. Of floats it is not.
+  // Of many strips too each unpacks for itself, where its sums fit the registers: that is a tenth faster than to write
+  // what was unpacked and read it again. Of floats it is not.
   static constexpr bool IN_REGISTERS = true;
 
   static void fill(const Rows& rows, const Linear& layer, std::int64_t first, std::int64_t count, std::int64_t stride,
@@ -127,83 +126,103 @@ class Writer {
   Side rows_;
 };
 
-// One strip: every tile is unpacked in registers, by the thread that has it.
+// The tokens of x as strips of m, and what their int8 codes are worth.
 template <class Numerics>
-void few_tokens(const Linear& layer, const TileList& tiles, int m, const Threads& threads) {
-  const std::int64_t levels = tiles.blocks() * BLOCK;
-  const bool as_it_is =
-      m == 1 && std::is_same<Numerics, Exact>::value && layer.type == Type::f32 && levels == layer.width;
-  const Scratch<typename Numerics::Value> scratch(as_it_is ? 0 : levels * m);
-  std::int32_t totals[TILE] = {};
-  float steps[TILE];
-  std::fill(steps, steps + TILE, 1.0f);
-  const auto* strip = as_it_is ? static_cast<const typename Numerics::Value*>(layer.x) : scratch.data();
-  if (!as_it_is) Numerics::fill(Rows(layer), layer, 0, layer.m, m, levels, scratch.data(), totals, steps);
-  const std::int64_t most = std::max<std::int64_t>(tiles.bytes() * m / BYTES, 1);
-  const std::int64_t parts = std::min(std::min(threads.count, most), std::max<std::int64_t>(tiles.count(), 1));
-  const Side x = side_of_x(totals, steps);
-  threads.run(parts, [&](std::int64_t part) {
+struct Prepared {
+  using Value = typename Numerics::Value;
+
+  std::int64_t strips, levels, each;  // each: values of a strip
+  const Value* x;
+  std::vector<Side> sides;
+
+  Prepared(const Linear& layer, const TileList& tiles, int m, const Threads& threads)
+      : strips((layer.m + m - 1) / m),
+        levels(tiles.blocks() * BLOCK),
+        each(levels * m),
+        sides(strips, side_of_x(nullptr, nullptr)),
+        as_it_is_(m == 1 && std::is_same<Value, float>::value && layer.type == Type::f32 && levels == layer.width),
+        scratch_(as_it_is_ ? 0 : strips * each) {
+    x = as_it_is_ ? static_cast<const Value*>(layer.x) : scratch_.data();
+    if (as_it_is_) return;
+    const auto prepare = [&](std::int64_t s) {
+      std::int32_t totals[TILE] = {};
+      float steps[TILE];
+      std::fill(steps, steps + TILE, 1.0f);
+      const std::int64_t here = std::min<std::int64_t>(m, layer.m - s * m);
+      Numerics::fill(Rows(layer), layer, s * m, here, m, levels, scratch_.data() + s * each, totals, steps);
+      sides[s] = side_of_x(totals, steps);
+    };
+    if (strips == 1)
+      prepare(0);
+    else
+      threads.each(strips, std::max<std::int64_t>(VALUES / std::max<std::int64_t>(each, 1), 1), prepare);
+  }
+
+ private:
+  bool as_it_is_;
+  Scratch<Value> scratch_;
+};
+
+// Strips of a task, of which each thread gets one or more: where tokens suffice, threads share them and not the rows,
+// whose places in y alternate.
+template <class Numerics>
+std::int64_t strips_of_a_task(const Prepared<Numerics>& x, const Threads& threads) {
+  const std::int64_t fit = STRIP_BYTES / std::max<std::int64_t>(x.each * sizeof(typename Numerics::Value), 1);
+  return std::max<std::int64_t>(std::min(fit, (x.strips + threads.count - 1) / threads.count), 1);
+}
+
+// Every strip by itself: its sums stay in registers, and so do the tiles that each unpacks anew.
+template <class Numerics>
+void in_registers(const Linear& layer, const TileList& tiles, int m, const Threads& threads) {
+  const Prepared<Numerics> x(layer, tiles, m, threads);
+  const std::int64_t step = strips_of_a_task(x, threads), stretches = (x.strips + step - 1) / step;
+  const std::int64_t most = std::max<std::int64_t>(std::min(tiles.bytes() * m / BYTES, tiles.count()), 1);
+  const std::int64_t parts = std::min((threads.count + stretches - 1) / stretches, most);
+  threads.run(stretches * parts, [&](std::int64_t task) {
+    const std::int64_t part = task % parts, from = task / parts * step, end = std::min(from + step, x.strips);
     for (std::int64_t t = tiles.boundary(part, parts); t < tiles.boundary(part + 1, parts); ++t) {
       const Tile tile = tiles[t];
-      alignas(LINE) typename Numerics::Sum sums[TILE * TILE];
-      if (tile.bits) Numerics::product(tile, tiles.blocks(), strip, m, sums);
-      Writer(layer, tile).template write<Numerics>(0, static_cast<int>(layer.m), x, tile.bits ? sums : nullptr);
+      const Writer writer(layer, tile);
+      for (std::int64_t s = from; s < end; ++s) {
+        alignas(LINE) typename Numerics::Sum sums[TILE * TILE];
+        if (tile.bits) Numerics::product(tile, tiles.blocks(), x.x + s * x.each, m, sums);
+        const int here = static_cast<int>(std::min<std::int64_t>(m, layer.m - s * m));
+        writer.template write<Numerics>(s * m, here, x.sides[s], tile.bits ? sums : nullptr);
+      }
     }
   });
 }
 
+// A group of tiles is unpacked once, for many strips.
 template <class Numerics>
-void many_tokens(const Linear& layer, const TileList& tiles, const Threads& threads) {
-  const std::int64_t levels = tiles.blocks() * BLOCK, strips = (layer.m + TILE - 1) / TILE;
-  const Scratch<typename Numerics::Value> x(strips * levels * TILE);
-  std::vector<std::int32_t> totals(strips * TILE);
-  std::vector<float> steps(strips * TILE, 1.0f);
-  const auto here = [&](std::int64_t strip) {
-    return static_cast<int>(std::min<std::int64_t>(TILE, layer.m - strip * TILE));
-  };
-  const std::int64_t some = std::max<std::int64_t>(VALUES / std::max<std::int64_t>(levels * TILE, 1), 1);
-  threads.each(strips, some, [&](std::int64_t s) {
-    Numerics::fill(Rows(layer), layer, s * TILE, here(s), TILE, levels, x.data() + s * levels * TILE,
-                   totals.data() + s * TILE, steps.data() + s * TILE);
-  });
-
+void in_panels(const Linear& layer, const TileList& tiles, const Threads& threads) {
+  const Prepared<Numerics> x(layer, tiles, TILE, threads);
   const std::int64_t groups = (tiles.count() + GROUP - 1) / GROUP;
-  const std::int64_t wanted = groups ? (2 * threads.count + groups - 1) / groups : 1;  // stretches of strips
-  const std::int64_t fit = STRIP_BYTES / std::max<std::int64_t>(levels * TILE * sizeof(typename Numerics::Value), 1);
-  const std::int64_t step = std::max<std::int64_t>(std::min({STRIPS, fit, strips / wanted}), 1);
-  const std::int64_t stretches = (strips + step - 1) / step;
+  const std::int64_t step = strips_of_a_task(x, threads), stretches = (x.strips + step - 1) / step;
   threads.run(groups * stretches, [&](std::int64_t task) {
-    const std::int64_t first = task / stretches * GROUP, n = std::min(GROUP, tiles.count() - first);
-    const std::int64_t from = task % stretches * step, count = std::min(step, strips - from);
-    std::vector<Side> sides;
-    for (std::int64_t s = from; s < from + count; ++s)
-      sides.push_back(side_of_x(totals.data() + s * TILE, steps.data() + s * TILE));
+    const std::int64_t first = task % groups * GROUP, n = std::min(GROUP, tiles.count() - first);
+    const std::int64_t from = task / groups * step, count = std::min(step, x.strips - from);
     std::vector<Writer> writers;
     for (std::int64_t t = 0; t < n; ++t) writers.emplace_back(layer, tiles[first + t]);
-    const auto write = [&](std::int64_t s, std::int64_t t, const typename Numerics::Sum* sums) {
-      writers[t].template write<Numerics>((from + s) * TILE, here(from + s), sides[s], sums);
-    };
-    const Strips<typename Numerics::Value> some{x.data() + from * levels * TILE, count, levels * TILE};
-    if (!Numerics::IN_REGISTERS || tile_kernels().most < TILE)
-      return multiply_tokens<typename Numerics::Value, typename Numerics::Sum>(tiles, first, n, some, write);
-    for (std::int64_t t = 0; t < n; ++t)
-      for (std::int64_t s = 0; s < count; ++s) {
-        alignas(LINE) typename Numerics::Sum sums[TILE * TILE];
-        const Tile tile = tiles[first + t];
-        if (tile.bits) Numerics::product(tile, tiles.blocks(), some.x + s * some.each, TILE, sums);
-        write(s, t, tile.bits ? sums : nullptr);
-      }
+    multiply_tokens<typename Numerics::Value, typename Numerics::Sum>(
+        tiles, first, n, {x.x + from * x.each, count, x.each},
+        [&](std::int64_t s, std::int64_t t, const typename Numerics::Sum* sums) {
+          const std::int64_t token = (from + s) * TILE;
+          const int here = static_cast<int>(std::min<std::int64_t>(TILE, layer.m - token));
+          writers[t].template write<Numerics>(token, here, x.sides[from + s], sums);
+        });
   });
 }
 
 template <class Numerics>
 void product(const Linear& layer, const TileList& tiles, const Threads& threads) {
+  const std::int64_t most = std::min(tile_kernels().most, TILE);
   int m = 1;
-  while (m < layer.m) m *= 2;
-  if (layer.m <= std::min(tile_kernels().most, TILE))
-    few_tokens<Numerics>(layer, tiles, m, threads);
+  while (m < std::min(layer.m, most)) m *= 2;
+  if (layer.m <= most || (Numerics::IN_REGISTERS && most == TILE))
+    in_registers<Numerics>(layer, tiles, m, threads);
   else
-    many_tokens<Numerics>(layer, tiles, threads);
+    in_panels<Numerics>(layer, tiles, threads);
 }
 
 }  // namespace
