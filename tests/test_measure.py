@@ -47,6 +47,17 @@ def test_the_budget_is_spent_on_the_fastest(clock):
     assert len(times["a"]) == len(times["b"]) == 20
 
 
+def test_a_slow_contender_does_not_take_all_day(clock):
+    def run(seconds):
+        def call():
+            clock[0] += seconds
+
+        return call
+
+    times = interleaved({"a": run(1.0), "b": run(9.0)}, budget=20.0)  # 4 * 20 * 2 = 160 seconds: 16 rounds of 10
+    assert len(times["a"]) == len(times["b"]) == 16
+
+
 def test_the_median_is_the_middle_of_what_was_timed(clock):
     lengths = itertools.chain([100.0], itertools.cycle([1.0, 50.0, 2.0, 3.0, 4.0]))  # the first is the untimed one
 
