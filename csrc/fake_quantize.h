@@ -60,12 +60,12 @@ GridKernels grid_kernels_avx2(Type type, bool stream);
 GridKernels grid_kernels_avx512(Type type, bool stream);
 void stream_avx2(const float* from, const float* with, float* to, std::int64_t n);
 
-constexpr std::size_t LINE = 64;  // bytes of a cache line
+constexpr std::size_t CACHE_LINE = 64;  // bytes of a cache line
 
 // Elements up to the next cache line, at most n: what is streamed fills whole lines.
 template <class T>
 std::int64_t to_line(const T* p, std::int64_t n) {
-  const auto bytes = -reinterpret_cast<std::uintptr_t>(p) & (LINE - 1);
+  const auto bytes = -reinterpret_cast<std::uintptr_t>(p) & (CACHE_LINE - 1);
   return std::min<std::int64_t>(static_cast<std::int64_t>(bytes / sizeof(T)), n);
 }
 

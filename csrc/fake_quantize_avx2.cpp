@@ -84,7 +84,7 @@ void forward(const void* x, const Grid& grid, void* q, std::int64_t n) {
   };
   std::int64_t i = 0;
   if (STREAM) {
-    constexpr std::int64_t STEP = LINE / sizeof(T);
+    constexpr std::int64_t STEP = CACHE_LINE / sizeof(T);
     some(0, i = to_line(out, n));
     for (; i + STEP <= n; i += STEP)
       for (std::int64_t j = i; j < i + STEP; j += 8) store<true>(out + j, eight(in + j));

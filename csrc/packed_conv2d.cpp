@@ -33,7 +33,7 @@ void pad(const T* x, const Convolution& c, U* padded) {
   padded += c.padding[0] * wide + side;
   for (std::int64_t y = 0; y < c.height; ++y, x += c.width, padded += wide) {
     if constexpr (std::is_same<T, U>::value)
-      std::memcpy(padded, x, c.width * sizeof(U));
+      std::copy(x, x + c.width, padded);
     else
       for (std::int64_t i = 0; i < c.width; ++i) padded[i] = widen(x[i]);
     std::fill_n(padded + c.width, y + 1 < c.height ? 2 * side : side, U{0});  // and the left of the next
@@ -228,7 +228,8 @@ void one_image(const ConvolutionData& data, const Convolution& c, const TileList
   const std::int64_t step = std::max<std::int64_t>(std::min({fit, fair, MOST_STRIPS}), 1);
   const std::int64_t pieces = (strips + step - 1) / step;
   // few pixels: what they lack in tasks, the rows bring
-  const std::vector<Stretch> stretches = by_group(c, tiles, pieces < threads.count ? 1 : tiles.count());
+  const std::int64_t most = std::max<std::int64_t>(tiles.count() * std::min(pieces, threads.count) / threads.count, 1);
+  const std::vector<Stretch> stretches = by_group(c, tiles, most);
   threads.run(static_cast<std::int64_t>(stretches.size()) * pieces, [&](std::int64_t task) {
     const Stretch& rows = stretches[task / pieces];
     const std::int64_t from = task % pieces * step, count = std::min(step, strips - from);

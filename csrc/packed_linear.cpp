@@ -1,6 +1,9 @@
 #include "packed_linear.h"
 
 #include <algorithm>
+#include <cstring>
+#include <type_traits>
+#include <vector>
 
 namespace sgsc {
 namespace {

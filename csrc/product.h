@@ -104,16 +104,16 @@ struct Strips {
   const std::int64_t *starts = nullptr, *at = nullptr;
 };
 
-// A group of tiles unpacked for many strips, some hundred levels at a time: what is unpacked stays in the second-level
-// cache while all strips pass by.
+// A group of tiles unpacked for many strips, some hundred levels (of int8, some thousand) at a time: what is unpacked
+// stays in the second-level cache while all strips pass by.
 constexpr std::int64_t GROUP = 8;  // tiles
 
 // Takes the finished sums (16, 16) of a strip and a tile of the group, null of removed rows, from the nearest cache.
 template <class Sum>
 using Done = std::function<void(std::int64_t strip, std::int64_t tile, const Sum* sums)>;
 
-// Tiles first .. first + n - 1, n <= GROUP, times strips, over `levels`. Rows stand on the lanes (the last axis of
-// sums) and tokens before; `multiply_pixels` has it the other way round.
+// Tiles first .. first + n - 1, n <= GROUP, times strips. Rows stand on the lanes (the last axis of sums) and tokens
+// before; `multiply_pixels`, of whose strips `levels` are there, has it the other way round.
 template <class Value, class Sum>
 void multiply_tokens(const TileList& tiles, std::int64_t first, std::int64_t n, const Strips<Value>& strips,
                      const Done<Sum>& done);

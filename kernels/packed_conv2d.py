@@ -83,19 +83,22 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
 
 
 def _check(x: Tensor, rows: int, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> None:
-    """What the C++ checks too.
+    """What the C++ checks too, beside sizes that would overflow it.
 
     Raises:
-        ValueError: If x is not (B, I, H, W), `groups` does not divide, or the kernel is larger than the padded input.
+        ValueError: If x is not (B, I, H, W), `groups` does not divide, a pair holds no sizes, or the kernel is larger
+            than the padded input.
     """
     if x.dim() != 4 or groups < 1 or x.shape[1] % groups or rows % groups:
         raise ValueError(
             f"packed_conv2d: x {tuple(x.shape)}, {rows} outputs, {groups} groups; "
             "want x (batch, channels, height, width), with groups dividing both numbers of channels"
         )
+    pairs = {"kernel": (kernel, 1), "stride": (stride, 1), "padding": (padding, 0), "dilation": (dilation, 1)}
+    for name, (pair, least) in pairs.items():
+        if len(pair) != 2 or min(pair) < least:
+            raise ValueError(f"packed_conv2d: {name} {pair}; want two numbers of at least {least}")
     for axis in (0, 1):
-        if stride[axis] < 1:
-            raise ValueError(f"packed_conv2d: stride {stride}; want numbers of at least 1")
         if output_size(x.shape[2 + axis], kernel[axis], stride[axis], padding[axis], dilation[axis]) < 1:
             raise ValueError(
                 f"packed_conv2d: kernel {kernel} with dilation {dilation} is larger than the input "
@@ -229,4 +232,6 @@ def packed_conv2d(
     """
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)  # as under autocast
-    return OP.overload(x, tiles.lines, tiles.plan, tiles.grid, bias, tiles.rows, kernel, stride, padding, dilation, groups, int8)
+    return OP.overload(
+        x, tiles.lines, tiles.plan, tiles.grid, bias, tiles.rows, kernel, stride, padding, dilation, groups, int8
+    )

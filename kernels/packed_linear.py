@@ -44,6 +44,16 @@ def quantize_tokens(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return codes, torch.where(finite, 1 / inverse, torch.nan)
 
 
+def _check(x: Tensor, width: int) -> None:
+    if not x.dim() or x.shape[-1] != width:
+        raise ValueError(f"packed_linear: x is {tuple(x.shape)}; want (..., {width}), the layer's input features")
+
+
+def _fake(x, lines, plan, grid, bias, rows, width, int8):
+    _check(x, width)
+    return x.new_empty(*x.shape[:-1], rows)
+
+
 def reference(
     x: Tensor,
     lines: Tensor,
@@ -59,8 +69,7 @@ def reference(
     Raises:
         ValueError: If the last dimension of x is not K.
     """
-    if not x.dim() or x.shape[-1] != width:
-        raise ValueError(f"packed_linear: x is {tuple(x.shape)}; want (..., {width}), the layer's input features")
+    _check(x, width)
     tiles = (lines, plan, grid, rows, width, 1)
     if int8 and width <= 2**15:
         weight, live = tiled_weight(*tiles, torch.float64)
@@ -152,7 +161,7 @@ OP = Op(
     name="packed_linear",
     schema="(Tensor x, Tensor lines, Tensor plan, Tensor grid, Tensor? bias, int rows, int width, bool int8) -> Tensor",
     reference=reference,
-    fake=lambda x, lines, plan, grid, bias, rows, width, int8: x.new_empty(*x.shape[:-1], rows),
+    fake=_fake,
     cases=cases,
     bench_cases=bench_cases,
     traffic=lambda x, lines, *rest: lines.numel() + x.element_size() * (x.numel() + x.shape[:-1].numel() * rest[3]),

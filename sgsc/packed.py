@@ -196,7 +196,7 @@ class PackedConv2d(PackedProduct):
 
     def _convolve(self, x: Tensor) -> Tensor:
         geometry = (self.kernel, self.stride, self._symmetric, self.dilation, self.groups)
-        return packed_conv2d(x, self.tiles, self._buffers["bias"], *geometry, self.numerics == "int8")
+        return packed_conv2d(x, self.tiles, self.bias, *geometry, self.numerics == "int8")
 
     def settings(self) -> dict[str, Any]:
         """Geometry; padding as F.pad takes it."""

@@ -18,7 +18,7 @@ from .header import Places, is_size, is_sizes
 def parse_contents(
     manifest: dict[str, Any], places: Places, payload: Tensor
 ) -> tuple[dict[str, PackedLayer], dict[str, Tensor]]:
-    """Layers and values by name. Codes are views of the payload; nothing else is.
+    """Layers and values by name. Codes are views of the payload, which lives as long as they; nothing else is.
 
     Args:
         manifest: Checked by itself.

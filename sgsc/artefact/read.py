@@ -31,7 +31,7 @@ class Artefact:
 
     Attributes:
         manifest: As in the module's docstring.
-        layers: Packed layers by name, without their biases.
+        layers: Packed layers by name, without their biases; together they keep the file's bytes in memory.
         values: The rest of the state dict by name.
         size: Bytes on disk.
     """
@@ -79,13 +79,16 @@ def _read(file: io.BufferedIOBase, size: int) -> Artefact:
             parts.put(None)
         try:
             layers, values = parse_contents(manifest, places, data[len(head) :])
-        finally:  # where the bytes are not the writer's, that is the error, whatever they led to
-            found, said = digest.result(), manifest["sha256"]
-            if found != said:
-                raise ArtefactError(
-                    f"digest {found[:12]}…, but the manifest says {said[:12]}…: the file is damaged"
-                ) from None
+        except Exception:  # where the bytes are not the writer's, that is the error, whatever they led to
+            _check_digest(digest.result(), manifest["sha256"])
+            raise
+        _check_digest(digest.result(), manifest["sha256"])
     return Artefact(manifest, layers, values, size)
+
+
+def _check_digest(found: str, said: str) -> None:
+    if found != said:
+        raise ArtefactError(f"digest {found[:12]}…, but the manifest says {said[:12]}…: the file is damaged") from None
 
 
 def _head(file: io.BufferedIOBase, size: int) -> bytes:
