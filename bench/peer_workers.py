@@ -16,7 +16,7 @@ from .peer_libraries import LIBRARIES
 from .peer_problem import BFLOAT16, EXACT, FROM_MEMORY, INT8, READ, Candidate, Problem
 
 ALLOWED = {EXACT: 1e-4, INT8: 3e-2, BFLOAT16: 1e-2}  # relative error of a result, Frobenius norm
-BURST = 2e-4  # seconds that one sample of a small shape lasts
+BURST = 1e-3  # seconds that one sample of a small shape lasts, about: as within a network, code is warm as well
 LONG = 0.2  # seconds of a call of which one will do
 DISTURBED = 0.03  # share of a call that its threads may have waited for a core
 TO_BUILD, TO_CALL = 600.0, 30.0  # seconds to wait for a library's candidates, and for some calls of one
@@ -61,11 +61,11 @@ def visit(candidate: Candidate, problem: Problem, m: int, other: np.ndarray) -> 
     """(seconds, whether undisturbed) of some calls; `other` is read before to empty the caches."""
     repeat, calls = 1, 3 if m <= 16 else 1
     if problem.cached:
-        start = time.perf_counter()
         candidate.call(0, m)
-        repeat, calls = max(1, min(50, int(BURST / (time.perf_counter() - start)))), calls + 2
-        for _ in range(repeat):
+        start, repeat, calls = time.perf_counter(), 0, calls + 2
+        while time.perf_counter() - start < BURST:  # as many calls as a sample will have warm what they need
             candidate.call(0, m)
+            repeat += 1
     elif m <= 16:
         start = time.perf_counter()
         candidate.call(0, m)

@@ -166,3 +166,18 @@ def test_the_environment_lowers_the_instruction_set(wanted, said):
     )
     assert run.stdout.startswith("imported")
     assert said in run.stdout + run.stderr
+
+
+def test_tracing_refuses_what_running_does():
+    """Else a program is compiled, and fails when it is called."""
+    linear = OPS["packed_linear"].cases()["exact-no-bias"]
+    conv = OPS["packed_conv2d"].cases()["exact-three-by-three"]
+    bad = [(OPS["packed_linear"], linear, 0, linear[0][:, :-1]), (OPS["packed_linear"], linear, 0, torch.tensor(1.0))]
+    for place, pairs in ((6, ([0, 3], [3], [3, 3, 3], [99, 3])), (7, ([0, 1], [1])), (8, ([-1, 1],)), (9, ([1, 0],))):
+        bad += [(OPS["packed_conv2d"], conv, place, pair) for pair in pairs]
+    bad += [(OPS["packed_conv2d"], conv, 10, 3), (OPS["packed_conv2d"], conv, 0, conv[0][0])]
+    for op, arguments, place, wrong in bad:
+        changed = (*arguments[:place], wrong, *arguments[place + 1 :])
+        for form in (op, op.fake, op.reference):
+            with pytest.raises(ValueError, match=f"^{op.name}: "):
+                form(*changed)
