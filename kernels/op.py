@@ -51,7 +51,7 @@ class Op:
     operations: Callable[..., int]
     bench_cases: Callable[[], Mapping[str, tuple]] = _no_cases
     exact: bool = False
-    overload: Any = field(init=False, repr=False, compare=False)  # torch's own, found once: a look-up costs 0.5 µs
+    _overload: Any = field(init=False, repr=False, compare=False)  # torch's own, found once: a look-up costs 0.5 µs
 
     def __post_init__(self) -> None:
         if self.name in OPS:
@@ -60,7 +60,7 @@ class Op:
         LIBRARY.define(f"{self.name}{self.schema}")
         LIBRARY.impl(self.name, self._fallback, "CompositeExplicitAutograd")
         torch.library.register_fake(f"sgsc::{self.name}", self.fake, lib=LIBRARY)
-        object.__setattr__(self, "overload", getattr(torch.ops.sgsc, self.name).default)
+        object.__setattr__(self, "_overload", getattr(torch.ops.sgsc, self.name).default)
 
     def _fallback(self, *args: Any) -> Any:
         if _device(args) == "cpu":
@@ -72,7 +72,7 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         """Run whichever implementation the dispatcher holds for the arguments' device."""
-        return self.overload(*args)
+        return self._overload(*args)
 
 
 def _device(args: Any) -> str:

@@ -232,6 +232,4 @@ def packed_conv2d(
     """
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)  # as under autocast
-    return OP.overload(
-        x, tiles.lines, tiles.plan, tiles.grid, bias, tiles.rows, kernel, stride, padding, dilation, groups, int8
-    )
+    return OP(x, tiles.lines, tiles.plan, tiles.grid, bias, tiles.rows, kernel, stride, padding, dilation, groups, int8)

@@ -185,4 +185,4 @@ def packed_linear(x: Tensor, tiles: TiledRows, bias: Tensor | None, width: int, 
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)  # as under autocast
     # the operation checks x: looking at a shape here takes a tenth of a small call
-    return OP.overload(x, tiles.lines, tiles.plan, tiles.grid, bias, tiles.rows, width, int8)
+    return OP(x, tiles.lines, tiles.plan, tiles.grid, bias, tiles.rows, width, int8)
