@@ -70,9 +70,7 @@ def visit(candidate: Candidate, problem: Problem, m: int, other: np.ndarray) -> 
         start = time.perf_counter()
         candidate.call(0, m)
         calls = 1 if time.perf_counter() - start > LONG else calls
-        for copy in range(
-            1, calls + 1
-        ):  # what lay idle while others had their turn may have lost its pages to the host
+        for copy in range(1, calls + 1):  # idle while others had their turn, pages may have gone to the host
             candidate.call(copy, m)
         other.max()
         candidate.call(0, m)  # code and x are warm, weights come from memory

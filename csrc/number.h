@@ -71,4 +71,12 @@ void as_element(Type type, const Use& use) {
   use(Float16{});
 }
 
+// Elements first .. first + n - 1 of an array of `type`, as floats.
+inline void to_floats(Type type, const void* from, std::int64_t first, std::int64_t n, float* to) {
+  as_element(type, [&](auto element) {
+    const auto* x = static_cast<const decltype(element)*>(from) + first;
+    for (std::int64_t i = 0; i < n; ++i) to[i] = widen(x[i]);
+  });
+}
+
 }  // namespace sgsc

@@ -43,11 +43,6 @@ void pad(const T* x, const Convolution& c, U* padded) {
 
 bool padded(const Convolution& c) { return c.padding[0] || c.padding[1]; }
 
-// Planes of about `size` values, or stretches of them, to a task.
-std::int64_t planes_a_task(std::int64_t size) {
-  return std::max<std::int64_t>(PLANE_VALUES / std::max<std::int64_t>(size, 1), 1);
-}
-
 // One image as planes of units, and the step of its values where they are int8. A quad is four channels at one tap.
 class Exact {
  public:
@@ -60,7 +55,7 @@ class Exact {
         padded_(as_it_is_ ? 0 : c.inputs * c.plane()),
         units_(as_it_is_ ? static_cast<const float*>(data.x) + image * c.inputs * c.plane() : padded_.data()) {
     if (!as_it_is_)
-      threads.each(c.inputs, planes_a_task(c.plane()),
+      threads.each(c.inputs, c.plane(), PLANE_VALUES,
                    [&](std::int64_t i) { pad_plane(data, c, image, i, padded_.data() + i * c.plane()); });
   }
 
@@ -94,17 +89,14 @@ class Int8 {
     const float* x = widened.data();
     if (data.type == Type::f32) x = static_cast<const float*>(data.x) + image * c.inputs * size;
     std::vector<float> largest(c.inputs);
-    threads.each(c.inputs, planes_a_task(size), [&](std::int64_t i) {
+    threads.each(c.inputs, size, PLANE_VALUES, [&](std::int64_t i) {
       if (data.type != Type::f32)
-        as_element(data.type, [&](auto element) {
-          const auto* plane = static_cast<const decltype(element)*>(data.x) + (image * c.inputs + i) * size;
-          for (std::int64_t p = 0; p < size; ++p) widened.data()[i * size + p] = widen(plane[p]);
-        });
+        to_floats(data.type, data.x, (image * c.inputs + i) * size, size, widened.data() + i * size);
       largest[i] = kernels.largest(x + i * size, size);
     });
     const Step step(kernels.largest(largest.data(), c.inputs));
     step_ = step.step;
-    threads.each(c.groups * quads_, planes_a_task(4 * size), [&](std::int64_t i) {
+    threads.each(c.groups * quads_, 4 * size, PLANE_VALUES, [&](std::int64_t i) {
       const std::int64_t first = i % quads_ * 4, some = std::min<std::int64_t>(c.channels() - first, 4);
       std::int8_t* out = units_.data() + i * c.plane() * UNIT;
       if (step.step != step.step) {

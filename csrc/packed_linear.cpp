@@ -20,10 +20,7 @@ class Rows {
   const float* operator[](std::int64_t row) const {
     const std::int64_t at = row * layer_.width;
     if (layer_.type == Type::f32) return static_cast<const float*>(layer_.x) + at;
-    as_element(layer_.type, [&](auto element) {
-      const auto* x = static_cast<const decltype(element)*>(layer_.x) + at;
-      for (std::int64_t k = 0; k < layer_.width; ++k) widened_.data()[k] = widen(x[k]);
-    });
+    to_floats(layer_.type, layer_.x, at, layer_.width, widened_.data());
     return widened_.data();
   }
 
@@ -147,18 +144,14 @@ struct Prepared {
         scratch_(as_it_is_ ? 0 : strips * each) {
     x = as_it_is_ ? static_cast<const Value*>(layer.x) : scratch_.data();
     if (as_it_is_) return;
-    const auto prepare = [&](std::int64_t s) {
+    threads.each(strips, each, VALUES, [&](std::int64_t s) {
       std::int32_t totals[TILE] = {};
       float steps[TILE];
       std::fill(steps, steps + TILE, 1.0f);
       const std::int64_t here = std::min<std::int64_t>(m, layer.m - s * m);
       Numerics::fill(Rows(layer), layer, s * m, here, m, levels, scratch_.data() + s * each, totals, steps);
       sides[s] = side_of_x(totals, steps);
-    };
-    if (strips == 1)
-      prepare(0);
-    else
-      threads.each(strips, std::max<std::int64_t>(VALUES / std::max<std::int64_t>(each, 1), 1), prepare);
+    });
   }
 
  private:

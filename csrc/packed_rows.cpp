@@ -33,10 +33,6 @@ void values(const Row& row, std::int64_t n, float offset, float scale, float* ou
 
 constexpr RowKernels row_kernels_scalar{levels, values};
 
-std::int64_t rows_a_task(std::int64_t width) {
-  return std::max<std::int64_t>(TASK / std::max<std::int64_t>(width, 1), 1);
-}
-
 }  // namespace
 
 const RowKernels& row_kernels() {
@@ -67,7 +63,7 @@ void check(const std::string& op, const PackedRows& p) {
 }
 
 void pack(const std::uint8_t* levels, const PackedRows& shape, std::uint8_t* data, const Threads& threads) {
-  threads.each(shape.rows, rows_a_task(shape.width), [&](std::int64_t row) {
+  threads.each(shape.rows, shape.width, TASK, [&](std::int64_t row) {
     const int bits = shape.bits[row];
     const std::uint8_t* in = levels + row * shape.width;
     std::uint8_t* out = data + shape.starts[row];
@@ -84,7 +80,7 @@ void pack(const std::uint8_t* levels, const PackedRows& shape, std::uint8_t* dat
 
 void unpack(const PackedRows& packed, std::uint8_t* levels, const Threads& threads) {
   const RowKernels& kernels = row_kernels();
-  threads.each(packed.rows, rows_a_task(packed.width), [&](std::int64_t row) {
+  threads.each(packed.rows, packed.width, TASK, [&](std::int64_t row) {
     std::uint8_t* out = levels + row * packed.width;
     if (packed.bits[row])
       kernels.levels(row_of(packed, row), packed.width, out);
@@ -100,7 +96,7 @@ void packed_embedding(const std::int64_t* index, std::int64_t n, const PackedRow
       throw std::out_of_range("packed_embedding: index " + std::to_string(index[i]) +
                               " is out of range; the table has " + std::to_string(packed.rows) + " rows");
   const RowKernels& kernels = row_kernels();
-  threads.each(n, rows_a_task(packed.width), [&](std::int64_t i) {
+  threads.each(n, packed.width, TASK, [&](std::int64_t i) {
     const std::int64_t row = index[i];
     float* out = y + i * packed.width;
     if (packed.bits[row])

@@ -35,19 +35,14 @@ void sliding_conv2d(const ConvolutionData& data, const Convolution& c, const Til
   unpack(c, tiles, weights.data(), live.data());
   const Scratch<float> bias(c.rows);
   std::fill(bias.data(), bias.data() + c.rows, 0.0f);
-  if (data.bias)
-    as_element(data.type, [&](auto element) {
-      const auto* values = static_cast<const decltype(element)*>(data.bias);
-      for (std::int64_t row = 0; row < c.rows; ++row) bias.data()[row] = widen(values[row]);
-    });
+  if (data.bias) to_floats(data.type, data.bias, 0, c.rows, bias.data());
 
   const std::int64_t size = c.plane(), each = c.rows / c.groups;
   std::vector<std::int64_t> at(c.levels);
   for (std::int64_t k = 0; k < c.levels; ++k) at[k] = k / c.taps() * size + c.place_of_tap(k % c.taps());
 
   const bool straight = data.type == Type::f32;
-  const std::int64_t some = std::max<std::int64_t>(VALUES / std::max<std::int64_t>(c.area() * each, 1), 1);
-  threads.each(c.batch * c.groups, some, [&](std::int64_t i) {
+  threads.each(c.batch * c.groups, c.area() * each, VALUES, [&](std::int64_t i) {
     const Scratch<float> planes(c.channels() * size), apart(straight ? 0 : c.area());
     const std::int64_t image = i / c.groups, group = i % c.groups;
     for (std::int64_t channel = 0; channel < c.channels(); ++channel)

@@ -100,9 +100,7 @@ def _layers(manifest: dict, places: Places, tensors: dict[str, Tensor]) -> dict[
         scale[alive] = scales[first_scale : first_scale + int(alive.sum())]
         if not (torch.isfinite(scale) & (scale > 0)).all():
             raise ArtefactError(f"layer {name!r}: a scale is not positive and finite")
-        codes = PackedRows(
-            data[first_byte : first_byte + length], own, width
-        )  # a view: all layers share the file's bytes
+        codes = PackedRows(data[first_byte : first_byte + length], own, width)  # all layers share the file's bytes
         used = own.long() * width % 8  # bits of a row's last byte; 0 where all are
         if (codes.data[codes.starts[1:][used > 0] - 1] >> used[used > 0]).any():
             raise ArtefactError(f"layer {name!r}: the unused bits of a row's last byte are not 0")
