@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -112,8 +113,12 @@ def compare(rows: Sequence[Row], line: Line) -> Iterator[tuple[float | None, str
 def decide(text: str, cases: Sequence[tuple[float | None, str]], target: float, unit: str) -> dict[str, Any]:
     """The claim, decided by the worst case; one that was not measured is the worst of all."""
     measured, where = min(cases, key=lambda c: -1.0 if c[0] is None else c[0])
-    case = "not measured" if measured is None else f"worst of {len(cases)}"
-    return claim(f"{text}; {case}: {where}", target, measured, unit, at_least=target)
+    timed = [ratio for ratio, _ in cases if ratio is not None]
+    reach = sum(ratio >= target for ratio in timed)
+    middle = f", median {statistics.median(timed):.2f}" if timed else ""
+    case = "not measured" if measured is None else "worst"
+    text = f"{text}; {reach} of {len(cases)} cases reach it{middle}; {case}: {where}"
+    return claim(text, target, measured, unit, at_least=target)
 
 
 def groups(rows: Sequence[Row], batches: Sequence[int] | None, cached: bool) -> Iterator[tuple[str, int, list[Row]]]:
