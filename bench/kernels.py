@@ -27,7 +27,8 @@ from torch import Tensor
 from sgsc.kernels import OPS, backend, extension, fake_quantize
 from sgsc.kernels.packed_conv2d import slides
 from sgsc.kernels.packing import dequantize
-from sgsc.kernels.tiling import row_bits, tiled_weight
+from sgsc.kernels.run_form import tiled_weight
+from sgsc.kernels.tiling import row_bits
 from sgsc.measure import copy_bandwidth, interleaved
 from tests.checks import assert_agrees, in_double
 

@@ -24,10 +24,10 @@ else:
     from .packed_embedding import packed_embedding
     from .packed_linear import NUMERICS, packed_linear
     from .packing import PackedRows, pack, unpack
-    from .tiling import TiledRows, tile_rows
+    from .run_form import TiledRows, tile_rows
 
     if find_spec("triton") is not None:
-        from . import triton_fake_quantize  # noqa: F401  registers the CUDA kernels
+        from . import triton_fake_quantize, triton_packed  # noqa: F401  register the CUDA kernels
 
     __all__ = [
         "NUMERICS",

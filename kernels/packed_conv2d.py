@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .op import Op
-from .packed_linear import NUMERICS, grid, quantize_tokens
+from .packed_linear import NUMERICS, WIDEST, grid, quantize_tokens
 from .packing import PackedRows, case
-from .tiling import TiledRows, row_bits, tile_rows, tiled_weight
+from .run_form import TiledRows, tile_rows, tiled_weight
+from .tiling import row_bits
 
 Pair = list[int]
 
@@ -60,11 +61,11 @@ def reference(
     int8: bool,
 ) -> Tensor:
     """The meaning: dequantize, then torch's own convolution."""
-    _check(x, rows, kernel, stride, padding, dilation, groups)
+    check(x, rows, kernel, stride, padding, dilation, groups)
     inputs, taps = x.shape[1] // groups, kernel[0] * kernel[1]
     sliding = slides(x.shape[1], groups)
     tiles = (lines, plan, grid, rows, inputs * taps, 1 if sliding else taps)
-    int8 = int8 and not sliding and inputs * taps <= 2**15
+    int8 = int8 and not sliding and inputs * taps <= WIDEST
     weight, live = tiled_weight(*tiles, torch.float64 if int8 else x.dtype)
     weight = weight.view(rows, inputs, *kernel)
     if int8:
@@ -82,7 +83,7 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def _check(x: Tensor, rows: int, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> None:
+def check(x: Tensor, rows: int, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> None:
     """What the C++ checks too, beside sizes that would overflow it.
 
     Raises:
@@ -107,7 +108,7 @@ def _check(x: Tensor, rows: int, kernel: Pair, stride: Pair, padding: Pair, dila
 
 
 def _fake(x, lines, plan, grid, bias, rows, kernel, stride, padding, dilation, groups, int8):
-    _check(x, rows, kernel, stride, padding, dilation, groups)
+    check(x, rows, kernel, stride, padding, dilation, groups)
     height, width = (output_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
     return x.new_empty(x.shape[0], rows, height, width)
 

@@ -25,9 +25,11 @@ from torch import Tensor
 
 from .op import Op
 from .packing import case, shapes
-from .tiling import TiledRows, row_bits, tile_rows, tiled_weight
+from .run_form import TiledRows, tile_rows, tiled_weight
+from .tiling import row_bits
 
 NUMERICS = ("exact", "int8")
+WIDEST = 2**15  # levels whose sum of products with codes fits 32 bits
 
 
 def quantize_tokens(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -44,13 +46,18 @@ def quantize_tokens(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return codes, torch.where(finite, 1 / inverse, torch.nan)
 
 
-def _check(x: Tensor, width: int) -> None:
+def check(x: Tensor, width: int) -> None:
+    """What every implementation refuses.
+
+    Raises:
+        ValueError: If the last dimension of x is not `width`.
+    """
     if not x.dim() or x.shape[-1] != width:
         raise ValueError(f"packed_linear: x is {tuple(x.shape)}; want (..., {width}), the layer's input features")
 
 
 def _fake(x, lines, plan, grid, bias, rows, width, int8):
-    _check(x, width)
+    check(x, width)
     return x.new_empty(*x.shape[:-1], rows)
 
 
@@ -69,9 +76,9 @@ def reference(
     Raises:
         ValueError: If the last dimension of x is not K.
     """
-    _check(x, width)
+    check(x, width)
     tiles = (lines, plan, grid, rows, width, 1)
-    if int8 and width <= 2**15:
+    if int8 and width <= WIDEST:
         weight, live = tiled_weight(*tiles, torch.float64)
         codes, step = quantize_tokens(x, (-1,))
         y = (codes.double() @ weight.t() * step).to(x.dtype)
@@ -136,11 +143,11 @@ def cases() -> dict[str, tuple]:
         wide = of(*shapes()["wider-than-a-block"], 4)
         one["x-not-contiguous"] = (wide[0].t().contiguous().t(), *wide[1:])
         found |= {f"{numerics}-{name}": arguments for name, arguments in one.items()}
-    extreme = _case(torch.full((16,), 8, dtype=torch.uint8), 2**15, 2, int8=True)
+    extreme = _case(torch.full((16,), 8, dtype=torch.uint8), WIDEST, 2, int8=True)
     extreme[0].fill_(1.0)
     extreme[1].fill_(255)  # the largest sum that can be: no accumulator may wrap or saturate
     found["int8-every-level-and-token-at-its-end"] = extreme
-    found["int8-too-wide"] = _case(torch.tensor([3], dtype=torch.uint8), 2**15 + 1, 2, int8=True)
+    found["int8-too-wide"] = _case(torch.tensor([3], dtype=torch.uint8), WIDEST + 1, 2, int8=True)
     return found
 
 

@@ -12,12 +12,10 @@ and a sum of products needs no reduction over the lanes of a vector. Levels past
 A matrix keeps its order of levels. In a convolution a quad is four channels at one place of the kernel, zeros where
 there are fewer, and quads run over the kernel's `area` first: channels of x then lie as four bytes side by side.
 
-The disk form (packing.py) knows nothing of this; `tile_rows` is run once, when a layer is made or loaded.
+The disk form (packing.py) knows nothing of this; it is made once, when a layer is made or loaded (run_form.py).
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,22 +107,10 @@ def untile(lines: Tensor, plan: Tensor, rows: int, width: int, area: int = 1) ->
     return levels[:rows]
 
 
-def tiled_weight(
-    lines: Tensor, plan: Tensor, grid: Tensor, rows: int, width: int, area: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """What tiles stand for: (level + offset) * scale, (rows, width) in `dtype`; and which rows are not removed."""
-    levels = untile(lines, plan, rows, width, area)
-    tile_bits, slots = widths_and_rows(plan)
-    at = torch.zeros(rows + 1, dtype=torch.long, device=lines.device)
-    at[slots.long()] = torch.arange(len(slots), device=lines.device)
-    at = at[:rows]
-    live = tile_bits.repeat_interleave(TILE)[at] > 0
-    scale, offset = grid[:, at, None]
-    return torch.where(live[:, None], (levels.to(grid.dtype) + offset) * scale, 0.0).to(dtype), live
-
-
-def plan_rows(bits: Tensor, groups: int = 1) -> Tensor:
+def plan_rows(bits: Tensor, groups: int = 1, tile: int = TILE) -> Tensor:
     """Which row goes where: (17 T,) int32, the width of each of T tiles, then the row in each place, -1 for none.
+
+    `tile` is the number of rows of a tile, TILE on the CPU; 17 is one more.
 
     Rows are sorted by width within their group, and at most the first tile of a group, its narrowest, has empty places:
     a row rarely lies at more than its own width. Places in use come first.
@@ -134,33 +120,17 @@ def plan_rows(bits: Tensor, groups: int = 1) -> Tensor:
     part = 2 * group + (bits > 0)  # removed rows have tiles of their own
     order = torch.argsort(part * 9 + bits, stable=True)
     count = torch.bincount(part, minlength=2 * groups)
-    tiles = (count + TILE - 1) // TILE
-    first_place, first_row = (tiles.cumsum(0) - tiles) * TILE, count.cumsum(0) - count
+    tiles = (count + tile - 1) // tile
+    first_place, first_row = (tiles.cumsum(0) - tiles) * tile, count.cumsum(0) - count
     of = part[order]
     rank = torch.arange(rows, device=bits.device) - first_row[of]
-    first = (count[of] - 1) % TILE + 1  # rows in the first tile
-    place = first_place[of] + torch.where(rank < first, rank, rank + TILE - first)
+    first = (count[of] - 1) % tile + 1  # rows in the first tile
+    place = first_place[of] + torch.where(rank < first, rank, rank + tile - first)
     total = int(tiles.sum())
-    slots = torch.full((total * TILE,), -1, dtype=torch.int32, device=bits.device)
+    slots = torch.full((total * tile,), -1, dtype=torch.int32, device=bits.device)
     slots[place] = order.to(torch.int32)
-    widths = torch.nn.functional.pad(bits.int(), (0, 1))[slots.long()].view(total, TILE)
+    widths = torch.nn.functional.pad(bits.int(), (0, 1))[slots.long()].view(total, tile)
     return torch.cat([widths.amax(1) if total else slots, slots])
-
-
-class TiledRows(NamedTuple):
-    """A (C, K) matrix of packed weights as the CPU's products read it.
-
-    Attributes:
-        lines: (N,) uint8, laid out as the module's docstring says.
-        plan: (17 T,) int32, the width of each of T tiles, then the row in each place of each; -1 for none.
-        grid: (2, 16 T) float32, scale and offset of the row in each place: real = (level + offset) * scale.
-        rows: C.
-    """
-
-    lines: Tensor
-    plan: Tensor
-    grid: Tensor
-    rows: int
 
 
 def _tile_cases() -> dict[str, tuple]:
@@ -204,31 +174,3 @@ OP = Op(
     operations=lambda data, bits, starts, plan, width, area, length: bits.shape[0] * width,
     exact=True,
 )
-
-
-def tile_rows(rows: PackedRows, scale: Tensor, offset: Tensor, *, area: int = 1, groups: int = 1) -> TiledRows:
-    """Lay packed rows out for running.
-
-    Args:
-        rows: The disk form, C rows of K levels.
-        scale: (C,) float32 step of each row.
-        offset: (C,) float32; real = (level + offset) * scale. The CPU kernels are fast where it is a multiple of 1/256
-            below 2^14, as those of every quantizer here are, and right for any.
-        area: Kernel height times width of a convolution.
-        groups: Of a convolution; the rows of a tile belong to one.
-
-    Raises:
-        ValueError: If the vectors do not have C elements, or `area` and `groups` do not divide K and C.
-    """
-    count = len(rows.bits)
-    if scale.shape != (count,) or offset.shape != (count,):
-        raise ValueError(f"tile_rows: scale {tuple(scale.shape)}, offset {tuple(offset.shape)}; want ({count},)")
-    if area < 1 or groups < 1 or rows.width % area or count % groups:
-        raise ValueError(
-            f"tile_rows: an area of {area} and {groups} groups do not divide {rows.width} levels and {count} rows"
-        )
-    arguments = tile_arguments(rows, area, groups)
-    plan = arguments[3]
-    # a place that holds no row takes the last of these: any number will do, as long as it is one
-    grid = torch.nn.functional.pad(torch.stack([scale, offset]).float(), (0, 1))
-    return TiledRows(OP(*arguments), plan, grid[:, widths_and_rows(plan)[1].long()].contiguous(), count)

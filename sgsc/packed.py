@@ -26,6 +26,7 @@ from sgsc.kernels import (
 )
 from sgsc.kernels import pack as pack_rows
 from sgsc.kernels.packing import dequantize
+from sgsc.kernels.run_form import form_of
 
 from .layers import QuantConv1d, QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear
 from .quantizers.base import at_least_float32
@@ -109,6 +110,13 @@ class PackedProduct(PackedLayer):
     def __init__(self, rows: PackedRows, scale: Tensor, offset: Tensor, bias: Tensor | None) -> None:
         super().__init__(rows, scale, offset, bias)
         self.numerics = NUMERICS[0]
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        device = self.lines.device
+        if device.type != "meta" and self.lines.dtype != form_of(device).dtype:
+            self.lay_out()  # moved to where products read another form
+        return self
 
     def lay_out(self) -> None:
         """Make the run form anew, from the disk form; call it after changing `data`, `bits`, `scale` or `offset`."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sgsc import pack, prepare
-from sgsc.kernels import NUMERICS, PackedRows, extension, unpack
+from sgsc.kernels import NUMERICS, PackedRows, extension, run_form, unpack
 from sgsc.kernels.packed_linear import grid
 from sgsc.kernels.packing import case
 from sgsc.kernels.tiling import untile, widths_and_rows
@@ -125,6 +125,21 @@ def assert_laid_out(layer: PackedProduct) -> None:
     slots = widths_and_rows(tiles.plan)[1]
     held = slots >= 0
     assert_same(tiles.grid[:, held], torch.stack([layer.scale, layer.offset])[:, slots[held].long()])
+
+
+def test_the_run_form_is_that_of_the_device_that_a_layer_moves_to(monkeypatch):
+    for make, inputs in (LAYERS[kind] for kind in LAYERS):
+        layer, x = make(), inputs()
+        want = layer(x)
+        with monkeypatch.context() as other:  # as if .float() went to a GPU
+            other.setitem(run_form.FORMS, "cpu", run_form.FRAGMENTS)
+            assert layer.float().lines.dtype == torch.int32
+            kept = layer.lines
+            assert layer.float().lines is kept, "laid out again for nothing"
+        assert layer.float().lines.dtype == torch.uint8
+        assert_laid_out(layer)
+        assert_same(layer(x), want)
+        layer.to("meta")  # holds nothing to lay out
 
 
 @every_layer

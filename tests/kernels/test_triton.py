@@ -18,7 +18,7 @@ from sgsc.kernels.triton_aot import TARGETS, compile_for  # noqa: E402
 from tests.kernels.triton_interpreted import CHECKS, assert_as_good, assert_same  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-DEVICE_CHECKS = [name for name in CHECKS if name in {"forward", "backward", "many", "rounding"}]
+DEVICE_CHECKS = [name for name in CHECKS if name in {"forward", "backward", "many", "rounding"} or "packed" in name]
 compiles = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1: the interpreter replaces the compiler"
 )

@@ -1,0 +1,177 @@
+"""The products of triton_packed.py with few columns.
+
+A program holds the sums of a tile's ROWS rows at COLUMNS columns of x (tokens, or pixels): weights are the first
+operand of `tl.dot`, the only one that may stay in registers. Scale, bias and the order of rows wait for the epilogue.
+"""
+
+# Triton compiles these functions and gives names another meaning than Python's types do.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAssignmentType=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_compat import narrow
+from .triton_unpack import INTERPRETED, SPAN, UNIT, WORDS, load_words, order, weights
+
+
+@triton.jit
+def _parts(x):
+    """x as three numbers that bfloat16 holds and that add up to it: eight bits of the mantissa each, cut off.
+
+    Cut, since rounding could reach infinity; and an infinity leaves no rest.
+    """
+    first = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    rest = tl.where(tl.abs(first) == float("inf"), 0.0, x - first)
+    second = (rest.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return first, second, rest - second
+
+
+@triton.jit
+def _dot(weight, x, sums, DTYPE: tl.constexpr):
+    return tl.dot(weight, x.to(tl.float32 if INTERPRETED else DTYPE), sums)
+
+
+@triton.jit
+def _times(weight, x, sums, DTYPE: tl.constexpr):
+    """sums + weight x, x of any dtype; products and sums are those of float32."""
+    if x.dtype == tl.float32:
+        a, b, c = _parts(x)
+        return _dot(weight, a, _dot(weight, b, _dot(weight, c, sums, DTYPE), DTYPE), DTYPE)
+    else:
+        return _dot(weight, x, sums, DTYPE)
+
+
+@triton.jit
+def _x_of_tokens(x, k, column, M, K):
+    """(len(k), len(column)) values of x, (M, K); zeros outside."""
+    here = (k < K)[:, None] & (column < M)[None, :]
+    return tl.load(x + column.to(tl.int64)[None, :] * K + k[:, None], mask=here, other=0.0)
+
+
+@triton.jit
+def _x_of_pixels(x, k, column, M, g):
+    """(len(k), len(column)) values of x under the kernel at output pixels, zeros in the padding; g as `Geometry`."""
+    channel = k % g.padded
+    tap = k // g.padded
+    across = column % g.out_width
+    down = column // g.out_width % g.out_height
+    image = column // (g.out_width * g.out_height)
+    row = (tap // g.kernel_width * g.dilation_down)[:, None] + (down * g.stride_down - g.padding_down)[None, :]
+    beside = (tap % g.kernel_width * g.dilation_across)[:, None]
+    beside = beside + (across * g.stride_across - g.padding_across)[None, :]
+    here = ((channel < g.channels) & (tap < g.taps))[:, None] & (column < M)[None, :]
+    here = here & (row >= 0) & (row < g.height) & (beside >= 0) & (beside < g.width)
+    at = image.to(tl.int64)[None, :] * g.by_image + channel.to(tl.int64)[:, None] * g.by_channel
+    return tl.load(x + at + row * g.by_row + beside * g.by_column, mask=here, other=0.0)
+
+
+@triton.jit
+def _sums(
+    x, words, column, row, M, g, begin, end, across,
+    BITS: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
+    ORDER: tl.constexpr, PIXELS: tl.constexpr, SHIFTED: tl.constexpr,
+):  # fmt: skip
+    """Products of blocks `begin` to `end` of a tile of BITS, (ROWS, COLUMNS), and where SHIFTED the sums of x.
+
+    `g` says how x lies: a `Geometry` where columns are PIXELS, else K.
+    """
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    of_x = tl.zeros((COLUMNS,), tl.float32)
+    lane = tl.arange(0, 4 * BLOCKS)
+    level = order(tl.arange(0, BLOCKS * SPAN), ORDER)
+    unit = row // UNIT * (across * (BITS * WORDS)) + row % UNIT * 4
+    at = words + unit[:, None] + (lane // 4 * (BITS * WORDS) + lane % 4)[None, :]
+    for block in range(begin, end, BLOCKS):
+        bits = load_words(at + block * (BITS * WORDS), (block + lane // 4 < across)[None, :], BITS)
+        if PIXELS:
+            some = _x_of_pixels(x, level + block * SPAN, column, M, g)
+        else:
+            some = _x_of_tokens(x, level + block * SPAN, column, M, g)
+        if SHIFTED:
+            of_x += tl.sum(some.to(tl.float32), 0)
+        sums = _times(weights(bits, BITS, DTYPE, ROWS, BLOCKS, ORDER), some, sums, DTYPE)
+    return sums, of_x
+
+
+@triton.jit
+def store_tile(y, sums, slot, column, bias, M, N, area, BIASED: tl.constexpr):
+    """Sums of a tile, (ROWS, COLUMNS), with the bias of their rows, to y: (M, N), or (images, N, area) of pixels."""
+    exists = slot >= 0
+    if BIASED:
+        sums += tl.load(bias + slot, mask=exists, other=0.0).to(tl.float32)[:, None]
+    at = (column // area).to(tl.int64) * N * area + column % area
+    here = exists[:, None] & (column < M)[None, :]
+    tl.store(y + at[None, :] + slot.to(tl.int64)[:, None] * area, narrow(sums, y.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _product(
+    x, words, plan, grid, bias, y, partial, counters, M, N, tiles, across, parts, per, area, g,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, ORDER: tl.constexpr,
+    PIXELS: tl.constexpr, SHIFTED: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    """A program: one part of K of one tile, the widest tiles first, at COLUMNS tokens or pixels.
+
+    The parts of a tile, `per` blocks each, leave their sums in `partial`; the last to arrive, by `counters`, adds them
+    up in order and sets the counter back to 0.
+    """
+    tile = tiles - 1 - tl.program_id(0) // parts
+    part = tl.program_id(0) % parts
+    bits = tl.load(plan + tile)
+    words += tl.load(plan + tiles + tile).to(tl.int64) * WORDS
+    row = tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    begin = part * per
+    end = tl.minimum(begin + per, across)
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    of_x = tl.zeros((COLUMNS,), tl.float32)
+    for BITS in tl.static_range(1, 9):
+        if bits == BITS:
+            sums, of_x = _sums(x, words, column, row, M, g, begin, end, across,
+                               BITS, DTYPE, ROWS, COLUMNS, BLOCKS, ORDER, PIXELS, SHIFTED)  # fmt: skip
+    place = tile * ROWS + row
+    if SHIFTED:
+        offset = tl.load(grid + tiles * ROWS + place) + (1 << bits >> 1).to(tl.float32)
+        sums += tl.where(bits > 0, offset, 0.0)[:, None] * of_x[None, :]
+    last = parts == 1
+    if parts > 1:
+        group = tl.program_id(1) * tiles + tile
+        mine = partial + group.to(tl.int64) * (parts * ROWS * COLUMNS) + row[:, None] * COLUMNS
+        mine += tl.arange(0, COLUMNS)[None, :]
+        tl.store(mine + part * (ROWS * COLUMNS), sums)
+        tl.debug_barrier()  # all of this program's sums are written before it says so
+        last = tl.atomic_add(counters + group, 1, sem="acq_rel") == parts - 1
+        if last:
+            sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+            for i in range(parts):
+                sums += tl.load(mine + i * (ROWS * COLUMNS), cache_modifier=".cg")
+            tl.store(counters + group, 0)
+    if last:
+        scale = tl.where(bits > 0, tl.load(grid + place), 0.0)
+        slot = tl.load(plan + 2 * tiles + place)
+        store_tile(y, sums * scale[:, None], slot, column, bias, M, N, area, BIASED)
+
+
+@triton.jit(do_not_specialize=["M", "N", "tiles", "across", "parts", "per"])
+def linear_kernel(
+    x, words, plan, grid, bias, y, partial, counters, M, N, K, tiles, across, parts, per,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, ORDER: tl.constexpr,
+    SHIFTED: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    """y (M, N) = x (M, K) times the tiles; a column is a token."""
+    _product(x, words, plan, grid, bias, y, partial, counters, M, N, tiles, across, parts, per, 1, K,
+             DTYPE, ROWS, COLUMNS, BLOCKS, ORDER, False, SHIFTED, BIASED)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "N", "tiles", "across", "parts", "per", "area", "g"])
+def conv2d_kernel(
+    x, words, plan, grid, bias, y, partial, counters, M, N, tiles, across, parts, per, area, g,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, ORDER: tl.constexpr,
+    SHIFTED: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    """y (images, N, area), M = images * area, of x as `g` says; a column is an output pixel."""
+    _product(x, words, plan, grid, bias, y, partial, counters, M, N, tiles, across, parts, per, area, g,
+             DTYPE, ROWS, COLUMNS, BLOCKS, ORDER, True, SHIFTED, BIASED)  # fmt: skip

@@ -1,0 +1,145 @@
+"""Checks of the packed products in Triton, on any device; triton_interpreted.py runs them."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import torch
+
+from sgsc.kernels import OPS, fragments, run_form
+from sgsc.kernels import triton_packed as ours
+from tests.checks import assert_agrees, assert_same
+
+LINEAR, CONV2D = OPS["packed_linear"], OPS["packed_conv2d"]
+
+
+class Ours:
+    """An operation as `assert_agrees` takes it, run by these kernels."""
+
+    exact = False
+
+    def __init__(self, op, device):
+        self.name, self.reference, self.device = op.name, op.reference, device
+
+    def __call__(self, *arguments):
+        there = [a.to(self.device) if isinstance(a, torch.Tensor) else a for a in arguments]
+        if there[0].dim() == 4:  # .to() may keep strides or not; what matters here is that they are kept
+            there[0] = arguments[0].to(self.device, memory_format=torch.preserve_format)
+        return ours.IMPLEMENTATIONS[self.name](*there).cpu()
+
+
+@contextmanager
+def with_settings(**settings):
+    """Fragments as the form of every device, and some constants of the dispatch replaced."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(run_form.FORMS, cpu=run_form.FRAGMENTS))
+        if "MANY" in settings:
+            stack.enter_context(mock.patch.object(fragments, "MANY", settings.pop("MANY")))
+        for name, value in settings.items():
+            stack.enter_context(mock.patch.object(ours, name, value))
+        yield
+
+
+def configured(**changes):
+    """`configure` with some of its answer replaced; never more parts than there are steps."""
+    choose = ours.configure
+
+    def configure(columns, tiles, size, across, capability, processors):
+        c = choose(columns, tiles, size, across, capability, processors)._replace(**changes)
+        return c._replace(parts=max(1, min(c.parts, -(-across // c.blocks))))
+
+    return configure
+
+
+def check_all(op, cases, device, only=lambda name: True):
+    for name, arguments in cases.items():
+        if only(name):
+            assert_agrees(Ours(op, device), arguments, name)
+
+
+def exact(cases):
+    """int8 numerics that round nothing are exact ones, which are compared already."""
+    return {name: arguments for name, arguments in cases.items() if name.startswith("exact")}
+
+
+def check_linear(device="cpu"):
+    for many in (10_000, 0):  # rows a tile: 16, 64
+        with with_settings(MANY=many):
+            check_all(LINEAR, exact(LINEAR.cases()), device)
+
+
+def check_linear_in_parts(device="cpu"):
+    for order, parts, blocks in (("wide", 3, 1), ("narrow", 2, 2), ("wide", 9, 4)):
+        with with_settings(configure=configured(order=order, parts=parts, blocks=blocks), MANY=0):
+            few = {n: c for n, c in exact(LINEAR.cases()).items() if "wider" in n or "deployment" in n}
+            assert len(few) >= 4
+            check_all(LINEAR, few, device)
+            assert all((counters == 0).all() for counters in ours._counters.values())
+
+
+def check_many_tokens(device="cpu"):
+    """The dense path, in both numerics."""
+    with with_settings(DENSE=-1):
+        cases = LINEAR.cases()
+        if device == "cpu":
+            check_all(LINEAR, cases, device)
+        else:  # cuBLAS takes more than 16 rows
+            check_all(LINEAR, cases, device, lambda name: "17-rows" in name or "exact" in name)
+
+
+def check_conv2d(device="cpu"):
+    with with_settings():
+        check_all(CONV2D, exact(CONV2D.cases()), device)
+
+
+def check_many_pixels(device="cpu"):
+    with with_settings(DENSE_PIXELS=-1):
+        check_all(CONV2D, exact(CONV2D.cases()), device)
+
+
+def check_every_level(device="cpu"):
+    """A row of x with one value selects one weight: nothing is rounded, so it shows each level bit for bit."""
+    make = torch.Generator().manual_seed(1)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for bits in range(1, 9):
+            levels = torch.randint(0, 1 << bits, (16, 256), generator=make, dtype=torch.uint8)
+            levels[0, :128] = torch.arange(128) % (1 << bits)
+            levels[1, :128] = (255 - torch.arange(128)) % (1 << bits)
+            widths = torch.full((16,), bits, dtype=torch.uint8)
+            centre = 2.0 ** (bits - 1)
+            plan, planes = fragments.plan_tiles(widths, 2)
+            words = fragments.fragment(levels, plan, 16, 256, 1, planes)
+            grid, rows = torch.ones(1, 16), fragments.parts_of(plan, torch.ones(1, 16))[2]
+            assert sorted(rows.tolist()) == list(range(16))
+            for order in ("wide", "narrow"):
+                with with_settings(configure=configured(order=order)):
+                    x = torch.eye(256, dtype=dtype)
+                    y = Ours(LINEAR, device)(x, words, plan, grid, None, 16, 256, False)
+                    assert_same(y + 0.0, (levels.float() - centre).to(dtype).t().contiguous() + 0.0, f"{bits}, {order}")
+            with with_settings(DENSE=-1):
+                y = Ours(LINEAR, device)(x, words, plan, grid, None, 16, 256, False)
+                assert_same(y + 0.0, (levels.float() - centre).to(dtype).t().contiguous() + 0.0, f"{bits}, dense")
+
+
+def check_large_floats(device="cpu"):
+    """float32 that bfloat16 would round to infinity, and values whose low bits only the last part holds."""
+    x = torch.tensor([[3.4e38, 0, 0], [1 + 2.0**-23, 0, 0], [-(1 - 2.0**-24), 2.0**-100, 0], [1e-38, 0, 3e-39]])
+    widths = torch.full((3,), 8, dtype=torch.uint8)
+    levels = torch.tensor([[129, 128, 128], [128, 129, 128], [128, 128, 129]], dtype=torch.uint8)
+    plan, planes = fragments.plan_tiles(widths, 1)
+    words = fragments.fragment(levels, plan, 16, 3, 1, planes)
+    y = Ours(LINEAR, device)(x, words, plan, torch.ones(1, 16), None, 3, 3, False)
+    expected = x if device == "cpu" else torch.where(x.abs() < 1.2e-38, y, x)  # tensor cores may flush these
+    assert_same(y, expected)
+
+
+CHECKS = {
+    "packed-linear": check_linear,
+    "packed-linear-in-parts": check_linear_in_parts,
+    "packed-linear-of-many-tokens": check_many_tokens,
+    "packed-conv2d": check_conv2d,
+    "packed-conv2d-of-many-pixels": check_many_pixels,
+    "packed-every-level": check_every_level,
+    "packed-large-floats": check_large_floats,
+}
