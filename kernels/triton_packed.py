@@ -3,8 +3,8 @@
     few columns     (tokens, or pixels; up to DENSE) _product: a program unpacks a tile's words once, for all of
                     its columns, straight into the operand of the tensor cores. Each part of K is a program too where
                     tiles alone would not fill the GPU; the order of their sums is fixed
-    many columns    the weights once to a dense matrix, then torch's own product or convolution: unpacking costs one
-                    pass over the matrix, which many columns outweigh, and nothing is faster than cuBLAS there
+    many columns    the weights once to a dense matrix of x's dtype, then torch's own product or convolution: unpacking
+                    costs one pass over the matrix, which many columns outweigh, and nothing is faster than cuBLAS there
     many, int8      levels and codes as int8, a product on the integer tensor cores
 
 Floor, few columns: the bytes of the words, bits / 8 a weight. Float32 x is cut into three bfloat16 parts whose products

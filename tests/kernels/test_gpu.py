@@ -1,0 +1,95 @@
+"""Packed layers on a GPU: what only a device can show. Their numerics are checked in triton_interpreted_packed.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sgsc.packed import set_numerics
+from tests.checks import assert_close_to, assert_same
+from tests.test_packed import LAYERS, conv2d, linear
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+pytest.importorskip("triton", reason="triton is not installed")
+
+TOKENS = (1, 8, 16, 65, 300)  # each regime of the dispatch
+# how far sums in another order, and weights or results rounded to the dtype, may be from float64
+ALLOWED = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def deep() -> nn.Module:
+    """Large enough that several programs share the K of a tile."""
+    return linear(bits=torch.arange(9, dtype=torch.uint8).repeat(60), width=4_096)
+
+
+@pytest.mark.parametrize("dtype", ALLOWED, ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("numerics", ["exact", "int8"])
+def test_a_layer_answers_as_on_the_cpu(kind, dtype, numerics):
+    make, inputs = LAYERS[kind]
+    layer, x = make(), inputs().to(dtype)
+    want = layer(x.float()).double()
+    moved = set_numerics(nn.Sequential(layer.cuda().to(dtype)), numerics)
+    found = moved(x.cuda()).cpu()
+    assert_close_to(found, want, ALLOWED[dtype] + (0.05 if numerics == "int8" else 0.0), kind, dtype)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_every_regime_answers_as_on_the_cpu(tokens):
+    layer, x = deep(), torch.randn(tokens, 4_096)
+    want = layer(x).double()
+    assert_close_to(layer.cuda()(x.cuda()).cpu(), want, 1e-5)
+
+
+def test_there_and_back():
+    layer, x = linear(), torch.randn(3, 40)
+    want = layer(x)
+    assert_same(layer.cuda().cpu()(x), want)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_the_same_bits_in_every_run(tokens):
+    layer, x = deep().cuda(), torch.randn(tokens, 4_096, device="cuda")
+    first = layer(x).cpu()
+    for _ in range(20):
+        assert_same(layer(x).cpu(), first)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_a_captured_graph_replays(tokens):
+    layer, x = deep().cuda(), torch.randn(tokens, 4_096, device="cuda")
+    want = layer(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+    for _ in range(3):
+        y.zero_()
+        graph.replay()
+        assert_same(y.cpu(), want.cpu())
+
+
+def test_streams_do_not_disturb_each_other():
+    layers = [deep().cuda() for _ in range(2)]
+    x = torch.randn(4, 4_096, device="cuda")
+    want = [layer(x).cpu() for layer in layers]
+    streams = [torch.cuda.Stream() for _ in layers]
+    torch.cuda.synchronize()
+    found = [[] for _ in layers]
+    for _ in range(50):
+        for i, (layer, stream) in enumerate(zip(layers, streams, strict=True)):
+            with torch.cuda.stream(stream):
+                found[i].append(layer(x))
+    torch.cuda.synchronize()
+    for mine, right in zip(found, want, strict=True):
+        for y in mine:
+            assert_same(y.cpu(), right)
+
+
+def test_compiled_in_one_graph_and_exported():
+    model = nn.Sequential(conv2d(), nn.ReLU(), nn.Flatten(), linear(width=27 * 20)).eval().cuda()
+    x = torch.randn(2, 6, 4, 5, device="cuda")
+    want = model(x)
+    torch._dynamo.reset()
+    assert_close_to(torch.compile(model, fullgraph=True)(x).cpu(), want.cpu().double(), 1e-6)
+    assert_close_to(torch.export.export(model, (x,)).module()(x).cpu(), want.cpu().double(), 1e-6)
