@@ -87,6 +87,11 @@ class Geometry(NamedTuple):
     by_row: int
     by_column: int
 
+    def in_runs(self) -> bool:
+        """Whether 16 channels of x are neighbours, and 16 bytes of them (8 elements and more) are aligned."""
+        apart = (self.by_image, self.by_row, self.by_column)
+        return self.by_channel == 1 and self.channels == self.padded and all(n % 8 == 0 for n in apart)
+
 
 def configure(columns: int, tiles: int, size: int, across: int, capability: int, processors: int) -> Config:
     """The configuration of a product of `columns` columns, `tiles` tiles of `size` rows and `across` blocks of K."""
@@ -167,14 +172,15 @@ def _product(
         counters = _zeros(x.device, groups * t.count)
     steps = -(-across // c.blocks)
     per = -(-steps // c.parts) * c.blocks
-    kernel, how = (_products.linear_kernel, (width, t.count, across, c.parts, per))
+    kernel, how, where = _products.linear_kernel, (width, t.count, across, c.parts, per), {}
     if g is not None:
         kernel, how = _products.conv2d_kernel, (t.count, across, c.parts, per, g.out_height * g.out_width, g)
+        where = {"X": "runs" if g.in_runs() and x.data_ptr() % 16 == 0 else "pixels"}
     with torch.cuda.device_of(x):
         kernel[t.count * c.parts, groups](
             x, t.words, t.plan, t.grid, t.grid if bias is None else bias, y, partial, counters, columns, t.rows, *how,
             DTYPE=LEVELS[x.dtype], ROWS=t.size, COLUMNS=c.columns, BLOCKS=c.blocks, ORDER=c.order, SHIFTED=t.shifted,
-            BIASED=bias is not None, num_warps=c.warps, num_stages=c.stages,
+            BIASED=bias is not None, num_warps=c.warps, num_stages=c.stages, **where,
         )  # fmt: skip
     return y
 

@@ -52,31 +52,39 @@ def _x_of_tokens(x, k, column, M, K):
 
 
 @triton.jit
-def _x_of_pixels(x, k, column, M, g):
-    """(len(k), len(column)) values of x under the kernel at output pixels, zeros in the padding; g as `Geometry`."""
-    channel = k % g.padded
-    tap = k // g.padded
+def _x_of_pixels(x, k, column, M, g, RUN: tl.constexpr):
+    """(len(k), len(column)) values of x under the kernel at output pixels, zeros in the padding; g as `Geometry`.
+
+    RUN neighbours of k are neighbouring channels at one place of the kernel, and are read together; 1 promises nothing.
+    """
+    channel = tl.max_contiguous(tl.multiple_of(k % g.padded, RUN), RUN)
+    tap = tl.max_constancy(k // g.padded, RUN)
     across = column % g.out_width
     down = column // g.out_width % g.out_height
     image = column // (g.out_width * g.out_height)
     row = (tap // g.kernel_width * g.dilation_down)[:, None] + (down * g.stride_down - g.padding_down)[None, :]
     beside = (tap % g.kernel_width * g.dilation_across)[:, None]
     beside = beside + (across * g.stride_across - g.padding_across)[None, :]
-    here = ((channel < g.channels) & (tap < g.taps))[:, None] & (column < M)[None, :]
+    here = (tap < g.taps)[:, None] & (column < M)[None, :]
     here = here & (row >= 0) & (row < g.height) & (beside >= 0) & (beside < g.width)
-    at = image.to(tl.int64)[None, :] * g.by_image + channel.to(tl.int64)[:, None] * g.by_channel
-    return tl.load(x + at + row * g.by_row + beside * g.by_column, mask=here, other=0.0)
+    at = image.to(tl.int64)[None, :] * g.by_image + row * g.by_row + beside * g.by_column
+    if RUN > 1:
+        at = tl.multiple_of(at, (8, 8)) + channel[:, None]
+    else:
+        here = here & (channel < g.channels)[:, None]
+        at += channel.to(tl.int64)[:, None] * g.by_channel
+    return tl.load(x + at, mask=here, other=0.0)
 
 
 @triton.jit
 def _sums(
     x, words, column, row, M, g, begin, end, across,
     BITS: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
-    ORDER: tl.constexpr, PIXELS: tl.constexpr, SHIFTED: tl.constexpr,
+    ORDER: tl.constexpr, X: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """Products of blocks `begin` to `end` of a tile of BITS, (ROWS, COLUMNS), and where SHIFTED the sums of x.
 
-    `g` says how x lies: a `Geometry` where columns are PIXELS, else K.
+    `g` says how x lies: a `Geometry` where X is "pixels" or, the channels last, "runs" of them; K where it is "tokens".
     """
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     of_x = tl.zeros((COLUMNS,), tl.float32)
@@ -86,10 +94,11 @@ def _sums(
     at = words + unit[:, None] + (lane // 4 * (BITS * WORDS) + lane % 4)[None, :]
     for block in range(begin, end, BLOCKS):
         bits = load_words(at + block * (BITS * WORDS), (block + lane // 4 < across)[None, :], BITS)
-        if PIXELS:
-            some = _x_of_pixels(x, level + block * SPAN, column, M, g)
-        else:
+        if X == "tokens":
             some = _x_of_tokens(x, level + block * SPAN, column, M, g)
+        else:
+            run: tl.constexpr = 1 if X == "pixels" else 16 if ORDER == "wide" else 2
+            some = _x_of_pixels(x, level + block * SPAN, column, M, g, run)
         if SHIFTED:
             of_x += tl.sum(some.to(tl.float32), 0)
         sums = _times(weights(bits, BITS, DTYPE, ROWS, BLOCKS, ORDER), some, sums, DTYPE)
@@ -111,7 +120,7 @@ def store_tile(y, sums, slot, column, bias, M, N, area, BIASED: tl.constexpr):
 def _product(
     x, words, plan, grid, bias, y, partial, counters, M, N, tiles, across, parts, per, area, g,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, ORDER: tl.constexpr,
-    PIXELS: tl.constexpr, SHIFTED: tl.constexpr, BIASED: tl.constexpr,
+    X: tl.constexpr, SHIFTED: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """A program: one part of K of one tile, the widest tiles first, at COLUMNS tokens or pixels.
 
@@ -131,7 +140,7 @@ def _product(
     for BITS in tl.static_range(1, 9):
         if bits == BITS:
             sums, of_x = _sums(x, words, column, row, M, g, begin, end, across,
-                               BITS, DTYPE, ROWS, COLUMNS, BLOCKS, ORDER, PIXELS, SHIFTED)  # fmt: skip
+                               BITS, DTYPE, ROWS, COLUMNS, BLOCKS, ORDER, X, SHIFTED)  # fmt: skip
     place = tile * ROWS + row
     if SHIFTED:
         offset = tl.load(grid + tiles * ROWS + place) + (1 << bits >> 1).to(tl.float32)
@@ -163,15 +172,15 @@ def linear_kernel(
 ):  # fmt: skip
     """y (M, N) = x (M, K) times the tiles; a column is a token."""
     _product(x, words, plan, grid, bias, y, partial, counters, M, N, tiles, across, parts, per, 1, K,
-             DTYPE, ROWS, COLUMNS, BLOCKS, ORDER, False, SHIFTED, BIASED)  # fmt: skip
+             DTYPE, ROWS, COLUMNS, BLOCKS, ORDER, "tokens", SHIFTED, BIASED)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "N", "tiles", "across", "parts", "per", "area", "g"])
 def conv2d_kernel(
     x, words, plan, grid, bias, y, partial, counters, M, N, tiles, across, parts, per, area, g,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, ORDER: tl.constexpr,
-    SHIFTED: tl.constexpr, BIASED: tl.constexpr,
+    X: tl.constexpr, SHIFTED: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """y (images, N, area), M = images * area, of x as `g` says; a column is an output pixel."""
     _product(x, words, plan, grid, bias, y, partial, counters, M, N, tiles, across, parts, per, area, g,
-             DTYPE, ROWS, COLUMNS, BLOCKS, ORDER, True, SHIFTED, BIASED)  # fmt: skip
+             DTYPE, ROWS, COLUMNS, BLOCKS, ORDER, X, SHIFTED, BIASED)  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 
 from sgsc.kernels import OPS, fragments, run_form
 from sgsc.kernels import triton_packed as ours
+from sgsc.kernels.packed_conv2d import _case as conv2d_case
 from tests.checks import assert_agrees, assert_same
 
 LINEAR, CONV2D = OPS["packed_linear"], OPS["packed_conv2d"]
@@ -93,6 +94,18 @@ def check_conv2d(device="cpu"):
         check_all(CONV2D, exact(CONV2D.cases()), device)
 
 
+def check_channels_in_runs(device="cpu"):
+    """Channels last, 16 neighbours read together; one element further they are not aligned, and are read one by one."""
+    with with_settings(MANY=0):
+        for order, parts in (("wide", 1), ("narrow", 2)):
+            with mock.patch.object(ours, "configure", configured(order=order, parts=parts)):
+                x, *rest = conv2d_case(channels=20, inputs=32, size=(5, 7), stride=(2, 1))
+                odd = torch.zeros(x.numel() + 1).as_strided(x.shape, (1120, 1, 224, 32), 1).copy_(x)
+                for some in (x.to(memory_format=torch.channels_last), odd):
+                    assert some.stride(1) == 1
+                    assert_agrees(Ours(CONV2D, device), (some, *rest), f"{order}, from {some.data_ptr() % 16}")
+
+
 def check_many_pixels(device="cpu"):
     with with_settings(DENSE_PIXELS=-1):
         check_all(CONV2D, exact(CONV2D.cases()), device)
@@ -139,6 +152,7 @@ CHECKS = {
     "packed-linear-in-parts": check_linear_in_parts,
     "packed-linear-of-many-tokens": check_many_tokens,
     "packed-conv2d": check_conv2d,
+    "packed-conv2d-channels-in-runs": check_channels_in_runs,
     "packed-conv2d-of-many-pixels": check_many_pixels,
     "packed-every-level": check_every_level,
     "packed-large-floats": check_large_floats,
