@@ -1,9 +1,10 @@
-"""Time of one training step: float, prepared, prepared with the eager formula, and with SelfCompression.
+"""Time of one training step: float, prepared, prepared with all layers together or with the eager formula, and with
+SelfCompression.
 
 Beside the tasks of the demos, two networks of usual size on random data: ResNet-20 on 32 x 32 images, and a transformer
 of four layers, 256 wide. There quantizing must vanish in the step.
 
-A step draws the batch, runs forward and backward, clips, and moves AdamW, as sgsc/demos/training.py does. The four
+A step draws the batch, runs forward and backward, clips, and moves AdamW, as sgsc/demos/training.py does. They
 take turns from the same trained float network. The step of SelfCompression adds the preservation loss on its own batch,
 the size, and moving the widths; every `guard_every` steps it checks the guard, which the mean shows and the median not.
 
@@ -31,6 +32,7 @@ from sgsc.kernels import Op
 from sgsc.measure import interleaved
 from sgsc.preparation import prepare
 from sgsc.preservation import PreservationSet
+from sgsc.together import quantize_together
 
 from .networks import ResNet20
 from .record import claim, options, write
@@ -38,6 +40,7 @@ from .record import claim, options, write
 TASKS = ("digits", "char-lm")
 BUDGET = 3.0  # seconds that the fastest variant is measured for, at least
 FLOAT, FUSED, EAGER, COMPRESSING = "float", "prepared, fused", "prepared, eager formula", "SelfCompression"
+TOGETHER = "prepared, together"
 OVER_FLOAT = 1.02  # of a prepared step of a network of usual size, at most
 CLASSES = 64  # of the random labels, and tokens of the transformer
 SAMPLES = 200  # of the preservation set, as `sgsc compress` takes
@@ -91,7 +94,8 @@ def measure(task: Task, budget: float, quick: bool) -> list[dict[str, Any]]:
     network = train(task, 0, steps=1 if quick else None)
     check(task, network)
     keep = PreservationSet.select(copy.deepcopy(network), task.train, min(SAMPLES, len(task.train) // 2))
-    prepared = {name: prepare(copy.deepcopy(network)).model for name in (FUSED, EAGER, COMPRESSING)}
+    prepared = {name: prepare(copy.deepcopy(network)).model for name in (FUSED, TOGETHER, EAGER, COMPRESSING)}
+    quantize_together(prepared[TOGETHER])
     eager = stepper(task, prepared[EAGER])
 
     def eagerly() -> None:
@@ -101,6 +105,7 @@ def measure(task: Task, budget: float, quick: bool) -> list[dict[str, Any]]:
     runs = {
         FLOAT: stepper(task, copy.deepcopy(network)),
         FUSED: stepper(task, prepared[FUSED]),
+        TOGETHER: stepper(task, prepared[TOGETHER]),
         EAGER: eagerly,
         COMPRESSING: stepper(task, prepared[COMPRESSING], keep),
     }
@@ -148,7 +153,7 @@ def stepper(task: Task, model: nn.Module, keep: PreservationSet | None = None) -
 
 
 def check(task: Task, network: nn.Module) -> None:
-    """Fail unless the eager formula gives the fused operator's loss and gradients: else the two cannot be compared.
+    """Fail unless the ways to quantize give one loss and gradients: else their times cannot be compared.
 
     Raises:
         ValueError: If they differ.
@@ -163,11 +168,16 @@ def check(task: Task, network: nn.Module) -> None:
 
     fused = gradients()
     with eager_formula():
-        eager = gradients()
+        others = {"eager": gradients()}
+    quantize_together(model)
+    others["together"] = gradients()
     names = ["loss", *(name for name, _ in model.named_parameters())]
-    for name, f, e in zip(names, fused, eager, strict=True):
-        if not torch.allclose(f, e, rtol=1e-3, atol=1e-3 * float(e.abs().max())):
-            raise ValueError(f"{task.name}: fused and eager quantizer disagree on {name}; no speed is written for them")
+    for other, values in others.items():
+        for name, f, v in zip(names, fused, values, strict=True):
+            if not torch.allclose(f, v, rtol=1e-3, atol=1e-3 * float(v.abs().max())):
+                raise ValueError(
+                    f"{task.name}: fused and {other} quantizer disagree on {name}; no speed is written for them"
+                )
 
 
 # ---- networks of usual size, on random data ----
@@ -203,6 +213,8 @@ def measure_usual(name: str, network: nn.Module, x: Tensor, y: Tensor, budget: f
         return step
 
     eager = stepper_of(prepare(copy.deepcopy(network)).model)
+    together = prepare(copy.deepcopy(network)).model
+    quantize_together(together)
 
     def eagerly() -> None:
         with eager_formula():
@@ -211,6 +223,7 @@ def measure_usual(name: str, network: nn.Module, x: Tensor, y: Tensor, budget: f
     runs = {
         FLOAT: stepper_of(copy.deepcopy(network)),
         FUSED: stepper_of(prepare(copy.deepcopy(network)).model),
+        TOGETHER: stepper_of(together),
         EAGER: eagerly,
     }
     return rows_of(name, type(network).__name__, len(x), interleaved(runs, budget))

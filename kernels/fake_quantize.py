@@ -255,15 +255,20 @@ class _FakeQuantizeMany(torch.autograd.Function):
     @staticmethod
     def forward(ctx, count, *flat):
         ctx.count = count
+        ctx.set_materialize_grads(False)  # a tensor without a use keeps no gradient, not one of zeros
         ctx.save_for_backward(*flat)
         return tuple(MANY(*_split(flat, count)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        lists = _split(ctx.saved_tensors, ctx.count)
-        grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, lists[0], strict=True)]
-        return None, *MANY_BACKWARD(grads, *lists), *(None for _ in range(ctx.count))
+        used = [i for i, grad in enumerate(grads) if grad is not None]
+        found = [None] * (5 * ctx.count)
+        lists = [[tensors[i] for i in used] for tensors in (grads, *_split(ctx.saved_tensors, ctx.count))]
+        for kind, gradients in enumerate(_split(MANY_BACKWARD(*lists), len(used)) if used else ()):
+            for i, gradient in zip(used, gradients, strict=True):
+                found[kind * ctx.count + i] = gradient
+        return None, *found
 
 
 def _split(flat: Sequence[Tensor], count: int) -> list[list[Tensor]]:

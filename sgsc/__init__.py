@@ -29,6 +29,7 @@ _HOME = {
     "pack": "packed",
     "set_numerics": "packed",
     "prepare": "preparation",
+    "quantize_together": "together",
     "PreservationSet": "preservation",
     "SelfCompression": "compression",
     "certify": "certificate",
@@ -66,6 +67,7 @@ __all__ = [
     "nominal_bits",
     "pack",
     "prepare",
+    "quantize_together",
     "read",
     "save",
     "save_checkpoint",
@@ -84,6 +86,7 @@ if TYPE_CHECKING:
     from .preparation import prepare
     from .preservation import PreservationSet
     from .size import float_bytes, nominal_bits
+    from .together import quantize_together
 
 
 def __getattr__(name: str) -> Any:

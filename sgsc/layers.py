@@ -24,6 +24,7 @@ class QuantLayer(nn.Module):
     input_quantizer: nn.Module | None
     probe: Tensor | None = None  # while `probing`: the last quantized weight
     probing: bool = False
+    handed: Callable[[QuantLayer], Tensor | None] | None = None  # by `quantize_together`: finds a weight made before
 
     def attach(self, quantizer: str) -> None:
         """Add the quantizer of that name, fitted to the weight."""
@@ -37,7 +38,9 @@ class QuantLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weight on its grid, in its own shape."""
-        weight = self.weight_quantizer(self.rows()).view(self.weight.shape)
+        weight = None if self.handed is None else self.handed(self)
+        if weight is None:
+            weight = self.weight_quantizer(self.rows()).view(self.weight.shape)
         if self.probing and weight.requires_grad:
             self.probe = weight
         return weight

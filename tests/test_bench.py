@@ -86,11 +86,12 @@ def test_every_other_operation_is_timed_too(results):
         assert claim["measured"] == min(row["ratio"]["reference"] for row in rows if row["op"] == op)
 
 
-def test_a_training_step_is_timed_in_four_ways(results):
+def test_a_training_step_is_timed_in_five_ways(results):
     rows, found = of_section(results, "main_job", "training")
     for task in training.TASKS:
         of = {row["variant"]: row for row in rows if row["task"] == task}
-        assert list(of) == [training.FLOAT, training.FUSED, training.EAGER, training.COMPRESSING]
+        ways = [training.FLOAT, training.FUSED, training.TOGETHER, training.EAGER, training.COMPRESSING]
+        assert list(of) == ways
         base = of[training.FLOAT]["milliseconds"]
         assert all(row["over_float"] == pytest.approx(row["milliseconds"] / base) for row in of.values())
         (claim,) = (claim for text, claim in found.items() if text.startswith(f"{task}:"))

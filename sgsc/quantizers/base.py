@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sgsc.kernels import fake_quantize
+from sgsc.kernels import fake_quantize, fake_quantize_many
 
 QUANTIZERS: dict[str, Callable[[int], Quantizer]] = {}
 
@@ -61,6 +61,29 @@ class Quantizer(nn.Module, ABC):
     def forward(self, rows: Tensor) -> Tensor:
         """(C, K) -> (C, K), differentiable in `rows` and in the learned parameters."""
         return fake_quantize(rows, *self.grid())
+
+    @classmethod
+    def forward_many(cls, quantizers: Sequence[Any], weights: Sequence[Tensor]) -> list[Tensor]:
+        """`forward` of several quantizers of this class at once; a class with a `forward` of its own gains nothing yet.
+
+        Args:
+            quantizers: One a weight.
+            weights: (C, ...) each, a channel a row, of any devices and dtypes.
+
+        Returns:
+            The quantized weights, each in its own shape.
+        """
+        rows = [w.flatten(1) for w in weights]
+        if cls.forward is not Quantizer.forward:
+            made = [q(r) for q, r in zip(quantizers, rows, strict=True)]
+            return [m.view(w.shape) for m, w in zip(made, weights, strict=True)]
+        grids = [q.grid() for q in quantizers]
+        results: dict[int, Tensor] = {}
+        learns = [any(t.requires_grad for t in (r, *grid)) for r, grid in zip(rows, grids, strict=True)]
+        for members in ([i for i, one in enumerate(learns) if one is kind] for kind in (True, False)):
+            of = fake_quantize_many([rows[i] for i in members], [grids[i] for i in members])
+            results.update(zip(members, of, strict=True))
+        return [results[i].view(w.shape) for i, w in enumerate(weights)]
 
     @torch.no_grad()
     def code_range(self) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,33 @@ def straight_through(value: Tensor, x: Tensor) -> Tensor:
     return value.detach() + (x - x.detach())
 
 
+def _integer_grid(
+    bit_depth: Tensor, log_range: Tensor, table: Tensor, sizes: list[int] | None = None
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """SelfCompressing.grid() without autograd, and (exact scale, half, depth is inside its clamp) for the backward.
+
+    `table` is SelfCompressing.by_width. `sizes` are the channels of each layer, where several lie one after another.
+    """
+    depth = bit_depth.clamp(0, MAX_BITS)
+    n = depth.round()
+    exponent = log_range + 1 - n
+    if sizes is None or exponent.device.type != "cpu":
+        exact = torch.exp2(exponent)
+    else:  # torch's exp2 rounds the last few of a vector on a CPU in another way: each layer must keep its own last few
+        exact = torch.cat([torch.exp2(e) for e in exponent.split(sizes)])
+    lo, hi, shift, half = table.index_select(1, n.nan_to_num().int()).unbind()
+    return (exact.bfloat16().to(exact.dtype), lo, hi, shift), (exact, half, depth == bit_depth)
+
+
+def _by_parameters(
+    by_scale: Tensor, by_lo: Tensor, by_hi: Tensor, exact: Tensor, half: Tensor, inside: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of bit_depth and range from those of the grid."""
+    by_range = by_scale * exact * LN2  # of 2^range
+    by_width = (by_hi - by_lo) * half * LN2 - by_range
+    return torch.where(inside, by_width, 0.0), by_range
+
+
 class _OnIntegerGrid(torch.autograd.Function):
     """`fake_quantize(rows, *grid())` of SelfCompressing, differentiated by hand: autograd takes thirty small steps.
 
@@ -30,22 +59,62 @@ class _OnIntegerGrid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: Tensor, bit_depth: Tensor, log_range: Tensor, table: Tensor) -> Tensor:
-        depth = bit_depth.clamp(0, MAX_BITS)
-        n = depth.round()
-        exact = torch.exp2(log_range + 1 - n)
-        lo, hi, shift, half = table.index_select(1, n.nan_to_num().int()).unbind()
-        grid = exact.bfloat16().to(exact.dtype), lo, hi, shift
-        ctx.save_for_backward(rows, exact, half, depth == bit_depth, *grid)
+        grid, rest = _integer_grid(bit_depth, log_range, table)
+        ctx.save_for_backward(rows, *grid, *rest)
         return OPS["fake_quantize"](rows, *grid)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, exact, half, inside, *grid = ctx.saved_tensors
-        grad_rows, by_scale, by_lo, by_hi = OPS["fake_quantize_backward"](grad, rows, *grid)
-        by_range = by_scale * exact * LN2  # of 2^range
-        by_width = (by_hi - by_lo) * half * LN2 - by_range
-        return grad_rows, torch.where(inside, by_width, 0.0), by_range, None
+        rows, scale, lo, hi, shift, *rest = ctx.saved_tensors
+        grad_rows, *by_grid = OPS["fake_quantize_backward"](grad, rows, scale, lo, hi, shift)
+        return grad_rows, *_by_parameters(*by_grid, *rest), None
+
+
+class _OnIntegerGrids(torch.autograd.Function):
+    """`_OnIntegerGrid` of several layers at once: all weights, then all bit depths, then all ranges."""
+
+    @staticmethod
+    def forward(ctx, table: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
+        count = len(flat) // 3
+        weights, depths, ranges = flat[:count], flat[count : 2 * count], flat[2 * count :]
+        ctx.sizes = [len(depth) for depth in depths]
+        grid, rest = _integer_grid(torch.cat(depths), torch.cat(ranges), table, ctx.sizes)
+        lists = [v.split(ctx.sizes) for v in grid]
+        rows = [w.flatten(1) for w in weights]
+        made = OPS["fake_quantize_many"](rows, *lists)
+        made = [m if w.dim() == 2 else m.view(w.shape) for m, w in zip(made, weights, strict=True)]
+        # a layer without a gradient stays one, and one that forward leaves out gets None: as where each runs alone
+        learns = [any(ctx.needs_input_grad[1 + i :: count]) for i in range(count)]
+        ctx.mark_non_differentiable(*(m for m, one in zip(made, learns, strict=True) if not one))
+        ctx.set_materialize_grads(False)
+        ctx.shapes = [w.shape for w in weights]
+        ctx.save_for_backward(*rows, *grid, *rest)
+        return tuple(made)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        count, sizes = len(grads), ctx.sizes
+        given = {i: grad.flatten(1) for i, grad in enumerate(grads) if grad is not None}
+        used = list(given)
+        result: list[Tensor | None] = [None] * (1 + 3 * count)
+        if not used:
+            return tuple(result)
+        saved = ctx.saved_tensors  # read once: a checkpoint refuses a second time
+        rows, vectors = saved[:count], saved[count:]
+        lists = [[parts[i] for i in used] for parts in (v.split(sizes) for v in vectors[:4])]
+        rest = vectors[4:]
+        if len(used) < count:
+            rest = [torch.cat([parts[i] for i in used]) for parts in (v.split(sizes) for v in rest)]
+        found = OPS["fake_quantize_many_backward"](list(given.values()), [rows[i] for i in used], *lists)
+        by_grid = [torch.cat(found[k * len(used) : (k + 1) * len(used)]) for k in (1, 2, 3)]
+        by_depth, by_range = (g.split([sizes[i] for i in used]) for g in _by_parameters(*by_grid, *rest))
+        for k, i in enumerate(used):
+            shape = ctx.shapes[i]
+            of_weight = found[k] if len(shape) == 2 else found[k].view(shape)
+            result[1 + i :: count] = of_weight, by_depth[k], by_range[k]
+        return tuple(result)
 
 
 class SelfCompressing(Quantizer, name="integer"):
@@ -89,6 +158,20 @@ class SelfCompressing(Quantizer, name="integer"):
     def forward(self, rows: Tensor) -> Tensor:
         """(C, K) -> (C, K), differentiable in `rows` and in the learned parameters."""
         return _OnIntegerGrid.apply(rows, self.bit_depth, self.range, self.by_width)
+
+    @classmethod
+    def forward_many(cls, quantizers: Sequence[Any], weights: Sequence[Tensor]) -> list[Tensor]:
+        """See `Quantizer`: bit for bit what each would give alone, gradients too, in one node of the graph."""
+        groups: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = {}
+        depths, ranges = [q.bit_depth for q in quantizers], [q.range for q in quantizers]
+        for i, (depth, log_range) in enumerate(zip(depths, ranges, strict=True)):
+            groups.setdefault((depth.device, depth.dtype, log_range.dtype), []).append(i)
+        made: dict[int, Tensor] = {}
+        for members in groups.values():
+            flat = [values[i] for values in (weights, depths, ranges) for i in members]
+            results = _OnIntegerGrids.apply(quantizers[members[0]].by_width, *flat)
+            made.update(zip(members, results, strict=True))
+        return [made[i] for i in range(len(weights))]
 
     def bit_cost(self) -> Tensor:
         """(C,) the integer width, straight through: what the file will hold."""

@@ -165,6 +165,17 @@ def test_many_is_each_by_itself(level):
         assert_same(t, a)
 
 
+def test_what_is_not_used_gets_no_gradient():
+    rows = [torch.randn(3, 5).requires_grad_() for _ in range(3)]
+    grid = (torch.ones(3).requires_grad_(), *(v * torch.ones(3) for v in (-2.0, 1.0, 0.0)))
+    first, _, last = fake_quantize_many(rows, [grid, grid, grid])
+    (first.sum() + 2 * last.sum()).backward()
+    assert rows[1].grad is None
+    want = [torch.autograd.grad(c * fake_quantize(rows[i], *grid).sum(), rows[i])[0] for i, c in ((0, 1), (2, 2))]
+    assert_same(rows[0].grad, want[0])
+    assert_same(rows[2].grad, want[1])
+
+
 def training_step(x: Tensor, scale: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
     one = fake_quantize(x * 1.5, scale, lo, hi)
     first, second = fake_quantize_many(
