@@ -19,15 +19,17 @@ from typing import Any
 
 from sgsc.files import write_atomically
 
+from .cells import cell, microseconds, plain, spread, table, times
 from .deployment_memory import LOAD
 from .deployment_timing import OURS
+from .gpu_tables import checks, linear
 from .peer_claims import best_peer, groups, ours
 from .peer_problem import EXACT, INT8, WIDTHS
 from .record import RESULTS, read
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BLOCK = re.compile(r"(<!-- tables: (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
-STAMP = {"section", "machine", "commit", "date", "command"}
+STAMP = {"section", "machine", "device", "commit", "date", "command"}
 SHOWN = "4096x4096, 2 threads"  # the section of cpu_peers that is shown width by width
 RATIOS = "A ratio is that peer's time over ours: below 1 (bold) the peer is faster."
 
@@ -91,8 +93,8 @@ def tables(found: Mapping[str, list[dict[str, Any]]]) -> str:
 
 
 def origin(rows: Rows) -> str:
-    """Machine, commit and date of the rows, each combination once."""
-    seen = dict.fromkeys((row["machine"], row["commit"], row["date"]) for row in rows)
+    """Machine (or GPU), commit and date of the rows, each combination once."""
+    seen = dict.fromkeys((row.get("device", row["machine"]), row["commit"], row["date"]) for row in rows)
     return "Measured " + "; ".join(f"on {machine}, commit {commit}, {date}" for machine, commit, date in seen) + "."
 
 
@@ -268,16 +270,6 @@ def loading(rows: Rows) -> str:
     return f"{table(['what', 'MB', *columns], lines)}\n\n{' '.join(notes)}"
 
 
-def times(value: float, lost: bool | None = None) -> str:
-    """A ratio, bold where we lose: below 1, if nothing else is said."""
-    return f"**{value:.2f}×**" if (value < 1 if lost is None else lost) else f"{value:.2f}×"
-
-
-def microseconds(value: float) -> str:
-    """A time with the digits that matter."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}"
-
-
 def as_they_are(rows: Rows) -> str:
     """Rows of a section without a layout: all their fields."""
     names = list(dict.fromkeys(key for row in rows for key in row if key not in STAMP))
@@ -305,34 +297,10 @@ LAYOUTS: dict[str, Callable[[Rows], str]] = {
     "network": functools.partial(turns, pick=min, which="our fastest form"),
     "load": loading,
     "overhead": functools.partial(turns, pick=max, which="ours"),
+    "checks": checks,
+    "linear": linear,
+    "conv2d": peers,
 }
-
-
-# ---- cells ----
-
-
-def table(head: Sequence[str], lines: Iterable[Sequence[str]], text: int = 1) -> str:
-    """A Markdown table whose first `text` columns hold text; the others are aligned to the right."""
-    rule = ["---"] * text + ["---:"] * (len(head) - text)
-    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in (head, rule, *lines))
-
-
-def cell(value: str) -> str:
-    """Text that stays within its cell."""
-    return " ".join(value.replace("|", "\\|").split())
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """Mean, and the least and the most where they differ."""
-    low, mean, high = (f"{v:{form}}" for v in (min(values), statistics.fmean(values), max(values)))
-    return mean if low == high else f"{mean} ({low} to {high})"
-
-
-def plain(value: Any) -> str:
-    """A value as text: numbers with four digits, None as nothing."""
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ def _fragments(rows: PackedRows, scale: Tensor, offset: Tensor, area: int, group
     own, wide = rows.bits.int(), wide[:count]
     shift = torch.where(own > 0, (1 << wide >> 1) - (1 << own >> 1), 0)
     levels = UNPACK(rows.data, rows.bits, rows.starts, rows.width) + shift[:, None].to(torch.uint8)
-    grid = _by_place(scale, offset - shift, slots)
+    # removed rows take part as numbers, times sums that are 0
+    grid = _by_place(torch.where(own > 0, scale, 0.0), torch.where(own > 0, offset - shift, 0.0), slots)
     centred = grid[1] == -torch.exp2(by_place - 1.0)
     if (centred | (slots < 0) | (by_place == 0)).all():
         grid = grid[:1].contiguous()

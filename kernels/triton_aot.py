@@ -10,15 +10,18 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -34,10 +37,13 @@ class MachineCode:
     Attributes:
         target: Key of `TARGETS`.
         registers: 32-bit registers a thread.
-        spilled: Bytes of local memory and stack a thread (NVIDIA), or registers spilled (AMD); 0 is the aim.
+        spilled: Bytes of local memory and stack a thread; on AMD also vector registers spilled (scalar ones spill to
+            vector registers, not to memory). 0 is the aim.
         shared: Bytes of shared memory a program.
         instructions: How often each occurs, with its modifiers: "LDG.E.128" and, of the PTX that it was assembled from,
             "div.rn.f32" (NVIDIA); "v_rndne_f32_e32" (AMD).
+        loops: Of every backward branch the instructions from its target on, as written but for a predicate, the longest
+            loop first: "LDG.E.128 R4, [R2.64]".
     """
 
     target: str
@@ -45,6 +51,7 @@ class MachineCode:
     spilled: int
     shared: int
     instructions: Counter[str]
+    loops: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
 
     def count(self, pattern: str) -> int:
         """Instructions whose whole name matches the regular expression."""
@@ -74,20 +81,21 @@ class MachineCode:
 def compile_for(
     kernel: Any,
     target: str,
-    types: Mapping[str, str],
+    types: Mapping[str, Any],
     constants: Mapping[str, Any],
     divisible: Iterable[str] = (),
     warps: int = 4,
+    stages: int = 3,
 ) -> MachineCode:
     """Compile a `@triton.jit` function without a GPU or a driver.
 
     Args:
         kernel: The function; not in a process that runs the interpreter.
         target: Key of `TARGETS`.
-        types: Triton's type of each argument that is no constant: "*fp32", "i32".
+        types: Triton's type of each argument that is no constant: "*fp32", "i32"; of a tuple a tuple of them.
         constants: Values of the others.
         divisible: Arguments that are multiples of 16 (pointers: of 16 bytes), as the launcher finds out by itself.
-        warps: Warps a program.
+        warps, stages: Of a program.
 
     Returns:
         The machine code's figures.
@@ -104,9 +112,21 @@ def compile_for(
         constexprs={(names.index(n),): value for n, value in constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in divisible},
     )
-    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps})
+    with _driver_of(target):
+        compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps, "num_stages": stages})
     read = _read_nvidia if TARGETS[target].backend == "cuda" else _read_amd
     return read(compiled, target)
+
+
+@contextmanager
+def _driver_of(target: str) -> Iterator[None]:
+    """Kernels that ask for their target (`is_cuda()`) ask the driver: without one, all of them would get "no"."""
+    before = driver._active
+    driver.set_active(SimpleNamespace(get_current_target=lambda: TARGETS[target]))  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        driver._active = before
 
 
 def _read_nvidia(compiled: Any, target: str) -> MachineCode:
@@ -117,10 +137,13 @@ def _read_nvidia(compiled: Any, target: str) -> MachineCode:
         sass = _cuobjdump("-sass", cubin)
     registers, stack, local = (int(re.findall(rf"{what}:(\d+)", usage)[0]) for what in ("REG", "STACK", "LOCAL"))
     # /*0090*/  @!P0 LDG.E.128 R4, [R2.64] ;
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
+    code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*?)\s*;", sass, re.MULTILINE)
+    names = [text.split()[0] for _, text in code]
     # @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
     names += re.findall(r"^\s+(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s", compiled.asm["ptx"], re.MULTILINE)
-    return MachineCode(target, registers, stack + local, compiled.metadata.shared, Counter(names))
+    at = {f"0x{int(address, 16):x}": i for i, (address, _) in enumerate(code)}
+    loops = _loops([text for _, text in code], r"BRA\b.*?(0x[0-9a-f]+)", at)  # BRA 0x1100
+    return MachineCode(target, registers, stack + local, compiled.metadata.shared, Counter(names), loops)
 
 
 def _cuobjdump(option: str, cubin: Path) -> str:
@@ -134,6 +157,21 @@ def _read_amd(compiled: Any, target: str) -> MachineCode:
     def figure(name: str) -> int:
         return int(re.findall(rf"\.{name}:\s*(\d+)", text)[0])
 
-    spilled = figure("vgpr_spill_count") + figure("sgpr_spill_count") + figure("private_segment_fixed_size")
-    names = re.findall(r"^\s+([a-z]+_[a-z0-9_]+)", text, re.MULTILINE)
-    return MachineCode(target, figure("vgpr_count"), spilled, compiled.metadata.shared, Counter(names))
+    code: list[str] = []
+    at: dict[str, int] = {}
+    for label, instruction in re.findall(r"^(?:(\.LBB\w+):|\s+([a-z]+_[a-z0-9_]+\b[^;\n]*))", text, re.MULTILINE):
+        if label:
+            at[label] = len(code)
+        else:
+            code.append(instruction.strip())
+    loops = _loops(code, r"s_c?branch\w*\s+(\.LBB\w+)", at)  # s_cbranch_scc1 .LBB0_3
+    spilled = figure("vgpr_spill_count") + figure("private_segment_fixed_size")
+    names = Counter(line.split()[0] for line in code)
+    return MachineCode(target, figure("vgpr_count"), spilled, compiled.metadata.shared, names, loops)
+
+
+def _loops(code: list[str], branch: str, at: Mapping[str, int]) -> tuple[tuple[str, ...], ...]:
+    """What lies between each branch back and its target; `at` has the place of each address."""
+    jumps = [(i, re.match(branch, text)) for i, text in enumerate(code)]
+    backward = [(at.get(jump[1], i), i) for i, jump in jumps if jump]
+    return tuple(sorted((tuple(code[to : i + 1]) for to, i in backward if to < i), key=len, reverse=True))

@@ -16,7 +16,6 @@ What the kernels do not take (grouped convolutions, float64) goes to the referen
 
 from __future__ import annotations
 
-from functools import cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 
-from . import fragments, triton_dense_kernels, triton_packed_kernels
+from . import fragments, triton_dense_kernels, triton_packed_kernels, triton_tables
 from .op import LIBRARY
 from .packed_conv2d import check as check_conv2d
 from .packed_conv2d import output_size, slides
@@ -34,35 +33,15 @@ from .packed_linear import WIDEST
 from .packed_linear import check as check_linear
 from .packed_linear import reference as linear_reference
 from .triton_compat import INTERPRETED
+from .triton_configuration import configure, gpu
 
 # Weights of x's dtype hold every level exactly; float32 has no tensor cores of its own precision.
 LEVELS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.bfloat16}
 DENSE = 256  # columns from which a dense copy of the weights pays; of an H100 in bitsandbytes' and Marlin's tables
 DENSE_PIXELS = 4_096  # the same for a convolution, where a program gathers x too
-FILL = 4  # programs a multiprocessor that keep its memory busy
-_LEAST = 2  # steps of K a part: fewer are all start-up
 
 _products: Any = triton_packed_kernels  # type checkers take a launch for a call of the Python function
 _passes: Any = triton_dense_kernels
-
-
-class Config(NamedTuple):
-    """How a product falls to programs; a function of shapes and the device alone, so that a first call tunes nothing.
-
-    Attributes:
-        columns: Tokens or pixels of a program.
-        blocks: Blocks of 128 levels a step.
-        parts: Programs that share a tile's K.
-        order: Of K, see `_order` of the kernels: "wide" where wgmma takes 64 rows, else "narrow".
-        warps, stages: Of a program; stages are loads in flight.
-    """
-
-    columns: int
-    blocks: int
-    parts: int
-    order: str
-    warps: int
-    stages: int
 
 
 class Geometry(NamedTuple):
@@ -91,28 +70,6 @@ class Geometry(NamedTuple):
         """Whether 16 channels of x are neighbours, and 16 bytes of them (8 elements and more) are aligned."""
         apart = (self.by_image, self.by_row, self.by_column)
         return self.by_channel == 1 and self.channels == self.padded and all(n % 8 == 0 for n in apart)
-
-
-def configure(columns: int, tiles: int, size: int, across: int, capability: int, processors: int) -> Config:
-    """The configuration of a product of `columns` columns, `tiles` tiles of `size` rows and `across` blocks of K."""
-    some = next(c for c in (8, 16, 32, 64, 128) if c >= min(columns, 128))
-    blocks = 2 if some <= 16 else 1
-    order = "wide" if capability == 90 and size == 64 and some >= 16 else "narrow"
-    warps = 1 if size == fragments.UNIT else 8 if some == 128 else 4
-    programs = tiles * -(-columns // some)
-    steps = -(-across // blocks)
-    parts = max(1, min(FILL * processors // max(programs, 1), steps // _LEAST))
-    each = max(1, -(-steps // parts))
-    return Config(some, blocks, max(1, -(-steps // each)), order, warps, 3)
-
-
-@cache
-def _device(index: int | None) -> tuple[int, int]:
-    """Compute capability (90 is 9.0) and multiprocessors."""
-    if index is None:  # interpreted
-        return 90, 2
-    found = torch.cuda.get_device_properties(index)
-    return 10 * found.major + found.minor, found.multi_processor_count
 
 
 _counters: dict[tuple, Tensor] = {}
@@ -164,7 +121,9 @@ def _product(
     """Fill y, (columns, rows) or images of (rows, area)."""
     if not columns or not t.count:
         return y
-    c = configure(columns, t.count, t.size, across, *_device(x.device.index))
+    c = triton_tables.tuned(x, t.words, g is not None, columns, t.count, t.size, across)
+    how_x_lies = "tokens" if g is None else "runs" if g.in_runs() and x.data_ptr() % 16 == 0 else "pixels"
+    c = c or configure(x.dtype, columns, t.count, t.size, across, gpu(x.device.index), how_x_lies)
     groups = -(-columns // c.columns)
     partial = counters = y
     if c.parts > 1:
@@ -175,7 +134,7 @@ def _product(
     kernel, how, where = _products.linear_kernel, (width, t.count, across, c.parts, per), {}
     if g is not None:
         kernel, how = _products.conv2d_kernel, (t.count, across, c.parts, per, g.out_height * g.out_width, g)
-        where = {"X": "runs" if g.in_runs() and x.data_ptr() % 16 == 0 else "pixels"}
+        where = {"X": how_x_lies}
     with torch.cuda.device_of(x):
         kernel[t.count * c.parts, groups](
             x, t.words, t.plan, t.grid, t.grid if bias is None else bias, y, partial, counters, columns, t.rows, *how,
@@ -273,6 +232,8 @@ def convolution(
     height, width = (output_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
     pixels = len(x) * height * width
     if groups == 1 and pixels <= DENSE_PIXELS:
+        if inputs % 16 == 0:  # one pass over x; else each of its values would be read by itself, once a tap
+            x = x.contiguous(memory_format=torch.channels_last)
         places = *x.shape[2:], height, width
         how = kernel[1], *stride, *padding, *dilation
         g = Geometry._make((inputs, fragments.channels_of(inputs * taps, taps), taps, *places, *how, *x.stride()))

@@ -89,18 +89,18 @@ def _sums(
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     of_x = tl.zeros((COLUMNS,), tl.float32)
     lane = tl.arange(0, 4 * BLOCKS)
-    level = order(tl.arange(0, BLOCKS * SPAN), ORDER)
     unit = row // UNIT * (across * (BITS * WORDS)) + row % UNIT * 4
     at = words + unit[:, None] + (lane // 4 * (BITS * WORDS) + lane % 4)[None, :]
     for block in range(begin, end, BLOCKS):
         bits = load_words(at + block * (BITS * WORDS), (block + lane // 4 < across)[None, :], BITS)
+        k = tl.arange(0, BLOCKS * SPAN) + block * SPAN
         if X == "tokens":
-            some = _x_of_tokens(x, level + block * SPAN, column, M, g)
+            some = _x_of_tokens(x, k, column, M, g)
         else:
-            run: tl.constexpr = 1 if X == "pixels" else 16 if ORDER == "wide" else 2
-            some = _x_of_pixels(x, level + block * SPAN, column, M, g, run)
+            some = _x_of_pixels(x, k, column, M, g, 1 if X == "pixels" else 16)
         if SHIFTED:
             of_x += tl.sum(some.to(tl.float32), 0)
+        some = order(some, BLOCKS * SPAN, COLUMNS, ORDER)
         sums = _times(weights(bits, BITS, DTYPE, ROWS, BLOCKS, ORDER), some, sums, DTYPE)
     return sums, of_x
 
@@ -144,7 +144,7 @@ def _product(
     place = tile * ROWS + row
     if SHIFTED:
         offset = tl.load(grid + tiles * ROWS + place) + (1 << bits >> 1).to(tl.float32)
-        sums += tl.where(bits > 0, offset, 0.0)[:, None] * of_x[None, :]
+        sums += offset[:, None] * of_x[None, :]
     last = parts == 1
     if parts > 1:
         group = tl.program_id(1) * tiles + tile
@@ -159,7 +159,7 @@ def _product(
                 sums += tl.load(mine + i * (ROWS * COLUMNS), cache_modifier=".cg")
             tl.store(counters + group, 0)
     if last:
-        scale = tl.where(bits > 0, tl.load(grid + place), 0.0)
+        scale = tl.load(grid + place)
         slot = tl.load(plan + 2 * tiles + place)
         store_tile(y, sums * scale[:, None], slot, column, bias, M, N, area, BIASED)
 

@@ -1,8 +1,8 @@
 """Words of fragments.py to the first operand of `tl.dot`, in registers.
 
-A level becomes a 16-bit float by a shift, a mask and a subtraction a pair: bits put into the mantissa of a power of two
-are a float, 128 + level in bfloat16 and 1024 + level in float16. Joined pair by pair and permuted once, the floats lie
-as the tensor cores want them: compiled for sm_80 and sm_90, no weight goes through shared memory again.
+A level becomes a 16-bit float by a shift, a mask and a multiply-add a pair: bits put into the mantissa of a power of
+two are a float, 128 + level in bfloat16 and 1024 + level in float16. Joined pair by pair and permuted once, the floats
+lie as the tensor cores want them: compiled for sm_80 and sm_90, no weight goes through shared memory again.
 """
 
 # Triton compiles these functions and gives names another meaning than Python's types do.
@@ -60,8 +60,34 @@ def _distance(bits, at, mantissa):
 
 
 @triton.constexpr_function
-def _lop3(mask, base):
-    return f"{{ .reg .b32 b; mov.b32 b, {base}; lop3.b32 $0, $1, {mask}, b, 0xEA; }}"
+def _twice(value, bfloat16):
+    """The bits of two equal 16-bit floats, of a value that they hold."""
+    sign, value, exponent = (0x8000, -value, 0) if value < 0 else (0, value, 0)
+    while value >= 2:
+        value, exponent = value / 2, exponent + 1
+    while value < 1:
+        value, exponent = value * 2, exponent - 1
+    if bfloat16:
+        half = sign | (exponent + 127) << 7 | int((value - 1) * 128)
+    else:
+        half = sign | (exponent + 15) << 10 | int((value - 1) * 1024)
+    return half | half << 16
+
+
+@triton.constexpr_function
+def _ptx(mask, base, scale, less, bfloat16):
+    """(word & mask | base) * scale - less of both halves; a mask of 0 takes the word as it is."""
+    take = f"mov.b32 a, {base}; lop3.b32 a, $1, {mask}, a, 0xEA;" if mask else "mov.b32 a, $1;"
+    both = f"mov.b32 b, {_twice(scale, bfloat16)}; mov.b32 c, {_twice(-less, bfloat16)};"
+    return f"{{ .reg .b32 a, b, c; {take} {both} fma.rn.{'bf16x2' if bfloat16 else 'f16x2'} $0, a, b, c; }}"
+
+
+@triton.constexpr_function
+def _ptx_of_eight_bits():
+    """(word & 0x7F | 128.0) + (word & 0x80 ^ -256.0) of both halves, in bfloat16."""
+    low = "mov.b32 a, 0x43004300; lop3.b32 a, $1, 0x007F007F, a, 0xEA;"
+    high = "mov.b32 b, 0xC380C380; lop3.b32 b, $1, 0x00800080, b, 0x6A;"
+    return f"{{ .reg .b32 a, b, c; {low} {high} mov.b32 c, 0x3F803F80; fma.rn.bf16x2 $0, a, c, b; }}"
 
 
 @triton.jit
@@ -75,17 +101,6 @@ def _shifted(word, down: tl.constexpr):
 
 
 @triton.jit
-def _take(word, mask: tl.constexpr, base: tl.constexpr):
-    """word & mask | base, in one instruction: left alone, the compiler takes two."""
-    if INTERPRETED:
-        return (word & mask) | base
-    elif is_cuda():
-        return tl.inline_asm_elementwise(_lop3(mask, base), "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1)
-    else:
-        return (word & mask) | base
-
-
-@triton.jit
 def _floats(word, DTYPE: tl.constexpr):
     """The floats whose bits the halves of each word are, along a new last dimension."""
     low = word.to(tl.int16).to(DTYPE, bitcast=True)
@@ -94,6 +109,27 @@ def _floats(word, DTYPE: tl.constexpr):
         return tl.join(low.to(tl.float32), high.to(tl.float32))
     else:
         return tl.join(low, high)
+
+
+@triton.jit
+def _assembled(word, PTX: tl.constexpr, DTYPE: tl.constexpr):
+    return _floats(tl.inline_asm_elementwise(PTX, "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1), DTYPE)
+
+
+@triton.jit
+def _centred(
+    word, MASK: tl.constexpr, BASE: tl.constexpr, SCALE: tl.constexpr, LESS: tl.constexpr, DTYPE: tl.constexpr
+):
+    """(word & MASK | BASE) * SCALE - LESS of both halves, exactly; a MASK of 0 takes the word as it is.
+
+    In two instructions on NVIDIA: left alone, the compiler takes apart what it could do to both halves at once.
+    """
+    if INTERPRETED:
+        return _floats((word & MASK) | BASE if MASK != 0 else word, DTYPE) * SCALE - LESS
+    elif is_cuda():
+        return _assembled(word, _ptx(MASK, BASE, SCALE, LESS, tl.bfloat16 == DTYPE), DTYPE)
+    else:
+        return _floats((word & MASK) | BASE if MASK != 0 else word, DTYPE) * SCALE - LESS
 
 
 @triton.jit
@@ -114,21 +150,22 @@ def _pair(words, PAIR: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
     AT: tl.constexpr = _at(BITS, PAIR, 0)
     if BITS > MANTISSA:  # the eighth bit becomes -256 where it is clear and -128 where it is set
         word = _shifted(words[_plane(BITS, PAIR, 0)], AT)
-        return _floats(_take(word, 0x007F007F, BASE), DTYPE) + _floats((word & 0x00800080) ^ -1014971520, DTYPE)
+        if INTERPRETED:
+            return _floats((word & 0x007F007F) | BASE, DTYPE) + _floats((word & 0x00800080) ^ -1014971520, DTYPE)
+        elif is_cuda():
+            return _assembled(word, _ptx_of_eight_bits(), DTYPE)
+        else:
+            return _floats((word & 0x007F007F) | BASE, DTYPE) + _floats((word & 0x00800080) ^ -1014971520, DTYPE)
     elif _count(BITS, PAIR) == 1:
         DOWN: tl.constexpr = _distance(BITS, AT, MANTISSA)
+        PART: tl.constexpr = 0.5 ** (AT - DOWN)  # the mantissa holds the level times 2^(AT - DOWN)
         word = _shifted(words[_plane(BITS, PAIR, 0)], DOWN)
-        value = _floats(_take(word, _mask(BITS, PAIR, 0, AT - DOWN), BASE), DTYPE)
-        if AT == DOWN:
-            return value - (POWER + CENTRE)
-        else:  # POWER + level 2^n
-            PART: tl.constexpr = 0.5 ** (AT - DOWN)
-            return value * PART - (POWER * PART + CENTRE)
+        return _centred(word, _mask(BITS, PAIR, 0, AT - DOWN), BASE, PART, POWER * PART + CENTRE, DTYPE)
     else:
         level = _piece(words, 0, PAIR, BITS) | BASE
         for i in tl.static_range(1, _count(BITS, PAIR)):
             level |= _piece(words, i, PAIR, BITS)
-        return _floats(level, DTYPE) - (POWER + CENTRE)
+        return _centred(level, 0, 0, 1.0, POWER + CENTRE, DTYPE)
 
 
 @triton.jit
@@ -153,17 +190,16 @@ def weights(
 
 
 @triton.jit
-def order(k, ORDER: tl.constexpr):
-    """Which level of K stands at place k of the product's.
+def order(x, SIZE: tl.constexpr, COLUMNS: tl.constexpr, ORDER: tl.constexpr):
+    """x, (SIZE, COLUMNS), in the order of K of the weights: no work, another name for each register.
 
-    With 8 columns the tensor cores are fed four neighbours a lane: what is two pairs of a lane in the words. No order
-    of K is wrong as long as x has the same.
+    mma.sync is fed four neighbours a lane: what is two pairs of a lane in the words. No order of K is wrong as long as
+    both operands have it.
     """
     if ORDER == "wide":
-        return k
+        return x
     else:
-        level = k // 16 * 16 + (k >> 1) % 2 * 8 + (k >> 2) % 4 * 2 + k % 2
-        return tl.max_contiguous(tl.multiple_of(level, 2), 2)  # pairs stay together, and are loaded so
+        return x.reshape(SIZE // 16, 2, 4, 2, COLUMNS).permute(0, 2, 1, 3, 4).reshape(SIZE, COLUMNS)
 
 
 @triton.jit

@@ -6,6 +6,7 @@
     sgsc verify FILE     whether a file is whole
     sgsc report RUN      write report.html again from report.json
     sgsc bench           throughput of the kernels on this machine; --claims: which claims do not hold
+    sgsc tune FILE ...   time configurations of the layers' GPU kernels and store the fastest
 
 Each takes --json: one JSON document on standard output and nothing else. Exit codes: 0 done; 1 the target or the
 tolerance was not held, a file is not whole, or a claim does not hold; 2 wrong use.
@@ -96,7 +97,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--budget", type=float, default=0.2, help="seconds a measurement (default: 0.2)")
     sub.add_argument("--claims", action="store_true", help="list the claims of bench/results that do not hold")
     sub.add_argument("--results", type=Path, default=Path("bench/results"), help="folder of the results")
+
+    sub = command("tune", _tune, "time configurations of the layers' GPU kernels and store the fastest")
+    sub.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    sub.add_argument("--batches", type=_numbers, default="1,16,64", help="tokens of a Linear (default: 1,16,64)")
+    sub.add_argument("--pixels", type=_numbers, default="16,64,256,1024,4096", help="the same of a convolution")
+    sub.add_argument("--dtypes", type=lambda s: s.split(","), default="float16,bfloat16,float32", help="of activations")
     return parser
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def _print_json(value: Any) -> None:
@@ -292,7 +303,7 @@ def _verify(options: argparse.Namespace) -> int:
     return 0
 
 
-# ---- bench ----
+# ---- bench and tune ----
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -316,6 +327,22 @@ def _bench(options: argparse.Namespace) -> int:
         shown = f"{r['microseconds']:,.1f}", f"{r['gigabytes_per_second']:.2f}", f"{r['share_of_copy']:.0%}"
         table.add_row(r["op"], r["case"], r["backend"], *shown, f"{r['gigaoperations_per_second']:.2f}")
     Console().print(table)
+    return 0
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from .artefact import read
+    from .tuning import tune
+
+    layers = {f"{path}: {name}": layer for path in options.files for name, layer in read(path).layers.items()}
+    with _Progress(quiet=options.json) as progress:
+        rows = tune(layers, options.batches, pixels=options.pixels, dtypes=options.dtypes, progress=progress)
+    if options.json:
+        _print_json(rows)
+    for row in rows if not options.json else ():
+        what = f"{_plain(', '.join(row['layers']))}, {row['columns']} {row['of']}, {row['dtype']}"
+        times = f"{row['heuristic_microseconds']:.1f} -> {row['microseconds']:.1f} µs"
+        print(f"{what}: {times}, {row['config'] or 'the heuristic stays'}")
     return 0
 
 

@@ -25,6 +25,8 @@ MAY_IMPORT = {
     "sgsc/files": set(),
     "sgsc/artefact": {"kernels", "artefact", "files", "layers", "packed"},
     "sgsc/preparation": {"layers"},
+    "sgsc/together": {"layers", "quantizers"},
+    "sgsc/tuning": {"files", "kernels", "packed"},
     "sgsc/size": {"coupling", "layers"},
     "sgsc/config": set(),
     "sgsc/checkpoint": {"files"},

@@ -46,8 +46,8 @@ def configured(**changes):
     """`configure` with some of its answer replaced; never more parts than there are steps."""
     choose = ours.configure
 
-    def configure(columns, tiles, size, across, capability, processors):
-        c = choose(columns, tiles, size, across, capability, processors)._replace(**changes)
+    def configure(dtype, columns, tiles, size, across, *rest):
+        c = choose(dtype, columns, tiles, size, across, *rest)._replace(**changes)
         return c._replace(parts=max(1, min(c.parts, -(-across // c.blocks))))
 
     return configure
