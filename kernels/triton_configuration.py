@@ -1,6 +1,7 @@
 """How a packed product falls to programs: what is chosen from shapes and the GPU alone, where nothing was tuned.
 
-A first call tunes nothing, and so is safe in a CUDA graph; triton_tables.py has what was measured. The limits follow
+A first call compiles, but tunes nothing; one of each shape before a capture, and a CUDA graph may hold the rest.
+triton_tables.py has what was measured. The limits follow
 from machine code compiled for sm_80 and sm_90 (tests/kernels/test_triton_packed.py): beyond them registers spill.
 """
 
@@ -17,6 +18,11 @@ COLUMNS = (8, 16, 32, 64, 128)
 FILL = 4  # programs a multiprocessor that keep its memory busy
 LEAST = 2  # steps of K a part: fewer are all start-up
 STAGES = 3
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up; on the host, as `tl.cdiv` is in kernels."""
+    return -(-a // b)
 
 
 class Config(NamedTuple):
@@ -96,10 +102,10 @@ def configure(
     wide = x == "tokens" or (x == "runs" and here.capability == 90)
     blocks = 2 if wide and some <= 16 and dtype != torch.float32 else 1
     order = "wide" if here.capability == 90 and size > UNIT and some >= 16 else "narrow"
-    programs, steps = tiles * -(-columns // some), -(-across // blocks)
+    programs, steps = tiles * ceil_div(columns, some), ceil_div(across, blocks)
     parts = max(1, min(FILL * here.processors // max(programs, 1), steps // LEAST))
-    each = max(1, -(-steps // parts))  # no part without a step
-    c = Config(some, blocks, max(1, -(-steps // each)), order, 1 if size == UNIT else 4, STAGES)
+    each = max(1, ceil_div(steps, parts))  # no part without a step
+    c = Config(some, blocks, max(1, ceil_div(steps, each)), order, 1 if size == UNIT else 4, STAGES)
     while c.stages > 1 and shared(dtype, size, c) > here.shared:
         c = c._replace(stages=c.stages - 1)
     return c

@@ -60,11 +60,14 @@ def weight_kernel(
 
 @triton.jit(do_not_specialize=["M", "tiles", "area"])
 def removed_kernel(plan, bias, y, M, N, tiles, area, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIASED: tl.constexpr):
-    """A program: the bias alone to one tile of removed rows, if it is one, at COLUMNS tokens or pixels."""
-    tile = tl.program_id(0)
+    """A program: the bias alone to one tile of removed rows, if it is one, at COLUMNS tokens or pixels.
+
+    Columns are the first axis of the grid, the one without a limit.
+    """
+    tile = tl.program_id(1)
     if tl.load(plan + tile) == 0:
         slot = tl.load(plan + 2 * tiles + tile * ROWS + tl.arange(0, ROWS))
-        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         store_tile(y, tl.zeros((ROWS, COLUMNS), tl.float32), slot, column, bias, M, N, area, BIASED)
 
 
@@ -103,9 +106,9 @@ def settle_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHIFTED: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """A program: sums of codes and levels, (M, stride) int32, of one tile and COLUMNS tokens, to y, (M, N)."""
-    tile = tl.program_id(0)
+    tile = tl.program_id(1)
     place = tile * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     bits = tl.load(plan + tile)
     slot = tl.load(plan + 2 * tiles + place)
     here = (slot >= 0)[:, None] & (column < M)[None, :] & (bits > 0)

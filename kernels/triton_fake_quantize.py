@@ -29,6 +29,7 @@ from . import triton_fake_quantize_kernels
 from .fake_quantize import Grid, reference, reference_backward
 from .op import LIBRARY
 from .triton_compat import INTERPRETED
+from .triton_configuration import ceil_div
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 MANY_BLOCK = 1_024  # columns at once where layers share a launch, a row a program
@@ -63,20 +64,16 @@ class Plan(NamedTuple):
 def plan(channels: int, width: int) -> Plan:
     """Tiles of 1,024 or 2,048 elements: short rows share a program, long ones are cut where there are few."""
     block = min(2_048, max(16, _power_of_two(width)))
-    blocks = max(1, _ceil(width, block))
+    blocks = max(1, ceil_div(width, block))
     parts = 1
     if width > _LONG and channels < _PROGRAMS // 2:
         parts = min(blocks, _PROGRAMS // max(1, channels))
-    span = _ceil(blocks, parts) * block
-    return Plan(max(1, 1_024 // block), block, max(1, _ceil(width, span)), span)
+    span = ceil_div(blocks, parts) * block
+    return Plan(max(1, 1_024 // block), block, max(1, ceil_div(width, span)), span)
 
 
 def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _fits(x: Tensor, grid: Grid, grad: Tensor | None = None) -> bool:
@@ -101,7 +98,7 @@ def forward(x: Tensor, scale: Tensor, lo: Tensor, hi: Tensor, shift: Tensor) -> 
     if x.numel():
         p = plan(channels, width)
         with torch.cuda.device_of(x):
-            _kernels.forward_kernel[_ceil(channels, p.rows), p.parts](
+            _kernels.forward_kernel[ceil_div(channels, p.rows), p.parts](
                 x, out, *grid, channels, width, p.span, ROWS=p.rows, BLOCK=p.block, num_warps=p.warps
             )
     return out
@@ -122,7 +119,7 @@ def backward(
         p = plan(channels, width)
         parts = sums if p.parts == 1 else [scale.new_empty(channels, p.parts) for _ in range(3)]
         with torch.cuda.device_of(x):
-            _kernels.backward_kernel[_ceil(channels, p.rows), p.parts](
+            _kernels.backward_kernel[ceil_div(channels, p.rows), p.parts](
                 grad, x, out, *parts, *grid, channels, width, p.span, ROWS=p.rows, BLOCK=p.block, num_warps=p.warps
             )
             if p.parts > 1:

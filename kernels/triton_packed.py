@@ -3,13 +3,15 @@
     few columns     (tokens, or pixels; up to DENSE) _product: a program unpacks a tile's words once, for all of
                     its columns, straight into the operand of the tensor cores. Each part of K is a program too where
                     tiles alone would not fill the GPU; the order of their sums is fixed
-    many columns    the weights once to a dense matrix of x's dtype, then torch's own product or convolution: unpacking
-                    costs one pass over the matrix, which many columns outweigh, and nothing is faster than cuBLAS there
+    many columns    the weights once to a dense matrix of x's dtype, then torch's own product or convolution:
+                    unpacking costs one pass over the matrix, which many columns outweigh, and nothing is faster than
+                    cuBLAS there
     many, int8      levels and codes as int8, a product on the integer tensor cores
 
 Floor, few columns: the bytes of the words, bits / 8 a weight. Float32 x is cut into three bfloat16 parts whose products
-are exact, so that sums have float32's error at three times the operations. int8 numerics bound the error, they ask for
-no rounding: up to DENSE columns, where bytes bind and not operations, x stays as it is.
+are exact, so that sums have float32's error at three times the operations; of many columns torch decides, as for its
+own layers (`allow_tf32`). int8 numerics bound the error, they ask for no rounding: up to DENSE columns, where bytes
+bind and not operations, x stays as it is, and what is not finite gives what it does in exact numerics.
 
 What the kernels do not take (grouped convolutions, float64) goes to the reference. Importing needs triton but no GPU.
 """
@@ -33,7 +35,7 @@ from .packed_linear import WIDEST
 from .packed_linear import check as check_linear
 from .packed_linear import reference as linear_reference
 from .triton_compat import INTERPRETED
-from .triton_configuration import configure, gpu
+from .triton_configuration import ceil_div, configure, gpu
 
 # Weights of x's dtype hold every level exactly; float32 has no tensor cores of its own precision.
 LEVELS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.bfloat16}
@@ -69,20 +71,7 @@ class Geometry(NamedTuple):
     def in_runs(self) -> bool:
         """Whether 16 channels of x are neighbours, and 16 bytes of them (8 elements and more) are aligned."""
         apart = (self.by_image, self.by_row, self.by_column)
-        return self.by_channel == 1 and self.channels == self.padded and all(n % 8 == 0 for n in apart)
-
-
-_counters: dict[tuple, Tensor] = {}
-
-
-def _zeros(device: torch.device, count: int) -> Tensor:
-    """`count` counters at 0, which every product leaves at 0 again; those of a stream serve one product at a time."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)  # a graph has its own: it may run beside others
-    key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    if key not in _counters or len(_counters[key]) < count:
-        _counters[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-    return _counters[key]
+        return self.by_channel == 1 and self.channels % 16 == 0 and all(n % 8 == 0 for n in apart)
 
 
 class _Tiles(NamedTuple):
@@ -105,13 +94,18 @@ def _tiles(lines: Tensor, plan: Tensor, grid: Tensor, rows: int) -> _Tiles:
     return _Tiles(lines, plan, grid, rows, size, grid.shape[1] // size)
 
 
-def _fits(x: Tensor, lines: Tensor, grid: Tensor, bias: Tensor | None) -> bool:
+def _fits(x: Tensor, lines: Tensor, plan: Tensor, grid: Tensor, bias: Tensor | None, rows: int) -> bool:
+    """Whether the kernels may touch these; the reference answers, or complains, for all others."""
+    size = fragments.tile_size(rows)
     return (
         x.dtype in LEVELS
         and lines.dtype == torch.int32
         and (x.is_cuda or INTERPRETED.value)
-        and lines.device == grid.device == x.device
-        and (bias is None or bias.device == x.device)
+        and gpu(x.device.index).capability not in range(1, 80)  # bfloat16 in the tensor cores
+        and all(t.device == x.device and t.is_contiguous() for t in (lines, plan, grid))
+        and grid.dim() == 2
+        and plan.numel() * size == grid.shape[1] * (size + 2)
+        and (bias is None or (bias.shape == (rows,) and bias.device == x.device))
     )
 
 
@@ -121,21 +115,21 @@ def _product(
     """Fill y, (columns, rows) or images of (rows, area)."""
     if not columns or not t.count:
         return y
-    c = triton_tables.tuned(x, t.words, g is not None, columns, t.count, t.size, across)
-    how_x_lies = "tokens" if g is None else "runs" if g.in_runs() and x.data_ptr() % 16 == 0 else "pixels"
-    c = c or configure(x.dtype, columns, t.count, t.size, across, gpu(x.device.index), how_x_lies)
-    groups = -(-columns // c.columns)
-    partial = counters = y
-    if c.parts > 1:
-        partial = x.new_empty(groups * t.count * c.parts * t.size * c.columns, dtype=torch.float32)
-        counters = _zeros(x.device, groups * t.count)
-    steps = -(-across // c.blocks)
-    per = -(-steps // c.parts) * c.blocks
-    kernel, how, where = _products.linear_kernel, (width, t.count, across, c.parts, per), {}
-    if g is not None:
-        kernel, how = _products.conv2d_kernel, (t.count, across, c.parts, per, g.out_height * g.out_width, g)
-        where = {"X": how_x_lies}
     with torch.cuda.device_of(x):
+        lies = "tokens" if g is None else "runs" if g.in_runs() and x.data_ptr() % 16 == 0 else "pixels"
+        c = triton_tables.tuned(x, t.words, lies, columns, t.count, t.size, across)
+        c = c or configure(x.dtype, columns, t.count, t.size, across, gpu(x.device.index), lies)
+        groups = ceil_div(columns, c.columns)
+        partial, counters = t.grid, t.plan  # not looked at where one part is all
+        if c.parts > 1:
+            partial = x.new_empty(groups * t.count * c.parts * t.size * c.columns, dtype=torch.float32)
+            # not kept from call to call: two streams, or two graphs that run side by side, must not share them
+            counters = t.plan.new_zeros(groups * t.count)
+        per = ceil_div(ceil_div(across, c.blocks), c.parts) * c.blocks
+        kernel, how, where = _products.linear_kernel, (width, t.count, across, c.parts, per), {}
+        if g is not None:
+            kernel, how = _products.conv2d_kernel, (t.count, across, c.parts, per, g.out_height * g.out_width, g)
+            where = {"X": lies}
         kernel[t.count * c.parts, groups](
             x, t.words, t.plan, t.grid, t.grid if bias is None else bias, y, partial, counters, columns, t.rows, *how,
             DTYPE=LEVELS[x.dtype], ROWS=t.size, COLUMNS=c.columns, BLOCKS=c.blocks, ORDER=c.order, SHIFTED=t.shifted,
@@ -152,7 +146,7 @@ def dense(t: _Tiles, channels: int, taps: int, like: Tensor, dtype: torch.dtype 
     levels = dtype == torch.int8
     width = channels * taps
     across = fragments.blocks_of(width, taps)
-    shape = (-(-t.rows // 8) * 8, -(-width // 16) * 16) if levels else (t.rows, width)
+    shape = (ceil_div(t.rows, 8) * 8, ceil_div(width, 16) * 16) if levels else (t.rows, width)
     out = like.new_zeros(shape, dtype=dtype) if levels else like.new_empty(shape)
     if t.count and across:
         with torch.cuda.device_of(like):
@@ -169,7 +163,7 @@ def _keep_removed(y: Tensor, t: _Tiles, bias: Tensor | None, columns: int, area:
     if not y.numel():
         return y
     with torch.cuda.device_of(y):
-        _passes.removed_kernel[t.count, -(-columns // 128)](
+        _passes.removed_kernel[ceil_div(columns, 128), t.count](
             t.plan, y if bias is None else bias, y, columns, t.rows, t.count, area,
             ROWS=t.size, COLUMNS=128, BIASED=bias is not None,
         )  # fmt: skip
@@ -186,7 +180,7 @@ def _integer(x: Tensor, t: _Tiles, bias: Tensor | None, y: Tensor) -> Tensor:
     with torch.cuda.device_of(x):
         _passes.tokens_kernel[(tokens,)](x, codes, step, total, width, stride, BLOCK=1_024)
         sums = torch._int_mm(codes, weight.t())
-        _passes.settle_kernel[t.count, -(-tokens // 64)](
+        _passes.settle_kernel[ceil_div(tokens, 64), t.count](
             sums, step, total, t.plan, t.grid, y if bias is None else bias, y, tokens, t.rows, sums.shape[1], t.count,
             ROWS=t.size, COLUMNS=64, SHIFTED=t.shifted, BIASED=bias is not None,
         )  # fmt: skip
@@ -197,17 +191,20 @@ def linear(
     x: Tensor, lines: Tensor, plan: Tensor, grid: Tensor, bias: Tensor | None, rows: int, width: int, int8: bool
 ) -> Tensor:
     """`packed_linear` on a GPU."""
-    if not _fits(x, lines, grid, bias):
+    if not _fits(x, lines, plan, grid, bias, rows):
         return linear_reference(x, lines, plan, grid, bias, rows, width, int8)
     check_linear(x, width)
+    bias = None if bias is None else bias.contiguous()
     t, flat = _tiles(lines, plan, grid, rows), x.reshape(x.shape[:-1].numel(), width).contiguous()
     tokens = len(flat)
-    if tokens <= DENSE:
+    if tokens <= DENSE or not rows:
         y = x.new_empty(*x.shape[:-1], rows)
         return _product(flat, t, bias, y, tokens, width, fragments.blocks_of(width), None)
     if int8 and 0 < width <= WIDEST:
         return _integer(flat, t, bias, x.new_empty(*x.shape[:-1], rows))
-    return _keep_removed(F.linear(x, dense(t, width, 1, x), bias), t, bias, tokens, 1)
+    with torch.autocast(x.device.type, enabled=False):
+        y = F.linear(flat, dense(t, width, 1, x), bias).view(*x.shape[:-1], rows)
+    return _keep_removed(y, t, bias, tokens, 1)
 
 
 def convolution(
@@ -225,18 +222,20 @@ def convolution(
     int8: bool,
 ) -> Tensor:
     """`packed_conv2d` on a GPU; in int8 numerics too x stays as it is, which their bound allows."""
-    if not _fits(x, lines, grid, bias):
+    if not _fits(x, lines, plan, grid, bias, rows):
         return conv2d_reference(x, lines, plan, grid, bias, rows, kernel, stride, padding, dilation, groups, int8)
     check_conv2d(x, rows, kernel, stride, padding, dilation, groups)
+    bias = None if bias is None else bias.contiguous()
     t, taps, inputs = _tiles(lines, plan, grid, rows), prod(kernel), x.shape[1] // groups
     height, width = (output_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
     pixels = len(x) * height * width
-    if groups == 1 and pixels <= DENSE_PIXELS:
-        if inputs % 16 == 0:  # one pass over x; else each of its values would be read by itself, once a tap
-            x = x.contiguous(memory_format=torch.channels_last)
+    if groups == 1 and pixels <= DENSE_PIXELS and x.numel() < 2**31:  # places within an image are 32-bit
+        # one pass over x where it saves reading each value by itself, once a tap
+        x = x.contiguous(memory_format=torch.channels_last if inputs % 16 == 0 else torch.contiguous_format)
         places = *x.shape[2:], height, width
         how = kernel[1], *stride, *padding, *dilation
-        g = Geometry._make((inputs, fragments.channels_of(inputs * taps, taps), taps, *places, *how, *x.stride()))
+        by = (0 if n == 1 else step for n, step in zip(x.shape, x.stride(), strict=True))  # of one there is no next
+        g = Geometry._make((inputs, fragments.channels_of(inputs * taps, taps), taps, *places, *how, *by))
         y = x.new_empty(len(x), rows, height, width)
         across = fragments.blocks_of(inputs * taps, taps)
         return _product(x, t, bias, y, pixels, inputs * taps, across, g)
@@ -244,7 +243,8 @@ def convolution(
         weight = dense(t, inputs * taps, 1, x).view(rows, inputs, *kernel)
     else:
         weight = dense(t, inputs, taps, x).view(rows, *kernel, inputs).permute(0, 3, 1, 2)
-    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups).contiguous()
+    with torch.autocast(x.device.type, enabled=False):
+        y = F.conv2d(x, weight, bias, stride, padding, dilation, groups).contiguous()
     return _keep_removed(y, t, bias, pixels, height * width)
 
 

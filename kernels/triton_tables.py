@@ -31,12 +31,13 @@ import triton
 from torch import Tensor
 
 from . import fragments
-from .triton_configuration import COLUMNS, Config, Gpu, gpu, shared
+from .triton_configuration import COLUMNS, Config, Gpu, ceil_div, gpu, shared
 
 FORMAT = 1
 MOST_BYTES = 2**22  # of a file: some ten thousand entries
 SOURCES = ("fragments.py", "triton_compat.py", "triton_packed_kernels.py", "triton_unpack.py")
 SHIPPED = Path(__file__).with_name("tuned")
+X = ("tokens", "runs", "pixels")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 VALUES = {
@@ -54,7 +55,7 @@ class Key(NamedTuple):
 
     Attributes:
         dtype: Of x.
-        pixels: Whether columns are a convolution's output pixels, not tokens.
+        x: How x lies, as `configure` has it; columns are output pixels but for "tokens".
         most: Columns, rounded up by `bucket`.
         tiles, size: Tiles, and rows of each.
         across: Blocks of K.
@@ -62,7 +63,7 @@ class Key(NamedTuple):
     """
 
     dtype: torch.dtype
-    pixels: bool
+    x: str
     most: int
     tiles: int
     size: int
@@ -81,7 +82,7 @@ def bucket(columns: int, pixels: bool) -> int:
     return max(16, 1 << (exponent + exponent % 2)) if pixels else max(8, 1 << exponent)
 
 
-def tuned(x: Tensor, words: Tensor, pixels: bool, columns: int, tiles: int, size: int, across: int) -> Config | None:
+def tuned(x: Tensor, words: Tensor, lies: str, columns: int, tiles: int, size: int, across: int) -> Config | None:
     """The configuration that was found fastest for a product on x's GPU; None where none is known."""
     index = x.device.index
     table: Any = _tables.get(index)
@@ -90,7 +91,7 @@ def tuned(x: Tensor, words: Tensor, pixels: bool, columns: int, tiles: int, size
     if not table:
         return None
     planes = words.numel() // fragments.WORDS
-    return table.get((x.dtype, pixels, bucket(columns, pixels), tiles, size, across, planes))
+    return table.get((x.dtype, lies, bucket(columns, lies != "tokens"), tiles, size, across, planes))
 
 
 def forget() -> None:
@@ -243,12 +244,12 @@ def _entry(entry: Any, here: Gpu) -> tuple[Key, Config] | None:
     named = (*Key._fields, *Config._fields)
     right = isinstance(entry, dict) and entry.keys() == set(named)
     for name in named if right else ():
-        kind = {"dtype": str, "order": str, "pixels": bool}.get(name, int)
+        kind = str if name in ("dtype", "order", "x") else int
         right = right and type(entry[name]) is kind and (kind is not int or 0 < entry[name] < 2**31)
-    if right and entry["dtype"] in DTYPES:
+    if right and entry["dtype"] in DTYPES and entry["x"] in X:
         key = Key(DTYPES[entry["dtype"]], *(entry[name] for name in Key._fields[1:]))
         config = Config(**{name: entry[name] for name in Config._fields})
-        if key.most == bucket(key.most, key.pixels) and allowed(key, config, here):
+        if key.most == bucket(key.most, key.x != "tokens") and allowed(key, config, here):
             return key, config
     return None
 
@@ -257,8 +258,8 @@ def allowed(key: Key, config: Config, here: Gpu) -> bool:
     """Whether a product may run so: its programs fit the GPU, and their sums in parts a modest memory."""
     if any(getattr(config, name) not in values for name, values in VALUES.items()):
         return False
-    steps = -(-key.across // config.blocks)
-    programs = config.parts * key.tiles * -(-key.most // config.columns)
+    steps = ceil_div(key.across, config.blocks)
+    programs = config.parts * key.tiles * ceil_div(key.most, config.columns)
     return (
         config.columns <= key.most
         and 1 <= config.parts <= steps

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from . import triton_packed
-from .triton_configuration import Config, Gpu, gpu
+from .triton_configuration import Config, Gpu, ceil_div, gpu
 from .triton_tables import VALUES, Key, allowed, answering
 
 ROUNDS = 3  # over all fields
@@ -66,7 +66,7 @@ def tune_product(
         return None
     with answering(index, None):
         right = run(words)
-    heuristic = triton_packed.configure(key.dtype, columns, key.tiles, key.size, key.across, gpu(index))
+    heuristic = triton_packed.configure(key.dtype, columns, *key[3:6], gpu(index), key.x)
     failed: list[Config] = []
 
     def timed(config: Config) -> float:
@@ -132,9 +132,9 @@ def near(config: Config, field: str, key: Key) -> Iterator[Config]:
         values = (*VALUES[field][max(place - 1, 0) : place], *VALUES[field][place + 1 : place + 2])
     for value in values:
         other = config._replace(**{field: value})
-        steps = -(-key.across // other.blocks)
-        each = -(-steps // other.parts)  # as in `configure`: no part without a step
-        yield other._replace(parts=-(-steps // each))
+        steps = ceil_div(key.across, other.blocks)
+        each = ceil_div(steps, other.parts)  # as in `configure`: no part without a step
+        yield other._replace(parts=ceil_div(steps, each))
 
 
 def replayed(run: Run, words: Tensor) -> float:
@@ -144,9 +144,9 @@ def replayed(run: Run, words: Tensor) -> float:
     configuration that is fastest from the cache need not be so from memory.
     """
     size = torch.cuda.get_device_properties(words.device).L2_cache_size
-    count = min(MOST_COPIES, 1 + -(-2 * size // (words.numel() * words.element_size())))
+    count = min(MOST_COPIES, 1 + ceil_div(2 * size, words.numel() * words.element_size()))
     copies = words.expand(count, -1).contiguous().unbind()
-    products = copies * -(-LEAST_PRODUCTS // count)
+    products = copies * ceil_div(LEAST_PRODUCTS, count)
     with torch.cuda.device(words.device):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -112,9 +112,10 @@ class PackedProduct(PackedLayer):
         self.numerics = NUMERICS[0]
 
     def _apply(self, fn, recurse: bool = True):
+        before = self.lines.device.type
         super()._apply(fn, recurse)
         device = self.lines.device
-        if device.type != "meta" and self.lines.dtype != form_of(device).dtype:
+        if "meta" not in (before, device.type) and self.lines.dtype != form_of(device).dtype:
             self.lay_out()  # moved to where products read another form
         return self
 

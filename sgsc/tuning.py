@@ -84,7 +84,7 @@ def tune(
                 records[key] = {
                     "layers": [name],
                     "dtype": dtype,
-                    "of": "pixels" if key.pixels else "tokens",
+                    "of": "tokens" if key.x == "tokens" else "pixels",
                     "columns": columns,
                     "heuristic_microseconds": 1e6 * found.heuristic,
                     "microseconds": 1e6 * found.seconds,

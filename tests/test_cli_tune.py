@@ -120,5 +120,5 @@ def test_a_file_is_tuned_without_its_network(file, monkeypatch, capsys):
     assert "tuning 2/2" in err
     here = triton_tables.gpu(None)
     table = triton_tables.read_table(triton_tables.cache_path(here), here)
-    assert [key.pixels for key in table] == [False, True]
+    assert [key.x for key in table] == ["pixels", "tokens"]
     assert {config.stages for config in table.values()} == {5}

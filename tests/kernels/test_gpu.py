@@ -18,6 +18,12 @@ TOKENS = (1, 8, 16, 65, 300)  # each regime of the dispatch
 ALLOWED = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
+@pytest.fixture(autouse=True)
+def float32_as_it_is():
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 def deep() -> nn.Module:
     """Large enough that several programs share the K of a tile."""
     return linear(bits=torch.arange(9, dtype=torch.uint8).repeat(60), width=4_096)
@@ -92,4 +98,7 @@ def test_compiled_in_one_graph_and_exported():
     want = model(x)
     torch._dynamo.reset()
     assert_close_to(torch.compile(model, fullgraph=True)(x).cpu(), want.cpu().double(), 1e-6)
+    reduced = torch.compile(model, mode="reduce-overhead")
+    for _ in range(3):  # eager, recorded, replayed
+        assert_close_to(reduced(x).cpu(), want.cpu().double(), 1e-6)
     assert_close_to(torch.export.export(model, (x,)).module()(x).cpu(), want.cpu().double(), 1e-6)

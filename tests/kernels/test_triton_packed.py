@@ -46,7 +46,7 @@ def one_width_kernel(
 # ---- compiling ----
 
 
-def compiled(kernel, target, rows, columns, dtype, bits=None, x="tokens", shifted=False, **changed):
+def compiled(kernel, target, rows, columns, /, dtype, bits=None, x="tokens", shifted=False, **changed):
     """The machine code, and what `configure` chose but for `changed`; of all widths together where `bits` is None."""
     c = configure(DTYPES[dtype], columns, 64, rows, 32, GPUS[target], x)._replace(**changed)
     constants = {
@@ -64,7 +64,7 @@ def compiled(kernel, target, rows, columns, dtype, bits=None, x="tokens", shifte
     return compile_for(kernel, target, types, constants, aligned, c.warps, c.stages), c
 
 
-def one_width(target, rows, columns, dtype="bf16", bits=5, **changed):
+def one_width(target, rows, columns, /, dtype="bf16", bits=5, **changed):
     return compiled(one_width_kernel, target, rows, columns, dtype, bits, **changed)
 
 
@@ -193,10 +193,29 @@ def test_one_width(target, rows, columns, dtype, how, registers, most, stored):
 
 
 @pytest.mark.parametrize(("target", "rows", "columns", "dtype", "how"), TOO_MUCH, ids=lambda v: str(v)[:16])
-@pytest.mark.xfail(strict=True, reason="x takes more registers than a thread has")
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="x takes more registers than a thread has")
 def test_one_width_spills(target, rows, columns, dtype, how):
     code, _ = one_width(target, rows, columns, dtype, **how)
     assert not code.spilled
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels", "layout", "runs"),
+    [
+        ((2, 32, 5, 7), 32, torch.channels_last, True),
+        ((2, 32, 1, 1), 32, torch.contiguous_format, True),
+        ((2, 64, 5, 7), 48, torch.channels_last, True),  # a slice of 64
+        ((2, 64, 5, 7), 20, torch.channels_last, False),  # 4 of a run would be another's
+        ((2, 20, 5, 7), 20, torch.channels_last, False),
+        ((2, 36, 5, 7), 32, torch.channels_last, False),  # pixels lie 72 bytes apart
+        ((2, 32, 5, 7), 32, torch.contiguous_format, False),
+    ],
+)
+def test_what_is_read_in_runs(shape, channels, layout, runs):
+    x = torch.empty(shape, dtype=torch.bfloat16).contiguous(memory_format=layout)[:, :channels]
+    by = (0 if n == 1 else step for n, step in zip(x.shape, x.stride(), strict=True))
+    g = Geometry._make((channels, channels, 1, *x.shape[2:], *x.shape[2:], 1, 1, 1, 0, 0, 1, 1, *by))
+    assert g.in_runs() is runs
 
 
 # ---- the checks themselves ----

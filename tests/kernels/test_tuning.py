@@ -27,7 +27,7 @@ from sgsc.preparation import prepare  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 HERE = triton_tables.gpu(None)
 H200 = Gpu("NVIDIA H200", 132, 232_448, 90)
-KEY = Key(torch.bfloat16, False, 16, 4, 64, 8, 640)
+KEY = Key(torch.bfloat16, "tokens", 16, 4, 64, 8, 640)
 CONFIG = Config(16, 2, 2, "wide", 4, 4)
 
 
@@ -93,7 +93,7 @@ def stored(table, here=HERE):
 def asks(key=KEY):
     """What a product of this key is told."""
     x, words = torch.empty(0, dtype=key.dtype), torch.empty(64 * key.planes, dtype=torch.int32)
-    return tuned(x, words, key.pixels, key.most, key.tiles, key.size, key.across)
+    return tuned(x, words, key.x, key.most, key.tiles, key.size, key.across)
 
 
 def complaint():
@@ -115,7 +115,7 @@ def test_a_product_runs_as_its_entry_says_and_as_the_heuristic_without(launches)
     heuristic = configure(torch.float32, 3, 3, 16, 11, HERE)
     assert launches.configs == [heuristic]
     key = triton_tuning.key_of(run, words)
-    assert key == (torch.float32, False, 8, 3, 16, 11, len(words) // 64)
+    assert key == (torch.float32, "tokens", 8, 3, 16, 11, len(words) // 64)
     entry = Config(8, 1, 3, "wide", 2, 5)
     stored({key: entry, key._replace(planes=key.planes + 1): Config(8, 1, 1, "wide", 2, 5)})
     triton_tables.forget()
@@ -137,7 +137,7 @@ def test_the_heuristic_can_still_be_replaced(launches, monkeypatch):
 def test_every_field_of_a_key_counts(field):
     stored({KEY: CONFIG})
     assert asks() == CONFIG
-    other = {"dtype": torch.float16, "pixels": True, "most": 32, "tiles": 5, "size": 16, "across": 9, "planes": 641}
+    other = {"dtype": torch.float16, "x": "runs", "most": 32, "tiles": 5, "size": 16, "across": 9, "planes": 641}
     assert asks(KEY._replace(**{field: other[field]})) is None
 
 
@@ -167,12 +167,12 @@ def test_a_captured_product_reads_nothing_and_a_later_one_does(monkeypatch):
     words = torch.empty(64 * KEY.planes, dtype=torch.int32)
     monkeypatch.setattr(triton_tables, "gpu", lambda index: pytest.fail("asked for the GPU"))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert tuned(OnGpu(), words, False, 16, 4, 64, 8) is None
+    assert tuned(OnGpu(), words, "tokens", 16, 4, 64, 8) is None
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(triton_tables, "gpu", lambda index: H200)
-    assert tuned(OnGpu(), words, False, 16, 4, 64, 8) == CONFIG
+    assert tuned(OnGpu(), words, "tokens", 16, 4, 64, 8) == CONFIG
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: pytest.fail("asked again"))
-    assert tuned(OnGpu(), words, False, 9, 4, 64, 8) == CONFIG
+    assert tuned(OnGpu(), words, "tokens", 9, 4, 64, 8) == CONFIG
 
 
 # ---- files ----
@@ -184,8 +184,8 @@ def test_tables_survive_a_round_trip(folder):
     while len(table) < 200:
         key = Key(
             make.choice(list(triton_tables.DTYPES.values())),
-            pixels := make.random() < 0.5,
-            bucket(make.randint(1, 4_096), pixels),
+            x := make.choice(triton_tables.X),
+            bucket(make.randint(1, 4_096), x != "tokens"),
             *(make.randint(1, 99) for _ in range(4)),
         )
         chosen = {name: make.choice(values) for name, values in triton_tables.VALUES.items()}
@@ -323,7 +323,7 @@ ENTRIES = {
     **{"stages-many": {"stages": 6}, "order": {"order": "diagonal"}, "order-number": {"order": 1}},
     **{"columns-past-the-bucket": {"columns": 32}, "parts-past-the-steps": {"parts": 5}},
     **{"most-no-bucket": {"most": 17}, "most-huge": {"most": 10**4_000}, "tiles-none": {"tiles": 0}},
-    **{"dtype": {"dtype": "float64"}, "dtype-list": {"dtype": ["float16"]}, "pixels": {"pixels": 0}},
+    **{"dtype": {"dtype": "float64"}, "dtype-list": {"dtype": ["float16"]}, "x": {"x": 0}, "x-unknown": {"x": "both"}},
     **{"memory": {"columns": 128, "most": 128, "blocks": 4, "stages": 5}, "programs": {"tiles": 33}, "more": {"b": 1}},
 }
 
@@ -369,7 +369,7 @@ def test_the_heuristic_and_all_near_it_are_allowed_or_left_out():
     for dtype in triton_tables.DTYPES.values():
         for columns in (1, 16, 64, 256):
             for tiles, size, across in ((1, 16, 1), (8, 64, 3), (64, 64, 32), (64, 64, 112), (448, 64, 64)):
-                key = Key(dtype, False, bucket(columns, False), tiles, size, across, 4 * tiles * across)
+                key = Key(dtype, "tokens", bucket(columns, False), tiles, size, across, 4 * tiles * across)
                 config = configure(dtype, columns, tiles, size, across, H200)
                 assert allowed(key, config, H200), (key, config)
                 for field in Config._fields:
@@ -403,7 +403,7 @@ def test_the_heuristic_and_all_near_it_are_allowed_or_left_out():
     ],
 )
 def test_the_memory_of_a_program_is_never_underestimated(config, dtype, size, shared):
-    key = Key(dtype, False, 128, 8, size, 32, 1_000)
+    key = Key(dtype, "tokens", 128, 8, size, 32, 1_000)
     found = triton_configuration.shared(dtype, size, config)
     assert shared <= found <= 2 * shared
     assert not allowed(key, config, H200._replace(shared=found - 1))
