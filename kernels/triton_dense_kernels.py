@@ -15,41 +15,38 @@ from .triton_unpack import SPAN, UNIT, WORDS, load_words, weights
 
 
 @triton.jit
-def _dense(
-    words, row, block, across, BITS: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr
-):
-    lane = tl.arange(0, 4 * BLOCKS)
+def _dense(words, row, block, across, BITS: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr):
     unit = row // UNIT * (across * (BITS * WORDS)) + row % UNIT * 4
-    at = words + unit[:, None] + ((block + lane // 4) * (BITS * WORDS) + lane % 4)[None, :]
-    bits = load_words(at, (block + lane // 4 < across)[None, :], BITS)
-    return weights(bits, BITS, DTYPE, ROWS, BLOCKS, "wide").to(tl.float32)
+    at = words + unit[:, None] + (block * (BITS * WORDS) + tl.arange(0, 4))[None, :]
+    bits = load_words(at, (row >= 0)[:, None], BITS)
+    return weights(bits, BITS, DTYPE, ROWS, 1, "wide").to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["tiles", "channels", "padded", "taps"])
 def weight_kernel(
     words, plan, grid, out, tiles, across, channels, padded, taps, stride,
-    DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, SHIFTED: tl.constexpr, LEVELS: tl.constexpr,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, SHIFTED: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """A program: BLOCKS blocks of one tile, as rows of `out`, (C, stride), K in the order of the words less padding.
+    """A program: one block of one tile, as rows of `out`, (C, stride), K in the order of the words less padding.
 
     Real values; where LEVELS the levels less their centre. Removed rows are zeros.
     """
     tile = tl.program_id(0)
-    block = tl.program_id(1) * BLOCKS
+    block = tl.program_id(1)
     bits = tl.load(plan + tile)
     words += tl.load(plan + tiles + tile).to(tl.int64) * WORDS
     row = tl.arange(0, ROWS)
-    value = tl.zeros((ROWS, BLOCKS * SPAN), tl.float32)
+    value = tl.zeros((ROWS, SPAN), tl.float32)
     for BITS in tl.static_range(1, 9):
         if bits == BITS:
-            value = _dense(words, row, block, across, BITS, DTYPE, ROWS, BLOCKS)
+            value = _dense(words, row, block, across, BITS, DTYPE, ROWS)
     place = tile * ROWS + row
     if not LEVELS:
         if SHIFTED:
             value += (tl.load(grid + tiles * ROWS + place) + (1 << bits >> 1).to(tl.float32))[:, None]
         value *= tl.load(grid + place)[:, None]
         value = tl.where(bits > 0, value, 0.0)
-    k = tl.arange(0, BLOCKS * SPAN) + block * SPAN
+    k = tl.arange(0, SPAN) + block * SPAN
     channel = k % padded
     tap = k // padded
     slot = tl.load(plan + 2 * tiles + place)

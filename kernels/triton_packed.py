@@ -152,7 +152,7 @@ def dense(t: _Tiles, channels: int, taps: int, like: Tensor, dtype: torch.dtype 
         with torch.cuda.device_of(like):
             _passes.weight_kernel[t.count, across](
                 t.words, t.plan, t.grid, out, t.count, across, channels, fragments.channels_of(width, taps), taps,
-                out.shape[1], DTYPE=LEVELS.get(out.dtype, tl.float16), ROWS=t.size, BLOCKS=1, SHIFTED=t.shifted,
+                out.shape[1], DTYPE=LEVELS.get(out.dtype, tl.float16), ROWS=t.size, SHIFTED=t.shifted,
                 LEVELS=levels, num_warps=1 if t.size == fragments.UNIT else 4,
             )  # fmt: skip
     return out

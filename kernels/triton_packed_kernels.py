@@ -124,8 +124,8 @@ def _product(
 ):  # fmt: skip
     """A program: one part of K of one tile, the widest tiles first, at COLUMNS tokens or pixels.
 
-    The parts of a tile, `per` blocks each, leave their sums in `partial`; the last to arrive, by `counters`, adds them
-    up in order and sets the counter back to 0.
+    The parts of a tile, `per` blocks each, leave their sums in `partial`; the last to arrive, by `counters`, zeros
+    before, adds them up in order.
     """
     tile = tiles - 1 - tl.program_id(0) // parts
     part = tl.program_id(0) % parts
@@ -157,7 +157,6 @@ def _product(
             sums = tl.zeros((ROWS, COLUMNS), tl.float32)
             for i in range(parts):
                 sums += tl.load(mine + i * (ROWS * COLUMNS), cache_modifier=".cg")
-            tl.store(counters + group, 0)
     if last:
         scale = tl.load(grid + place)
         slot = tl.load(plan + 2 * tiles + place)

@@ -72,7 +72,7 @@ def tune_product(
     def timed(config: Config) -> float:
         with answering(index, config):
             try:
-                if all(agrees(run(words), right) for _ in range(2)):  # twice: counters must be back at 0
+                if all(agrees(run(words), right) for _ in range(2)):  # twice: a race need not show at once
                     return time(run, words)
             except (TritonError, RuntimeError) as error:  # not compiled, or more than the GPU has
                 if not isinstance(error, TritonError) and "PassManager" not in str(error):

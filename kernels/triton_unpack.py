@@ -25,6 +25,12 @@ PIECES: tl.constexpr = tl.constexpr(tuple(fragments.pieces(bits) for bits in ran
 
 
 @triton.constexpr_function
+def _in_ptx():
+    """Whether NVIDIA's assembler takes part."""
+    return not INTERPRETED.value and is_cuda()
+
+
+@triton.constexpr_function
 def _count(bits, pair):
     return len(PIECES.value[bits - 1][pair])
 
@@ -124,9 +130,7 @@ def _centred(
 
     In two instructions on NVIDIA: left alone, the compiler takes apart what it could do to both halves at once.
     """
-    if INTERPRETED:
-        return _floats((word & MASK) | BASE if MASK != 0 else word, DTYPE) * SCALE - LESS
-    elif is_cuda():
+    if _in_ptx():
         return _assembled(word, _ptx(MASK, BASE, SCALE, LESS, tl.bfloat16 == DTYPE), DTYPE)
     else:
         return _floats((word & MASK) | BASE if MASK != 0 else word, DTYPE) * SCALE - LESS
@@ -150,9 +154,7 @@ def _pair(words, PAIR: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
     AT: tl.constexpr = _at(BITS, PAIR, 0)
     if BITS > MANTISSA:  # the eighth bit becomes -256 where it is clear and -128 where it is set
         word = _shifted(words[_plane(BITS, PAIR, 0)], AT)
-        if INTERPRETED:
-            return _floats((word & 0x007F007F) | BASE, DTYPE) + _floats((word & 0x00800080) ^ -1014971520, DTYPE)
-        elif is_cuda():
+        if _in_ptx():
             return _assembled(word, _ptx_of_eight_bits(), DTYPE)
         else:
             return _floats((word & 0x007F007F) | BASE, DTYPE) + _floats((word & 0x00800080) ^ -1014971520, DTYPE)
