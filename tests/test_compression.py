@@ -14,7 +14,6 @@ from sgsc import (
     PreservationSet,
     SelfCompression,
     load_checkpoint,
-    nominal_bits,
     pack,
     prepare,
     save_checkpoint,
@@ -22,8 +21,10 @@ from sgsc import (
 )
 from sgsc.bits import BitOptimizer, clearing_price
 from sgsc.certificate import compare, outputs
+from sgsc.coupling import couple
 from sgsc.guard import Check, check, restore, revive, set_widths, widths
 from sgsc.layers import quant_layers
+from sgsc.size import file_bits
 
 
 def blobs(count: int = 400, seed: int = 0) -> TensorDataset:
@@ -78,7 +79,7 @@ def started(trained, keep, **settings) -> SelfCompression:
 
 def test_the_loss_is_the_stated_sum_and_nothing_else(trained, keep):
     run = started(trained, keep, sparsity_weight=0.3, preservation_weight=0.7, preservation_batch=60)
-    run.price = 2.5
+    run.control.price = 2.5
     run.generator.manual_seed(5)
     task = torch.tensor(1.25)
     batch = keep.batch(torch.Generator().manual_seed(5), 60)
@@ -86,7 +87,7 @@ def test_the_loss_is_the_stated_sum_and_nothing_else(trained, keep):
     magnitude = torch.cat([layer.weight.flatten() for layer in quant_layers(run.model).values()]).abs().mean()
     want = (
         task
-        + 2.5 * nominal_bits(run.model, run.coupling) / (8 * run.float_bytes)
+        + 2.5 * file_bits(run.model, couple(run.model)) / (8 * run.float_bytes)
         + 0.3 * magnitude
         + 0.7 * keep.loss(run.model, batch)
     )
@@ -194,19 +195,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(trained, keep
 def test_a_gradient_that_is_not_finite_names_the_layer_and_moves_nothing(trained, keep):
     run = started(trained, keep)
     train(run.model, blobs(), 5, run)
-    before = {n: d.detach().clone() for n, d in run.bits.depths.items()}
+    before = {n: d.detach().clone() for n, d in run.control.bits.depths.items()}
     run.loss(F.cross_entropy(run.model(blobs().tensors[0]), blobs().tensors[1])).backward()
-    run.bits.gradient[run.bits.depths["3"]][2] = float("nan")
+    run.control.bits.gradient[run.control.bits.depths["3"]][2] = float("nan")
     with pytest.raises(ValueError, match=r"layer '3': the gradient of its quantizer is not finite"):
         run.step()
-    assert all(torch.equal(d, before[n]) for n, d in run.bits.depths.items())
+    assert all(torch.equal(d, before[n]) for n, d in run.control.bits.depths.items())
 
 
 def test_an_unreachable_target_keeps_price_and_worth_finite(trained):
     run = started(trained, None, target_size=0.01, steps=60, bit_rate=0.4)
     train(run.model, blobs(), 120, run)
-    assert math.isfinite(run.price)
-    assert all(torch.isfinite(w).all() for w in run.bits.worth.values())
+    assert math.isfinite(run.control.price)
+    assert torch.isfinite(run.control.bits.worth).all()
 
 
 def test_a_checkpoint_of_other_settings_is_refused(trained, keep):
@@ -239,7 +240,6 @@ def test_gradient_accumulation_counts_as_one_step(trained, keep):
         for _ in range(2):
             for part in zip(x[:64].chunk(parts), y[:64].chunk(parts), strict=True):
                 (run.loss(F.cross_entropy(run.model(part[0]), part[1])) / parts).backward()
-            run.calls = 1  # the user divides by the parts, so they are one loss
             run.step()
     assert torch.allclose(
         once.model[0].weight_quantizer.bit_depth, twice.model[0].weight_quantizer.bit_depth, atol=1e-4
@@ -274,13 +274,13 @@ def test_a_channel_that_is_worth_more_keeps_more_bits():
     model = prepare(nn.Linear(200, 5, bias=False)).model
     bits = BitOptimizer(model, bit_rate=0.1, grid_rate=0.0)
     exact, importance = model.weight.detach().clone(), torch.tensor([1e4, 1e2, 1.0, 1e-2, 1e-4])[:, None]
-    size = {"": torch.full((5,), 200.0)}
+    size = torch.full((5,), 200.0)
     price = 0.0
     for step in range(200):
         loss = (importance * (model.quantized_weight() - exact).square()).sum()
-        (loss + price * 200 * model.weight_quantizer.bit_cost().sum()).backward()
+        loss.backward()
         over = float(model.weight_quantizer.bit_depth.detach().sum()) - 15.0
-        price = bits.step(size, price, 1, step, 200 * over)
+        price = bits.step(size, price, step, 200 * over)
     widths_now = model.weight_quantizer.bits().tolist()
     assert widths_now == sorted(widths_now, reverse=True)
     assert widths_now[0] >= 6 > 2 >= widths_now[-1]
@@ -307,12 +307,12 @@ def test_a_useful_channel_forced_to_no_bits_comes_back(trained, keep):
         model = copy.deepcopy(run.model)
         with torch.no_grad():
             model[3].weight_quantizer.bit_depth[i] = 0
-        run.coupling.silence(model)
+        run.control.coupling.silence(model)
         hurt.append(compare(outputs(trained, x), outputs(model, x), y).regressions)
     worst = torch.tensor(hurt).topk(62).indices
     with torch.no_grad():
         run.model[3].weight_quantizer.bit_depth[worst] = 0
-    run.coupling.silence(run.model)
+    run.control.coupling.silence(run.model)
     before = check(run.model, keep, 0.0)
     assert before.fires, before
     assert (run.model[3].bias[worst] == 0).all()
@@ -324,7 +324,7 @@ def test_a_useful_channel_forced_to_no_bits_comes_back(trained, keep):
     revived = worst[back == 8]
     assert torch.equal(run.model[3].bias[revived], run.good["3.bias"][revived])
     assert check(run.model, keep, 0.0).regressions < before.regressions
-    frozen = run.bits.frozen_until["3"]
+    frozen = run.control.bits.by_layer(run.control.bits.frozen_until)["3"]
     assert (frozen[revived] > 0).all()
 
 
@@ -338,7 +338,7 @@ def test_restoration_gives_back_what_cost_most_first(trained, keep):
     new["0"][:] = 7  # everything lost a bit that hardly matters, one channel lost nearly all
     new["0"][sensitive] = 1
     set_widths(quant_layers(run.model), new)
-    given = restore(run.model, run.coupling, keep, good, before)
+    given = restore(run.model, run.control.coupling, keep, good, before)
     assert given["0"][sensitive]
     assert given["0"].sum() < 96
 
@@ -346,7 +346,7 @@ def test_restoration_gives_back_what_cost_most_first(trained, keep):
 def test_restoration_without_a_loss_of_bits_gives_nothing(trained, keep):
     run = started(trained, keep)
     state = copy.deepcopy(run.model.state_dict())
-    assert restore(run.model, run.coupling, keep, run.good, widths(run.model)) == {}
+    assert restore(run.model, run.control.coupling, keep, run.good, widths(run.model)) == {}
     assert all(torch.equal(v, state[k]) for k, v in run.model.state_dict().items())
 
 
@@ -355,8 +355,8 @@ def test_revival_brings_back_weights_biases_and_batch_norm(trained, keep):
     with torch.no_grad():
         run.model[0].weight_quantizer.bit_depth[4] = 0
         run.model[0].weight[4] = 9.0
-    run.coupling.silence(run.model)
+    run.control.coupling.silence(run.model)
     which = {"0": torch.arange(96) == 4}
-    revive(run.model, run.coupling, run.good, which)
+    revive(run.model, run.control.coupling, run.good, which)
     for name in ("0.weight", "0.bias", "1.bias", "1.running_mean"):
         assert torch.equal(run.model.state_dict()[name], run.good[name]), name
