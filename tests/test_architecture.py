@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "sgsc/samples": set(),
     "sgsc/selectors": {"samples"},
     "sgsc/preservation": {"selectors", "samples"},
-    "sgsc/certificate": {"preservation", "samples"},
+    "sgsc/comparison": {"samples"},
+    "sgsc/certificate": {"comparison", "preservation", "samples"},
     "sgsc/bits": {"layers"},
     "sgsc/guard": {"bits", "certificate", "coupling", "layers", "preservation", "samples"},
     "sgsc/compression": {
