@@ -145,7 +145,7 @@ def _compress(options: argparse.Namespace) -> int:
     report |= certified
     reasons = [report["reason"]] if report["reason"] else []
     if not report["tolerance_held"] and not reasons:
-        reasons.append("the reloaded network regresses on more preservation samples than the tolerance allows")
+        reasons.append(certificate["reason"])
     report |= {"reason": "; ".join(reasons), "seconds": time.perf_counter() - started, **environment()}
     report["seconds_by_phase"] |= {"certification": report.pop("certify_seconds")}
     for name, value in ((REPORT, report), (CERTIFICATE, certificate)):
@@ -181,7 +181,7 @@ def _certify(options: argparse.Namespace) -> int:
     if missing:
         raise ValueError(f"{options.folder / REPORT} lacks {', '.join(missing)}; only `sgsc compress` writes them")
     task = load(said["task"], said.get("data"), said["seed"], said.get("limit"))
-    result = certify_run(task, options.folder, said["seed"], said["tolerance"])
+    result = certify_run(task, options.folder, said["seed"], said["tolerance"], said.get("margin_tolerance"))
     if options.json:
         _print_json(result)
     else:

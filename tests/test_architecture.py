@@ -33,13 +33,14 @@ MAY_IMPORT = {
     "sgsc/samples": set(),
     "sgsc/selectors": {"samples"},
     "sgsc/preservation": {"selectors", "samples"},
-    "sgsc/certificate": {"preservation", "samples"},
+    "sgsc/comparison": {"samples"},
+    "sgsc/certificate": {"comparison", "preservation", "samples"},
     "sgsc/bits": {"layers"},
     "sgsc/guard": {"bits", "certificate", "coupling", "layers", "preservation", "samples"},
     "sgsc/compression": {
         *("artefact", "bits", "config", "coupling", "guard", "layers", "packed", "preservation", "samples", "size"),
     },
-    "sgsc/report": set(),
+    "sgsc/report": {"report"},
     "sgsc/measure": {"kernels"},
     "sgsc/environment": {"__version__"},
 }
