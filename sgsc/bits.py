@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .distributed import Ranks
 from .layers import QuantLayer, quant_layers
 
 AVERAGE = 0.9  # decay of the running mean of worth_c
@@ -71,7 +72,15 @@ class BitOptimizer:
         worth, frozen_until: (C,) of all channels: what a bit is worth, and the step up to which it may not trade.
     """
 
-    def __init__(self, model: nn.Module, bit_rate: float, grid_rate: float, least_size: float = 1e-12) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        bit_rate: float,
+        grid_rate: float,
+        least_size: float = 1e-12,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.ranks = Ranks() if ranks is None else ranks
         self.layers: dict[str, QuantLayer] = quant_layers(model)
         for name, layer in self.layers.items():
             if not all(p.requires_grad for p in layer.weight_quantizer.parameters()):
@@ -98,6 +107,28 @@ class BitOptimizer:
         else:
             self.gradient[parameter] = parameter.grad
         parameter.grad = None
+
+    def _average(self) -> None:
+        """Give every rank the mean of what the ranks collected, in one exchange.
+
+        Raises:
+            ValueError: If somebody else averages these gradients too.
+        """
+        self.ranks.check()
+        own = [p for group in self.grids.param_groups for p in group["params"]]
+        parameters: list[nn.Parameter] = [*self.depths.values(), *own]
+        if any(p.grad is not None for p in parameters):  # the hook took it; only a reducer puts one back
+            self.gradient.clear()
+            raise ValueError(
+                "DistributedDataParallel averages the quantizers' gradients: it was made before SelfCompression; make "
+                "SelfCompression first, or call sgsc.distributed.leave_out(module) on what you wrap, before wrapping it"
+            )
+        if self.ranks.count == 1:
+            return
+        there = torch.tensor([float(p in self.gradient) for p in parameters]).to(self.worth.device)
+        mine = [self.gradient.get(p, torch.zeros_like(p)) for p in parameters]
+        there, *means = self.ranks.mean([there, *mine])
+        self.gradient = {p: g for p, g, n in zip(parameters, means, there.tolist(), strict=True) if n}
 
     def detach(self) -> None:
         """Leave the parameters alone from now on."""
@@ -133,6 +164,7 @@ class BitOptimizer:
         Raises:
             ValueError: If a gradient is not finite (the message names the layer); nothing has moved then.
         """
+        self._average()
         self._check_gradients()
         for group in self.grids.param_groups:
             for p in group["params"]:
