@@ -90,6 +90,7 @@ class BitOptimizer:
                 )
         self.least_size = least_size  # of a bit, where a channel's inputs are all dead and its weights cost nothing
         self.bit_rate = bit_rate
+        self.loss_scale: float | None = None  # of a GradScaler, which lets gradients overflow now and then
         self.depths = {name: layer.weight_quantizer.get_parameter("bit_depth") for name, layer in self.layers.items()}
         own = {id(p) for p in self.depths.values()}
         grids = [p for layer in self.layers.values() for p in layer.weight_quantizer.parameters() if id(p) not in own]
@@ -165,7 +166,8 @@ class BitOptimizer:
             ValueError: If a gradient is not finite (the message names the layer); nothing has moved then.
         """
         self._average()
-        self._check_gradients()
+        if not self._gradients_are_finite():
+            return price
         for group in self.grids.param_groups:
             for p in group["params"]:
                 p.grad = self.gradient.get(p)
@@ -188,9 +190,15 @@ class BitOptimizer:
         self._set(depth, (depth - speed * pace).clamp(0, FULL))
         return price
 
-    def _check_gradients(self) -> None:
+    def _gradients_are_finite(self) -> bool:
+        """Whether this step counts; gradients of a scaled loss are brought to scale, and may be infinite."""
         if not self.gradient or torch.isfinite(torch.cat([g.flatten() for g in self.gradient.values()])).all():
-            return
+            if self.loss_scale is not None and self.gradient:
+                torch._foreach_div_(list(self.gradient.values()), self.loss_scale)
+            return True
+        if self.loss_scale is not None:
+            self.gradient.clear()
+            return False
         bad = next(
             name
             for name, layer in self.layers.items()

@@ -55,11 +55,10 @@ class SelfCompression:
         keep: The preservation set, chosen with the float model; None turns preservation and guard off.
         optimizer: The user's optimiser, if its moments shall be reset for channels that the guard revives.
         file: Further arguments that `save` will get (architecture, notes): the target counts the whole file.
+        scaler: The user's `torch.amp.GradScaler`, if losses are scaled before backward. A step whose gradients overflow
+            then moves no width and no range, as the scaler has it for the weights.
         process_group: Ranks that train the model together; where torch.distributed is initialised, all of them.
         settings: Fields of `CompressionConfig`.
-
-    Losses must reach `backward` unscaled: the worth of a bit is read off its gradient, so loss scaling (float16 with
-    GradScaler) is not served; bfloat16 autocast is.
 
     Once a step: `run.loss(task_loss).backward()`, the user's optimiser, `run.step()`; after the last, `run.finish()`.
     """
@@ -71,11 +70,12 @@ class SelfCompression:
         *,
         optimizer: torch.optim.Optimizer | None = None,
         file: dict[str, Any] | None = None,
+        scaler: torch.amp.GradScaler | None = None,  # pyright: ignore[reportPrivateImportUsage]
         process_group: Any = None,
         **settings: Any,
     ) -> None:
         self.config = CompressionConfig(**settings)
-        self.model, self.keep, self.optimizer = model, keep, optimizer
+        self.model, self.keep, self.optimizer, self.scaler = model, keep, optimizer, scaler
         if not quant_layers(model):
             raise ValueError("the model has no quantized layer; pass what prepare(model).model returned")
         self.ranks = Ranks(process_group)
@@ -138,9 +138,14 @@ class SelfCompression:
             raise ValueError(f"task loss [{values['loss']}] at step {self.steps}: want one finite number; {WAY_OUT}")
         if not math.isfinite(values.pop("sum")):
             raise ValueError(f"the loss at step {self.steps} is not finite, its parts are {values}; {WAY_OUT}")
+        self._made(values)
+        return total
+
+    def _made(self, values: dict[str, float]) -> None:
         self.calls += 1
         self.last = values
-        return total
+        if self.scaler is not None and self.scaler.is_enabled():  # now, since the user updates it before `step`
+            self.control.bits.loss_scale = float(self.scaler.get_scale())
 
     def _extra(self) -> tuple[Tensor, dict[str, Tensor]]:
         """What is added to the task loss, and those of its parts that the history shows."""

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "sgsc/preservation": {"selectors", "samples"},
     "sgsc/comparison": {"samples"},
     "sgsc/certificate": {"comparison", "preservation", "samples"},
+    "sgsc/averaging": {"coupling", "layers"},
     "sgsc/distributed": {"layers", "samples"},
     "sgsc/bits": {"distributed", "layers"},
     "sgsc/guard": {"bits", "certificate", "coupling", "layers", "preservation", "samples"},
