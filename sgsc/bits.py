@@ -191,7 +191,11 @@ class BitOptimizer:
         return price
 
     def _gradients_are_finite(self) -> bool:
-        """Whether this step counts; gradients of a scaled loss are brought to scale, and may be infinite."""
+        """Whether this step counts; gradients of a scaled loss are brought to scale, and may be infinite.
+
+        Raises:
+            ValueError: If a gradient is not finite though no loss was scaled; the message names the layer.
+        """
         if not self.gradient or torch.isfinite(torch.cat([g.flatten() for g in self.gradient.values()])).all():
             if self.loss_scale is not None and self.gradient:
                 torch._foreach_div_(list(self.gradient.values()), self.loss_scale)

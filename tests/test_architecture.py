@@ -43,6 +43,7 @@ MAY_IMPORT = {
         *("artefact", "bits", "config", "coupling", "distributed", "guard", "layers", "packed", "preservation"),
         *("samples", "size"),
     },
+    "sgsc/integrations": {"checkpoint", "compression", "distributed", "preservation"},
     "sgsc/report": {"report"},
     "sgsc/measure": {"kernels"},
     "sgsc/environment": {"__version__"},
