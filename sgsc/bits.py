@@ -16,6 +16,8 @@ All channels of all layers lie in one vector, so that a step costs the same numb
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -106,7 +108,7 @@ class BitOptimizer:
         for handle in self._handles:
             handle.remove()
 
-    def flat(self, values: dict[str, Tensor]) -> Tensor:
+    def flat(self, values: Mapping[str, Tensor]) -> Tensor:
         """The channels of all layers in one vector."""
         return torch.cat([values[name] for name in self.depths])
 

@@ -303,7 +303,7 @@ def test_bits_that_seem_to_do_harm_do_not_leave_faster_than_the_schedule(trained
     bits.worth.fill_(-1.0)
     size = torch.full_like(bits.worth, 3.0)
     bits.step(size, 0.0, 0, 6.0)
-    depth = bits.flat(bits.depths)
+    depth = bits.flat(bits.depths).detach()
     assert float((8 - depth).sum() * 3) == pytest.approx(6.0, rel=1e-4)
 
 
