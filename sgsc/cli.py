@@ -150,7 +150,7 @@ def _compress(options: argparse.Namespace) -> int:
     report["seconds_by_phase"] |= {"certification": report.pop("certify_seconds")}
     for name, value in ((REPORT, report), (CERTIFICATE, certificate)):
         write_atomically(folder / name, reports.to_json(value).encode())
-    reports.write_html(report, folder / PAGE)
+    reports.write_html(report, folder / PAGE, reports.runs_beside(folder, report))
     if options.json:
         _print_json(report)
     else:
@@ -205,10 +205,10 @@ def _read_report(folder: Path) -> dict[str, Any]:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from .report import write_html
+    from .report import runs_beside, write_html
 
     report = _read_report(options.folder)
-    write_html(report, options.folder / PAGE)
+    write_html(report, options.folder / PAGE, runs_beside(options.folder, report))
     _print_json({"file": str(options.folder / PAGE)}) if options.json else print(f"wrote {options.folder / PAGE}")
     return 0
 

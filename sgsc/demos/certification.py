@@ -63,6 +63,7 @@ def certify_run(
         "statement": certificate.statement(),
         "preservation": (values["preservation"] or {}) | {"reasons": counts},
         "guard": values["guard"],
+        "margin_tolerance": margin_tolerance,
         "tolerance_held": bool(certificate.held),
         "float_accuracy": on_test.float_accuracy,
         "packed_accuracy": on_test.packed_accuracy,
