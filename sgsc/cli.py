@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--limit", type=int, default=None, help="at most so many samples a split")
     sub.add_argument("--samples", type=int, default=200, help="size of the preservation set (default: 200)")
     sub.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint")
-    add_settings(sub, CompressionConfig, {"steps": None, "tolerance": None})
+    add_settings(sub, CompressionConfig, {"steps": None, "tolerance": None, "cut": True})
 
     sub = command("certify", _certify, "compare a run's packed network with its float network")
     sub.add_argument("folder", type=Path, help="a run folder of `sgsc compress`")
