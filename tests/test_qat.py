@@ -41,11 +41,12 @@ def test_training_brings_back_what_two_bits_cost(trained):
 def test_the_steps_of_the_quantizers_move_and_the_widths_do_not(trained):
     task, network = trained
     start = qat.uniform(copy.deepcopy(network), 4)
-    packed = qat.train_uniform(task, copy.deepcopy(network), 4, steps=5, seed=0)
+    packed = qat.train_uniform(task, copy.deepcopy(network), 4, steps=30, seed=0)
     for name, layer in quant_layers(start).items():
-        moved = packed.get_submodule(name).scale / layer.weight_quantizer.get_parameter("step").detach()
+        start_at = layer.weight_quantizer.get_parameter("step").detach().bfloat16().float()
+        moved = packed.get_submodule(name).scale / start_at
         assert (moved != 1).any()
-        assert (moved - 1).abs().max() < 0.1  # a few relative steps of the learning rate, and bfloat16
+        assert (moved - 1).abs().max() < 0.1  # 30 relative steps of at most 1e-3, and bfloat16
     assert widths(packed) == widths(pack(start))
 
 
