@@ -10,9 +10,13 @@ magnitude (Adam) cannot do this: the price cancels and acts as a switch.
 The price is the one at which what is sold, less what is bought, is what the schedule of sizes asks for at this step.
 Solving for it (bisection on C-sized vectors) is dual ascent with an exact inner step: there is no gain to tune, nothing
 winds up, and the size neither lags nor overshoots.
+
+All channels of all layers lie in one vector, so that a step costs the same number of operations for any network.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -22,22 +26,26 @@ from .layers import QuantLayer, quant_layers
 AVERAGE = 0.9  # decay of the running mean of worth_c
 BISECTIONS = 40
 LARGEST_PRICE = 1e3  # in units of the largest worth: all that may be sold is sold there
+FULL = 8.0  # bits, the most that a channel may have
 
 
-def clearing_price(worth: Tensor, bytes_a_step: Tensor, wanted: float) -> float:
+def clearing_price(worth: Tensor, bytes_a_step: Tensor, wanted: float, room: Tensor | None = None) -> float:
     """The least price at which the net sale is at least `wanted`, or the largest one where even that is not.
 
     Args:
         worth: (C,) loss per unit of size.
         bytes_a_step: (C,) size that a channel sells at full speed, 0 for one that may not trade.
         wanted: Size to sell, net; in the unit of `bytes_a_step`.
+        room: (C,) size that a channel may buy at most; None is without limit.
     """
+    worth, bytes_a_step = worth.double().cpu(), bytes_a_step.double().cpu()  # once: each look at a GPU's number waits
+    least = -bytes_a_step if room is None else -torch.minimum(bytes_a_step, room.double().cpu())
     top = float(worth.abs().max()) if worth.numel() else 0.0
     if top == 0.0:
         return 0.0
 
     def sold(price: float) -> float:
-        return float((bytes_a_step * (1 - worth / price).clamp(-1, 1)).sum())
+        return float((bytes_a_step * (1 - worth / price).clamp(-1, 1)).maximum(least).sum())
 
     low, high = top / LARGEST_PRICE**3, top * LARGEST_PRICE
     for _ in range(BISECTIONS):
@@ -61,6 +69,10 @@ class BitOptimizer:
 
     Their gradients are collected as backward makes them and taken out of `.grad`: the user's optimiser, clipping and
     weight decay see None there.
+
+    Attributes:
+        depths: Layer name -> its (C,) learned widths.
+        worth, frozen_until: (C,) of all channels: what a bit is worth, and the step up to which it may not trade.
     """
 
     def __init__(self, model: nn.Module, bit_rate: float, grid_rate: float, least_size: float = 1e-12) -> None:
@@ -77,10 +89,10 @@ class BitOptimizer:
         own = {id(p) for p in self.depths.values()}
         grids = [p for layer in self.layers.values() for p in layer.weight_quantizer.parameters() if id(p) not in own]
         self.grids = torch.optim.Adam(grids, lr=grid_rate)
-        self.worth = {name: torch.zeros_like(p) for name, p in self.depths.items()}
-        self.frozen_until = {name: torch.zeros_like(p, dtype=torch.long) for name, p in self.depths.items()}
         self.gradient: dict[nn.Parameter, Tensor] = {}
         self._handles = [p.register_post_accumulate_grad_hook(self._collect) for p in [*self.depths.values(), *grids]]
+        self.worth = torch.zeros_like(self.flat(self.depths).detach())
+        self.frozen_until = torch.zeros_like(self.worth, dtype=torch.long)
 
     def _collect(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
@@ -96,18 +108,26 @@ class BitOptimizer:
         for handle in self._handles:
             handle.remove()
 
-    def flat(self, values: dict[str, Tensor]) -> Tensor:
+    def flat(self, values: Mapping[str, Tensor]) -> Tensor:
         """The channels of all layers in one vector."""
         return torch.cat([values[name] for name in self.depths])
 
+    def by_layer(self, values: Tensor) -> dict[str, Tensor]:
+        """Inverse of `flat`; views."""
+        return dict(zip(self.depths, values.split([len(d) for d in self.depths.values()]), strict=True))
+
     @torch.no_grad()
-    def step(self, size_gradient: dict[str, Tensor], price: float, calls: int, step: int, sell: float | None) -> float:
+    def widths(self) -> Tensor:
+        """(C,) bits a weight that the size term charges, of all channels."""
+        return torch.cat([layer.weight_quantizer.bit_cost() for layer in self.layers.values()])
+
+    @torch.no_grad()
+    def step(self, size_gradient: Tensor, price: float, step: int, sell: float | None) -> float:
         """Move the ranges and, unless `sell` is None, the widths.
 
         Args:
-            size_gradient: Layer name -> (C,) gradient of the size by each depth, 0 or more.
-            price: What the size term was multiplied by in the losses.
-            calls: Losses that were added up since the last step.
+            size_gradient: (C,) gradient of the size by each channel's depth, 0 or more.
+            price: That of the step before.
             step: Number of this step; channels frozen beyond it stay.
             sell: Size to sell in this step, net.
 
@@ -123,62 +143,91 @@ class BitOptimizer:
                 p.grad = self.gradient.get(p)
         self.grids.step()
         self.grids.zero_grad()
-        per = {name: g.clamp_min(self.least_size) for name, g in size_gradient.items()}
-        for name, depth in self.depths.items():
-            gradient = self.gradient.get(depth)
-            if gradient is not None:
-                worth = (price * size_gradient[name] - gradient / calls) / per[name]
-                self.worth[name].mul_(AVERAGE).add_(worth, alpha=1 - AVERAGE)
+        per = size_gradient.to(self.worth.dtype).clamp_min(self.least_size)
+        nan = float("nan")  # of a layer that no loss reached: its channels keep what they are worth
+        gradient = torch.cat([self.gradient.get(d, torch.full_like(d, nan)) for d in self.depths.values()])
+        self.worth.copy_(torch.where(gradient.isnan(), self.worth, self.worth.lerp(-gradient / per, 1 - AVERAGE)))
         self.gradient.clear()
         if sell is None:
             return price
+        depth = self.flat(self.depths)
         # a removed channel has nothing left to sell, and only the guard brings it back
-        free = {n: ((until <= step) & (self.depths[n] > 0)).float() for n, until in self.frozen_until.items()}
-        speed = {name: self.bit_rate * free[name] * per[name] for name in free}
-        if not any(bool(s.any()) for s in speed.values()):
+        speed = self.bit_rate * ((self.frozen_until <= step) & (depth > 0))
+        if not speed.any():
             return price
-        price = clearing_price(self.flat(self.worth), self.flat(speed), sell)
-        for name, depth in self.depths.items():
-            pace = (1 - self.worth[name] / price).clamp(-1, 1) if price > 0 else torch.ones_like(depth)
-            set_depth(self.layers[name], (depth - self.bit_rate * free[name] * pace).clamp(0, 8))
+        price = clearing_price(self.worth, speed * per, sell, (FULL - depth) * per)
+        pace = (1 - self.worth / price).clamp(-1, 1) if price > 0 else torch.ones_like(depth)
+        change = (speed * pace).minimum(depth).maximum(depth - FULL)
+        sold, bought = float(change.clamp_min(0) @ per), float(-change.clamp_max(0) @ per)
+        if sold - bought > sell:  # bits that seem to do harm want to go at any price: not below the schedule
+            change = torch.where(change > 0, change * max(0.0, (sell + bought) / sold), change)
+        self._set(depth, depth - change)
         return price
 
     def _check_gradients(self) -> None:
-        for name, layer in self.layers.items():
-            for parameter in layer.weight_quantizer.parameters():
-                gradient = self.gradient.get(parameter)
-                if gradient is not None and not torch.isfinite(gradient).all():
-                    self.gradient.clear()
-                    raise ValueError(
-                        f"layer {name!r}: the gradient of its quantizer is not finite; lower the learning rate, "
-                        "or load the last checkpoint"
-                    )
+        if not self.gradient or torch.isfinite(torch.cat([g.flatten() for g in self.gradient.values()])).all():
+            return
+        bad = next(
+            name
+            for name, layer in self.layers.items()
+            for p in layer.weight_quantizer.parameters()
+            if p in self.gradient and not torch.isfinite(self.gradient[p]).all()
+        )
+        self.gradient.clear()
+        raise ValueError(
+            f"layer {bad!r}: the gradient of its quantizer is not finite; lower the learning rate, "
+            "or load the last checkpoint"
+        )
+
+    def _set(self, old: Tensor, new: Tensor) -> None:
+        """Move all depths from `old` to `new`, (C,), and fit the ranges of the channels whose width changes."""
+        changed = self.by_layer(old.round() != new.round())
+        torch._foreach_copy_(list(self.depths.values()), list(self.by_layer(new).values()))
+        for name, which in changed.items():
+            if which.any():
+                self.layers[name].weight_quantizer.fit(self.layers[name].rows(), which)
 
     @torch.no_grad()
-    def sell_cheapest(self, size_gradient: dict[str, Tensor], step: int, size: float) -> bool:
+    def sell_cheapest(self, size_gradient: Tensor, step: int, size: float) -> bool:
         """Sell one bit each of the channels whose bits are worth least, until `size` is sold; whether any was."""
-        names = [name for name, depth in self.depths.items() for _ in range(len(depth))]
-        index = torch.cat([torch.arange(len(depth)) for depth in self.depths.values()])
-        width = self.flat({name: depth.round() for name, depth in self.depths.items()})
-        may = (width > 0) & (self.flat(self.frozen_until) <= step)
-        order = torch.where(may, self.flat(self.worth), float("inf")).argsort(stable=True)[: int(may.sum())]
-        weights = self.flat(size_gradient)[order]
-        count = int((weights.cumsum(0) < size).sum()) + 1
-        new = {name: depth.detach().clone() for name, depth in self.depths.items()}
-        for i in order[:count].tolist():
-            new[names[i]][index[i]] = width[i] - 1
-        for name, value in new.items():
-            set_depth(self.layers[name], value)
+        depth = self.flat(self.depths)
+        width = depth.round()
+        may = (width > 0) & (self.frozen_until <= step)
+        order = torch.where(may, self.worth, float("inf")).argsort(stable=True)[: int(may.sum())]
+        count = int((size_gradient[order].cumsum(0) < size).sum()) + 1
+        new = depth.clone()
+        new[order[:count]] = width[order[:count]] - 1
+        self._set(depth, new)
         return bool(len(order))
+
+    @torch.no_grad()
+    def buy_dearest(self, size_gradient: Tensor, step: int, size: float) -> bool:
+        """Buy one bit each for the channels whose bits are worth most, of no more than `size`; whether any was."""
+        depth = self.flat(self.depths)
+        width = depth.round()
+        may = (width > 0) & (width < FULL) & (self.frozen_until <= step) & (size_gradient <= size)
+        order = torch.where(may, self.worth, -float("inf")).argsort(descending=True, stable=True)[: int(may.sum())]
+        order = order[size_gradient[order].cumsum(0) <= size]
+        new = depth.clone()
+        new[order] = width[order] + 1
+        self._set(depth, new)
+        return bool(len(order))
+
+    def keep(self, left: dict[str, Tensor]) -> None:
+        """Forget channels that were cut out; `left`: layer name -> (C,) bool of its channels before."""
+        whole = {n: left.get(n) for n in self.depths}
+        masks = [torch.ones(len(d), dtype=torch.bool) if (m := whole[n]) is None else m for n, d in self.depths.items()]
+        mask = torch.cat([m.to(self.worth.device) for m in masks])
+        self.worth, self.frozen_until = self.worth[mask], self.frozen_until[mask]
+        self.gradient.clear()
 
     def state_dict(self) -> dict:
         """What a checkpoint needs."""
-        return {"worth": dict(self.worth), "frozen_until": dict(self.frozen_until), "grids": self.grids.state_dict()}
+        return {"worth": self.worth, "frozen_until": self.frozen_until, "grids": self.grids.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Inverse of `state_dict`."""
-        for mine, theirs in ((self.worth, state["worth"]), (self.frozen_until, state["frozen_until"])):
-            for name, value in mine.items():
-                value.copy_(theirs[name])
+        self.worth = state["worth"].to(self.worth)
+        self.frozen_until = state["frozen_until"].to(self.frozen_until)
         self.grids.load_state_dict(state["grids"])
         self.gradient.clear()

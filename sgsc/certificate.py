@@ -1,197 +1,48 @@
 """What a user takes away: how the packed model answers where the float model was right, sample by sample.
 
-A regression is a sample that the float model gets right and the packed model gets wrong; an improvement is the reverse.
-Both models see the same samples, so the comparison is paired: equal accuracies may hide regressions, counts do not.
-
-    upper bound  the rate p at which k regressions or fewer in n samples still have chance 1 - confidence: the
-                 confidence quantile of Beta(k + 1, n - k); 1 where k = n (Clopper & Pearson, Biometrika 1934)
-    McNemar      two-sided binomial test of k regressions among the k + m samples whose rightness changed, chance 1/2
-
-Both are exact, without a normal approximation. The bound speaks of samples drawn independently from the source of the
-guard split. A preservation set is chosen, not drawn: the bound computed on it describes its size and nothing else.
+The bound (see `comparison`) speaks of samples drawn independently from the source of the guard split. A preservation
+set is chosen, not drawn: the bound computed on it describes its size and nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from math import floor, sqrt
+from dataclasses import dataclass
+from math import floor
 from typing import Any
 
-from scipy import stats
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
+from .comparison import Comparison, Part, answers, compare, margins, upper_bound
 from .preservation import PreservationSet
-from .samples import check_outputs, check_targets, fetch, outputs
+from .samples import fetch, outputs
+
+__all__ = [
+    "Certificate",
+    "Comparison",
+    "Part",
+    "allowed",
+    "answers",
+    "certify",
+    "compare",
+    "margins",
+    "outputs",
+    "upper_bound",
+]
 
 # Outputs recorded at selection may differ from today's by device and batch size, relative to the largest one; a
 # compressed model differs by more.
 RECORDED_OUTPUTS_MAY_MOVE = 1e-2
+ROUNDING = 1e-9  # 0.29 * 100 is 28.999999999999996
 
 
-def answers(outputs: Tensor) -> Tensor:
-    """The answer to each sample, (N,) int64: the largest class, of a sequence (N, T, V) at its last position only.
-
-    One answer a sample, because positions of one sequence are not independent and the bounds need independence.
-    """
-    return _deciding(outputs).argmax(-1)
-
-
-def _deciding(outputs: Tensor) -> Tensor:
-    """The rows that decide the answers: (N, classes)."""
-    return outputs[:, -1] if outputs.dim() == 3 else outputs
+_HELD = {True: "held", False: "NOT held", None: "not judged"}
 
 
 def allowed(tolerance: float, samples: int) -> int:
     """Samples that may regress: floor(tolerance * samples)."""
-    return floor(tolerance * samples + 1e-9)  # 0.29 * 100 is 28.999999999999996
-
-
-def upper_bound(regressions: int, samples: int, confidence: float = 0.95) -> float:
-    """Clopper-Pearson one-sided exact upper bound of the rate of regressions, from 0 to 1; 1 for no samples.
-
-    Raises:
-        ValueError: Unless 0 <= regressions <= samples and 0 < confidence < 1.
-    """
-    if not 0 <= regressions <= samples:
-        raise ValueError(
-            f"upper_bound: {regressions} regressions of {samples} samples; want 0 <= regressions <= samples"
-        )
-    if not 0 < confidence < 1:
-        raise ValueError(f"upper_bound: confidence={confidence}; want a number between 0 and 1, such as 0.95")
-    if regressions == samples:
-        return 1.0
-    return float(stats.beta.ppf(confidence, regressions + 1, samples - regressions))
-
-
-def _margin(rows: Tensor, right: Tensor) -> Tensor:
-    """Probability of the right class less the largest other, (N,): the top-2 margin where right, else negative."""
-    probability = rows.double().softmax(-1)
-    own = probability.gather(1, right[:, None])
-    return (own - probability.scatter(1, right[:, None], -1.0).amax(1, keepdim=True)).squeeze(1)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two models on the same samples; made by `compare`.
-
-    Attributes:
-        samples: How many.
-        float_right: Samples that the float model answers right.
-        packed_right: Samples that the packed model answers right.
-        regressions: Right before, wrong after.
-        improvements: Wrong before, right after.
-        agreement: Share of samples with the same answer, right or wrong.
-        upper_bound_95: Clopper-Pearson bound at 95 % of the rate of regressions.
-        mcnemar_p: Exact two-sided chance of so uneven a split of regressions and improvements if both were as likely.
-        margin_float: Mean probability of the right class less the largest other, over samples that float had right.
-        margin_packed: The same of the packed model, over the same samples; -1 for outputs that are not finite.
-        largest_output_difference: Largest absolute difference of two outputs, all positions, where packed is finite.
-        regressions_by_class: Class, as text, to its regressions; every class among the targets is listed.
-        changed: Positions of the regressions, ascending.
-        non_finite: Samples for which the packed model returned NaN or infinity; each counts as a wrong answer.
-    """
-
-    samples: int
-    float_right: int
-    packed_right: int
-    regressions: int
-    improvements: int
-    agreement: float
-    upper_bound_95: float
-    mcnemar_p: float
-    margin_float: float
-    margin_packed: float
-    largest_output_difference: float
-    regressions_by_class: dict[str, int]
-    changed: tuple[int, ...]
-    non_finite: int
-
-    @property
-    def float_accuracy(self) -> float:
-        """Share of samples that the float model answers right."""
-        return self.float_right / self.samples
-
-    @property
-    def packed_accuracy(self) -> float:
-        """Share of samples that the packed model answers right."""
-        return self.packed_right / self.samples
-
-    @property
-    def standard_error(self) -> float:
-        """Binomial standard error of the float accuracy."""
-        return sqrt(self.float_accuracy * (1 - self.float_accuracy) / self.samples)
-
-    def as_dict(self) -> dict[str, Any]:
-        """All fields and properties, ready for JSON."""
-        named = {field.name: getattr(self, field.name) for field in fields(self)}
-        return named | {
-            "regressions_by_class": dict(self.regressions_by_class),
-            "changed": list(self.changed),
-            "float_accuracy": self.float_accuracy,
-            "packed_accuracy": self.packed_accuracy,
-            "standard_error": self.standard_error,
-        }
-
-
-def compare(float_outputs: Tensor, packed_outputs: Tensor, targets: Tensor) -> Comparison:
-    """Compare two models' outputs on the same samples.
-
-    Args:
-        float_outputs: (N, classes), or (N, T, vocabulary), finite.
-        packed_outputs: The same shape; a sample with NaN or infinity anywhere in it counts as answered wrong.
-        targets: (N,) class ids, or (N, T) token ids of which the last is what the answer is judged by.
-
-    Raises:
-        ValueError: If there are no samples, shapes or dtypes do not match, or a float output is not finite.
-    """
-    check_outputs(float_outputs)
-    check_targets(targets, float_outputs)
-    if packed_outputs.shape != float_outputs.shape:
-        raise ValueError(
-            f"compare: packed outputs {tuple(packed_outputs.shape)}, float outputs {tuple(float_outputs.shape)}; "
-            "both models must see the same samples"
-        )
-    samples = len(targets)
-    if samples == 0:
-        raise ValueError("compare: no samples; a certificate needs at least one")
-    float_outputs, packed_outputs, targets = (t.detach().cpu() for t in (float_outputs, packed_outputs, targets.long()))
-    if not float_outputs.isfinite().all():
-        raise ValueError("compare: the float model's outputs hold NaN or infinity; there is no right answer to keep")
-
-    finite = packed_outputs.isfinite().flatten(1).all(1)
-    truth = targets[:, -1] if targets.dim() == 2 else targets
-    float_answers, packed_answers = answers(float_outputs), answers(packed_outputs)
-    float_right = float_answers == truth
-    packed_right = (packed_answers == truth) & finite
-    worse, better = float_right & ~packed_right, ~float_right & packed_right
-    regressions, improvements = int(worse.sum()), int(better.sum())
-
-    kept = _margin(_deciding(packed_outputs), truth).where(finite, -1.0)
-    difference = (packed_outputs[finite] - float_outputs[finite]).abs()
-    had_right = int(float_right.sum())
-    return Comparison(
-        samples=samples,
-        float_right=had_right,
-        packed_right=int(packed_right.sum()),
-        regressions=regressions,
-        improvements=improvements,
-        agreement=int(((float_answers == packed_answers) & finite).sum()) / samples,
-        upper_bound_95=upper_bound(regressions, samples),
-        mcnemar_p=_mcnemar(regressions, improvements),
-        margin_float=float(_margin(_deciding(float_outputs), truth)[float_right].mean()) if had_right else 0.0,
-        margin_packed=float(kept[float_right].mean()) if had_right else 0.0,
-        largest_output_difference=float(difference.max()) if difference.numel() else 0.0,
-        regressions_by_class={str(c): int((worse & (truth == c)).sum()) for c in truth.unique().tolist()},
-        changed=tuple(worse.nonzero().flatten().tolist()),
-        non_finite=int((~finite).sum()),
-    )
-
-
-def _mcnemar(regressions: int, improvements: int) -> float:
-    changed = regressions + improvements
-    return float(stats.binomtest(regressions, changed, 0.5).pvalue) if changed else 1.0
+    return floor(tolerance * samples + ROUNDING)
 
 
 @dataclass(frozen=True)
@@ -205,6 +56,8 @@ class Certificate:
         stored_bytes: Bytes of the artefact on disk.
         seeds: Seed of each random choice, by name, for the record.
         hashes: Digests of model, data and file, by name, for the record.
+        margin_tolerance: Share of the float model's mean margin on the preservation set that may be lost; None if
+            margins are reported and not judged.
     """
 
     guard: Comparison
@@ -213,6 +66,7 @@ class Certificate:
     seeds: dict[str, int]
     hashes: dict[str, str]
     stored_bytes: int
+    margin_tolerance: float | None = None
 
     @property
     def allowed(self) -> int | None:
@@ -222,11 +76,33 @@ class Certificate:
         return allowed(self.tolerance, self.preservation.samples)
 
     @property
-    def held(self) -> bool | None:
+    def answers_held(self) -> bool | None:
         """Whether the preservation set regressed no further than allowed; None where there is no set to hold."""
         if self.preservation is None or self.allowed is None:
             return None
         return self.preservation.regressions <= self.allowed
+
+    @property
+    def margin_held(self) -> bool | None:
+        """Whether the mean margin on the preservation set shrank no further than allowed; None if it is not judged."""
+        if self.preservation is None or self.margin_tolerance is None:
+            return None
+        least = (1 - self.margin_tolerance) * self.preservation.margin_float
+        return self.preservation.margin_packed >= least - ROUNDING
+
+    @property
+    def held(self) -> bool | None:
+        """Whether the answers held and, where it is judged, the margin; None where there is no set to hold."""
+        return None if self.answers_held is None else self.answers_held and self.margin_held is not False
+
+    @property
+    def reason(self) -> str:
+        """What did not hold, or nothing."""
+        missed = {
+            "the reloaded network regresses on more preservation samples than the tolerance allows": self.answers_held,
+            "more of the margin on the preservation samples is lost than the margin tolerance allows": self.margin_held,
+        }
+        return "; ".join(text for text, held in missed.items() if held is False)
 
     def as_dict(self) -> dict[str, Any]:
         """All fields and properties, ready for JSON."""
@@ -235,7 +111,11 @@ class Certificate:
             "preservation": None if self.preservation is None else self.preservation.as_dict(),
             "tolerance": self.tolerance,
             "allowed": self.allowed,
+            "margin_tolerance": self.margin_tolerance,
+            "answers_held": self.answers_held,
+            "margin_held": self.margin_held,
             "held": self.held,
+            "reason": self.reason,
             "seeds": dict(self.seeds),
             "hashes": dict(self.hashes),
             "stored_bytes": self.stored_bytes,
@@ -251,11 +131,15 @@ class Certificate:
             f"same source the rate of such regressions is at most {100 * guard.upper_bound_95:.2f} % at 95 % confidence"
         ]
         if kept is not None:
-            verdict = "held" if self.held else "NOT held"
             parts.append(
                 f"of {kept.samples} preservation samples {kept.regressions} regressed where the tolerance allows "
-                f"{self.allowed}, which is {verdict}"
+                f"{self.allowed}, which is {_HELD[self.answers_held]}"
             )
+            if self.margin_tolerance is not None:
+                parts.append(
+                    f"their mean margin went from {kept.margin_float:.4f} to {kept.margin_packed:.4f} where "
+                    f"{100 * self.margin_tolerance:.4g} % may be lost, which is {_HELD[self.margin_held]}"
+                )
         broken = guard.non_finite + (kept.non_finite if kept is not None else 0)
         if broken:
             parts.append(f"outputs for {broken} samples were not finite and count as wrong")
@@ -269,6 +153,7 @@ def certify(
     preservation: PreservationSet | None = None,
     *,
     tolerance: float,
+    margin_tolerance: float | None = None,
     stored_bytes: int,
     seeds: Mapping[str, int] | None = None,
     hashes: Mapping[str, str] | None = None,
@@ -282,6 +167,7 @@ def certify(
         guard: Map-style dataset of (x, y) pairs, held out from training and selection.
         preservation: The set that the compression had to keep; its recorded outputs stand for the float model.
         tolerance: Share of the preservation samples that may regress, 0 to 1.
+        margin_tolerance: Share of the mean preservation margin that may be lost, 0 to 1; None for no such gate.
         seeds: Seed of each random choice, by name.
         hashes: Digests of model, data and file, by name.
         stored_bytes: Bytes of the artefact on disk.
@@ -293,6 +179,10 @@ def certify(
     """
     if not 0 <= tolerance <= 1:
         raise ValueError(f"tolerance={tolerance}: want a share of the preservation samples, 0 to 1; 0 allows none")
+    if margin_tolerance is not None and not 0 <= margin_tolerance <= 1:
+        raise ValueError(
+            f"margin_tolerance={margin_tolerance}: want a share of the mean preservation margin, 0 to 1, or None"
+        )
     if stored_bytes < 1:
         raise ValueError(f"stored_bytes={stored_bytes}: want the bytes of the artefact on disk, at least 1")
     kept = None
@@ -313,6 +203,7 @@ def certify(
         guard=compare(outputs(float_model, inputs, batch_size), outputs(packed, inputs, batch_size), targets),
         preservation=kept,
         tolerance=tolerance,
+        margin_tolerance=margin_tolerance,
         seeds=dict(seeds or {}),
         hashes=dict(hashes or {}),
         stored_bytes=stored_bytes,

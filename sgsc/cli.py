@@ -148,12 +148,12 @@ def _compress(options: argparse.Namespace) -> int:
     report |= certified
     reasons = [report["reason"]] if report["reason"] else []
     if not report["tolerance_held"] and not reasons:
-        reasons.append("the reloaded network regresses on more preservation samples than the tolerance allows")
+        reasons.append(certificate["reason"])
     report |= {"reason": "; ".join(reasons), "seconds": time.perf_counter() - started, **environment()}
     report["seconds_by_phase"] |= {"certification": report.pop("certify_seconds")}
     for name, value in ((REPORT, report), (CERTIFICATE, certificate)):
         write_atomically(folder / name, reports.to_json(value).encode())
-    reports.write_html(report, folder / PAGE)
+    reports.write_html(report, folder / PAGE, reports.runs_beside(folder, report))
     if options.json:
         _print_json(report)
     else:
@@ -184,7 +184,7 @@ def _certify(options: argparse.Namespace) -> int:
     if missing:
         raise ValueError(f"{options.folder / REPORT} lacks {', '.join(missing)}; only `sgsc compress` writes them")
     task = load(said["task"], said.get("data"), said["seed"], said.get("limit"))
-    result = certify_run(task, options.folder, said["seed"], said["tolerance"])
+    result = certify_run(task, options.folder, said["seed"], said["tolerance"], said.get("margin_tolerance"))
     _print_json(result) if options.json else print(result["statement"])
     return 0 if result["tolerance_held"] else 1
 
@@ -205,10 +205,10 @@ def _read_report(folder: Path) -> dict[str, Any]:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from .report import write_html
+    from .report import runs_beside, write_html
 
     report = _read_report(options.folder)
-    write_html(report, options.folder / PAGE)
+    write_html(report, options.folder / PAGE, runs_beside(options.folder, report))
     _print_json({"file": str(options.folder / PAGE)}) if options.json else print(f"wrote {options.folder / PAGE}")
     return 0
 

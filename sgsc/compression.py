@@ -2,11 +2,12 @@
 
     loss = task + size_weight * size + sparsity_weight * mean |w| + preservation_weight * preservation
 
-    size          nominal bits of the live weights over the bits of the float32 model, differentiable in the widths
-    preservation  KL divergence from the float model's outputs on a random part of the preservation set
+    size          bits that the file will hold for weights, scales, widths, biases and norms (size.py), over those of
+                  the float32 model. Its gradient is known without autograd and goes straight to the widths
+    preservation  KL divergence from the float model's outputs, leant towards its right answers, on a random part of the
+                  preservation set (preservation.py, "answers")
 
-`size_weight` is a price: it follows from the target size, stored bytes over float32 bytes (bits.py). A run shrinks
-along a geometric schedule until the stored size reaches the target, then holds the widths while the weights recover.
+`size_weight` is a price: it follows from the target size, stored bytes over float32 bytes (bits.py, controller.py).
 Every `guard_every` steps the guard compares with the float model on the whole preservation set: on evidence of harm it
 gives bits back where their loss cost most (guard.py), freezes these channels for a while and halves the price; any
 excess raises `preservation_weight`. The last model that held everything is kept; `finish` returns to it.
@@ -21,21 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .artefact import stored_size
-from .bits import BitOptimizer
 from .config import CompressionConfig
-from .coupling import couple
+from .controller import Controller
+from .cutting import take_shapes
 from .guard import Check, check, restore
 from .layers import quant_layers
-from .packed import pack
 from .preservation import PreservationSet
-from .samples import evaluating
-from .size import float_bytes, nominal_bits, weight_count
+from .samples import as_deployed
+from .size import weight_count
 
 WAY_OUT = "lower the learning rate, or load the last checkpoint"
-LANDINGS = 200  # rounds of selling that a landing may take; each sells at most one bit a channel
 FREEZE_CHECKS = 3  # checks for which a restored channel keeps its bits
-INSIST, RELAX, INSIST_MOST = 1.5, 0.9, 64.0  # how the preservation weight follows violations, and its limit
+INSIST, RELAX, INSIST_MOST = 1.25, 0.9, 2.0  # how the preservation weight follows violations, and its limit
 
 
 @dataclass(frozen=True)
@@ -77,44 +75,34 @@ class SelfCompression:
     ) -> None:
         self.config = CompressionConfig(**settings)
         self.model, self.keep, self.optimizer = model, keep, optimizer
-        self.file = file or {}
         if not quant_layers(model):
             raise ValueError("the model has no quantized layer; pass what prepare(model).model returned")
-        self.coupling = couple(model)
-        self.float_bytes = float_bytes(model)
-        least = 1 / (8 * self.float_bytes)
-        self.bits = BitOptimizer(model, self.config.bit_rate, self.config.grid_rate, least)
-        self.price = 0.0
         self.preservation_weight = self.config.preservation_weight
         self.generator = torch.Generator().manual_seed(self.config.seed)
         self.steps = 0
         self.calls = 0
-        self.holding = False
         self.history: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
         self.good: dict[str, Tensor] = {}  # state dict of the last model that held the tolerance …
         self.best: dict[str, Tensor] = {}  # … and of the smallest such one, once at the target the latest
         self.best_size = math.inf
         self.last: dict[str, float] = {}
-        self._measure()
-        self.start_size = self.size
-        if self.start_size <= self.config.target_size:
-            self._hold("the target is reached before the first step")
+        self.risk: Tensor | None = None
+        self.control = Controller(model, self.config, file or {}, self._event, [optimizer] if optimizer else [])
+        self.float_bytes = self.control.float_bytes
         self._check()
 
     # ---- the user's calls ----
 
     @property
     def size(self) -> float:
-        """Stored bytes over float32 bytes: measured at checks, in between followed by the nominal size."""
-        with torch.no_grad():
-            return (float(self._nominal()) / 8 + self.overhead) / self.float_bytes
+        """Stored bytes over float32 bytes: measured at checks, in between followed by the size term."""
+        return self.control.size
 
     @property
-    def wanted(self) -> float:
-        """The size that the schedule wants after this step: geometric from the start to the target."""
-        share = min(1.0, self.steps / max(1.0, self.config.shrink_share * self.config.steps))
-        return self.start_size * (self.config.target_size / self.start_size) ** share
+    def size_weight(self) -> float:
+        """The price of the size in the loss; 0 while widths are held."""
+        return 0.0 if self.control.holding else self.control.price
 
     def loss(self, task_loss: Tensor) -> Tensor:
         """The sum that the module's docstring states; call `.backward()` on it.
@@ -128,8 +116,8 @@ class SelfCompression:
         self.calls += 1
         total = task_loss
         self.last = {"loss": task_loss.item()}
-        if self.price > 0 and not self.holding:
-            total = total + self.price * self._nominal() / (8 * self.float_bytes)
+        if self.size_weight > 0:
+            total = total + self.size_weight * self.control.estimate()[0].to(total.dtype)
         if self.config.sparsity_weight > 0:
             count = weight_count(self.model)
             magnitude = sum(layer.weight.abs().sum() for layer in quant_layers(self.model).values())
@@ -150,30 +138,25 @@ class SelfCompression:
         """
         if self.calls == 0:
             raise ValueError("step() without a loss: call run.loss(task_loss).backward() before run.step()")
-        if not self.holding:
-            self._move_widths()
-        else:
-            self.bits.step(self._size_gradient(), 0.0, self.calls, self.steps, None)
+        self.control.step(self.steps)
         self.calls = 0
         self.steps += 1
-        self.coupling.silence(self.model)
         if self.steps % self.config.guard_every == 0 or self.steps == self.config.steps:
             self._check()
 
     def finish(self) -> Outcome:
         """End the run: return the model to the best state that held, and say what was reached."""
         if self.best:
+            take_shapes(self.model, self.best)
             self.model.load_state_dict(self.best)
-        self.bits.detach()
-        self._measure()
+            self.control.look_anew()
+        self.control.bits.detach()
+        self.control.measure()
         found = self._look()
         target_held = self.size <= self.config.target_size
         reasons = []
         if not found.held:
-            reasons.append(
-                f"{found.regressions} of {found.samples} preservation samples regressed, {found.allowed} are allowed: "
-                "raise the tolerance, the target size or the steps"
-            )
+            reasons.append(f"{found.violation()}: raise the tolerance, the target size or the steps")
         if not target_held:
             reasons.append(
                 f"the smallest model that held has {self.size:.2%} of the float32 bytes, not "
@@ -181,71 +164,31 @@ class SelfCompression:
             )
         return Outcome(self.size, found.regressions, found.allowed, target_held, found.held, "; ".join(reasons))
 
-    # ---- widths ----
-
-    def _nominal(self) -> Tensor:
-        return nominal_bits(self.model, self.coupling)
-
-    def _size_gradient(self) -> dict[str, Tensor]:
-        """Layer name -> (C,) gradient of the size by each depth; 0 where a layer's inputs are all dead."""
-        depths = self.bits.depths
-        gradients = torch.autograd.grad(self._nominal() / (8 * self.float_bytes), list(depths.values()))
-        return dict(zip(depths, gradients, strict=True))
-
-    def _move_widths(self) -> None:
-        gradient = self._size_gradient()
-        with torch.no_grad():
-            # the size if fractions of bits could be stored: integer widths follow it, a channel at a time
-            fraction = {name: depth - depth.round() for name, depth in self.bits.depths.items()}
-            relaxed = self.size + float((self.bits.flat(fraction) * self.bits.flat(gradient)).sum())
-        self.price = self.bits.step(gradient, self.price, self.calls, self.steps, relaxed - self.wanted)
-        if self.size <= self.config.target_size or self.wanted <= self.config.target_size:
-            self._land()
-
-    def _land(self) -> None:
-        """Sell the cheapest bits until the stored size is at the target, then hold."""
-        self._measure()
-        for _ in range(LANDINGS):
-            excess = self.size - self.config.target_size
-            if excess <= 0:
-                self._hold(f"reached {self.size:.2%} of the float32 bytes; widths are held from here")
-                return
-            if not self.bits.sell_cheapest(self._size_gradient(), self.steps, excess):
-                return
-            self._measure()
-
-    def _hold(self, text: str) -> None:
-        self.holding = True
-        self._event("target", text)
-
-    def _measure(self) -> None:
-        """Pack, and learn how far the stored size lies above the nominal one."""
-        self.coupling.silence(self.model)
-        with torch.no_grad():
-            self.overhead = stored_size(pack(self.model), **self.file) - float(self._nominal()) / 8
-
     # ---- preservation ----
 
     def _preservation_loss(self) -> Tensor:
-        """On a random part of the set, in eval mode: what is deployed is what is preserved."""
+        """On a random part of the set, as it is deployed; what lost most of its margin is drawn most often."""
         assert self.keep is not None
         size = min(self.config.preservation_batch, len(self.keep))
-        with evaluating(self.model):
-            return self.keep.loss(self.model, self.keep.batch(self.generator, size))
+        with as_deployed(self.model):
+            batch = self.keep.batch(self.generator, size, self.risk)
+            return self.keep.loss(self.model, batch, kind="answers")
 
     def _look(self) -> Check:
-        return Check(0, 0, 0) if self.keep is None else check(self.model, self.keep, self.config.tolerance)
+        if self.keep is None:
+            return Check(0, 0, 0)
+        return check(self.model, self.keep, self.config.tolerance, self.config.margin_tolerance)
 
     def _check(self) -> None:
-        self._measure()
-        if self.holding and self.size > self.config.target_size:
-            self.holding = False  # removed channels or restored ones moved the stored size
-        found = self._look()
+        self.control.measure()
         size = self.size
+        self.control.settle_for(size)  # removed channels or restored ones may have moved the stored size
+        found = self._look()
+        self.risk = found.risk
         if found.held:
             self.good = self._snapshot()
             if size <= max(self.best_size, self.config.target_size):
-                self.best, self.best_size = self.good, size
+                self.best, self.best_size = dict(self.good), size  # a dict of its own, that no cut follows
             self.preservation_weight = max(self.config.preservation_weight, self.preservation_weight * RELAX)
         else:
             most = INSIST_MOST * self.config.preservation_weight
@@ -256,36 +199,37 @@ class SelfCompression:
             {
                 "step": self.steps,
                 "size": size,
-                "target": self.wanted,
-                "size_weight": self.price,
+                "target": self.control.wanted(self.steps),
+                "size_weight": self.size_weight,
                 "preservation_weight": self.preservation_weight,
                 "regressions": found.regressions,
+                "margin_lost": found.margin_lost,
                 **self.last,
             }
         )
+        if self.config.cut:
+            self.control.cut([self.good])
 
     def _restore(self, found: Check) -> None:
         if not self.good or self.keep is None:
             return
+        bits = self.control.bits
         before = {
-            name: self.good[f"{name}.weight_quantizer.bit_depth" if name else "weight_quantizer.bit_depth"].round()
-            for name in self.bits.depths
+            name: self.good[f"{name}.weight_quantizer.bit_depth".removeprefix(".")].round() for name in bits.depths
         }
-        given = restore(self.model, self.coupling, self.keep, self.good, before)
+        given = restore(self.model, self.control.coupling, self.keep, self.good, before)
         channels = sum(int(mask.sum()) for mask in given.values())
         if not channels:
             return
-        until = self.steps + FREEZE_CHECKS * self.config.guard_every
-        for name, mask in given.items():
-            self.bits.frozen_until[name][mask] = until
-            self.bits.worth[name][mask] = 0.0
-            self._forget_moments(self.bits.layers[name].weight, mask)
-        self.price /= 2
-        self._measure()
-        self.holding = self.size <= self.config.target_size
-        self._event(
-            "guard", f"{found.regressions} regressions, {found.allowed} allowed: gave bits back to {channels} channels"
-        )
+        mask = bits.flat(given)
+        bits.frozen_until[mask] = self.steps + FREEZE_CHECKS * self.config.guard_every
+        bits.worth[mask] = 0.0
+        for name, rows in given.items():
+            self._forget_moments(bits.layers[name].weight, rows)
+        self.control.price /= 2
+        self.control.measure()
+        self.control.settle_for(self.size)
+        self._event("guard", f"{found.violation()}: gave bits back to {channels} channels")
 
     def _forget_moments(self, weight: Tensor, rows: Tensor) -> None:
         state = self.optimizer.state.get(weight, {}) if self.optimizer is not None else {}
@@ -305,39 +249,28 @@ class SelfCompression:
         """Everything that a resumed run needs to go on bit for bit, the model's own state included."""
         return {
             "model": self.model.state_dict(),
-            "bits": self.bits.state_dict(),
+            "control": self.control.state_dict(),
             "generator": self.generator.get_state(),
             "config": self.config.as_dict(),
             "good": self.good,
             "best": self.best,
+            "risk": self.risk,
             "values": {name: getattr(self, name) for name in self._VALUES},
         }
 
-    _VALUES = (
-        *(
-            "price",
-            "preservation_weight",
-            "steps",
-            "holding",
-            "history",
-            "events",
-            "best_size",
-            "start_size",
-            "overhead",
-        ),
-    )
+    _VALUES = ("preservation_weight", "steps", "history", "events", "best_size")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`, for a run made from the same model, set and settings.
+        """Inverse of `state_dict`, for a run made from the same model, set and settings; before the optimiser's own.
 
         Raises:
             ValueError: If the settings are others.
         """
         if state["config"] != self.config.as_dict():
             raise ValueError(f"the checkpoint is of a run with settings {state['config']}; this one has {self.config}")
-        self.model.load_state_dict(state["model"])
-        self.bits.load_state_dict(state["bits"])
+        self.control.load_state_dict(state["control"], state["model"])
         self.generator.set_state(state["generator"])
+        self.risk = state["risk"]
         here = {name: value.device for name, value in self.model.state_dict().items()}
         self.good, self.best = ({n: v.to(here[n]) for n, v in state[kind].items()} for kind in ("good", "best"))
         for name in self._VALUES:

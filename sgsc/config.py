@@ -18,23 +18,30 @@ class CompressionConfig:
 
     target_size: float = setting(0.05, "stored bytes to reach, as a share of the float32 bytes")
     tolerance: float = setting(0.0, "share of the preservation samples that may regress")
+    margin_tolerance: float = setting(0.2, "share of the mean margin of the preservation samples that may be lost")
     steps: int = setting(1000, "optimiser steps of the compression")
     shrink_share: float = setting(0.6, "share of the steps after which the target size shall be reached")
+    settle_share: float = setting(0.75, "share of the steps after which widths stay as they are")
     preservation_weight: float = setting(1.0, "weight of the preservation loss; grows while the tolerance is violated")
     preservation_batch: int = setting(32, "preservation samples a step")
     sparsity_weight: float = setting(0.0, "weight of the mean magnitude of the weights")
     bit_rate: float = setting(0.05, "most bits that a channel's width moves in a step")
     grid_rate: float = setting(0.005, "learning rate of the ranges, in powers of two")
     guard_every: int = setting(25, "steps between two checks of the preservation set and of the stored size")
+    cut: bool = setting(False, "take removed channels out of the model while it trains; optimiser state follows")
     seed: int = setting(0, "seed of every random choice")
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, kind)):
-                raise ValueError(f"{name}={value!r}: want {'a whole number' if kind is int else 'a number'}")
+            if (kind is bool) != isinstance(value, bool) or not isinstance(value, (int, kind)):
+                wants = {int: "a whole number", bool: "True or False"}.get(kind, "a number")
+                raise ValueError(f"{name}={value!r}: want {wants}")
         _between("target_size", self.target_size, 0, 1, "a share of the float32 bytes, such as 0.05")
         _between("shrink_share", self.shrink_share, 0, 1, "a share of the steps, such as 0.6")
+        _between("settle_share", self.settle_share, 0, 1, "a share of the steps, such as 0.75")
+        if not 0 <= self.margin_tolerance <= 1:
+            raise ValueError(f"margin_tolerance={self.margin_tolerance}: want a share of the margin from 0 to 1")
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance={self.tolerance}: want a share of samples from 0 up to, not including, 1")
         for name in ("steps", "guard_every", "preservation_batch"):
@@ -62,9 +69,9 @@ def add_settings(parser: argparse.ArgumentParser, config: type, defaults: dict[s
     for f in fields(config):
         default = (defaults or {}).get(f.name, f.default)
         shown = "" if default is None else f" (default: {default})"
-        parser.add_argument(
-            f"--{f.name.replace('_', '-')}", type=types[f.name], default=default, help=f.metadata["help"] + shown
-        )
+        how: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if types[f.name] is bool else {}
+        how = how or {"type": types[f.name]}
+        parser.add_argument(f"--{f.name.replace('_', '-')}", default=default, help=f.metadata["help"] + shown, **how)
 
 
 def from_arguments(config: type, arguments: argparse.Namespace, **replace: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which channels of a model stand or fall together, proved from its graph; and cutting dead ones out.
+"""Which channels of a model stand or fall together, proved from its graph (cutting.py cuts them out).
 
 A channel is *dead* when every row that produces it has 0 bits. It may be cut out where the graph proves that it then
 is exactly zero all the way to the layers that read it: through batch norm, activations that keep zero, pooling,
@@ -93,11 +93,11 @@ class Coupling:
         if not dead.any():
             return
         for name, ids in self.produced.items():
-            bias = _module(model, name).bias
+            bias = module_of(model, name).bias
             if isinstance(bias, Tensor):
                 bias[dead[ids.to(dead.device)]] = 0.0
         for name, ids in self.norms.items():
-            norm = _module(model, name)
+            norm = module_of(model, name)
             for value in (norm.bias, norm.running_mean):
                 if isinstance(value, Tensor):
                     value[dead[ids.to(dead.device)]] = 0.0
@@ -106,11 +106,11 @@ class Coupling:
         """(ids,) bool: dead, and proved by value to be exactly zero wherever it is read."""
         ok = self.dead(model)
         for name, ids in self.produced.items():
-            bias = _module(model, name).bias
+            bias = module_of(model, name).bias
             if isinstance(bias, Tensor):
                 ok[ids[bias.ne(0).to(ids.device)]] = False
         for name, ids in self.norms.items():
-            norm = _module(model, name)
+            norm = module_of(model, name)
             if norm.running_mean is None:
                 ok[ids] = False
                 continue
@@ -284,66 +284,6 @@ def couple(model: nn.Module) -> Coupling:
     return Coupling("", tensors(walk.produced), tensors(walk.read), tensors(walk.norms), pinned)
 
 
-@torch.no_grad()
-def remove_channels(model: nn.Module) -> dict[str, int]:
-    """Cut the dead channels that are proved silent out of a prepared model, in place.
-
-    Each layer keeps at least one channel. The model computes the same function (sums lose terms that are exactly 0).
-
-    Returns:
-        Layer name -> channels cut.
-    """
-    coupling = couple(model)
-    if coupling.why:
-        return {}
-    gone = coupling.silent(model).cpu()
-    for ids in coupling.produced.values():
-        if len(ids) and gone[ids].all():
-            gone[ids[0]] = False
-    if not gone.any():
-        return {}
-    cut = {}
-    for name, ids in coupling.produced.items():
-        cut[name] = int(gone[ids].sum())
-        layer = _module(model, name)
-        keep = ~gone[ids]
-        _select(layer, ("weight", "bias"), 0, keep)
-        quantizer = layer.weight_quantizer
-        _select(quantizer, quantizer.state_dict(), 0, keep)  # what is saved is a value a channel
-        if isinstance(layer, QuantLinear):
-            layer.out_features = int(keep.sum())
-        else:
-            if layer.groups == layer.in_channels == layer.out_channels and layer.groups > 1:
-                layer.groups = layer.in_channels = int(keep.sum())
-            layer.out_channels = int(keep.sum())
-    for name, ids in coupling.read.items():
-        layer = _module(model, name)
-        inputs = layer.in_features if isinstance(layer, QuantLinear) else layer.in_channels
-        keep = (~gone[ids]).repeat_interleave(inputs // len(ids))
-        _select(layer, ("weight",), 1, keep)
-        if isinstance(layer, QuantLinear):
-            layer.in_features = int(keep.sum())
-        else:
-            layer.in_channels = int(keep.sum())
-    for name, ids in coupling.norms.items():
-        norm = _module(model, name)
-        _select(norm, ("weight", "bias", "running_mean", "running_var"), 0, ~gone[ids])
-        norm.num_features = int((~gone[ids]).sum())
-    return {name: count for name, count in cut.items() if count}
-
-
-def _module(model: nn.Module, name: str) -> Any:
-    return model.get_submodule(name)  # Any: its attributes depend on its type, which the caller knows
-
-
-def _select(module: nn.Module, names: Any, dim: int, keep: Tensor) -> None:
-    index = keep.nonzero().squeeze(1)
-    for name in names:
-        value = getattr(module, name, None)
-        if not isinstance(value, Tensor):
-            continue
-        chosen = value.detach().index_select(dim, index.to(value.device))
-        if isinstance(value, nn.Parameter):
-            setattr(module, name, nn.Parameter(chosen, requires_grad=value.requires_grad))
-        else:
-            module.register_buffer(name, chosen)
+def module_of(model: nn.Module, name: str) -> Any:
+    """A submodule; Any, since its attributes depend on its type, which the caller knows."""
+    return model.get_submodule(name)

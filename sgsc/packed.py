@@ -319,7 +319,7 @@ def pack(model: nn.Module, *, remove: bool = True) -> nn.Module:
     Raises:
         ValueError: If the model holds no quantized layer, or a layer cannot be packed (the message names it).
     """
-    from .coupling import remove_channels  # only training has dead channels to cut; running must not need this
+    from .cutting import remove_channels  # only training has dead channels to cut; running must not need this
 
     model = copy.deepcopy(model).eval()
     if remove:

@@ -14,7 +14,6 @@ from sgsc import (
     PreservationSet,
     SelfCompression,
     load_checkpoint,
-    nominal_bits,
     pack,
     prepare,
     save_checkpoint,
@@ -22,8 +21,10 @@ from sgsc import (
 )
 from sgsc.bits import BitOptimizer, clearing_price
 from sgsc.certificate import compare, outputs
+from sgsc.coupling import couple
 from sgsc.guard import Check, check, restore, revive, set_widths, widths
 from sgsc.layers import quant_layers
+from sgsc.size import file_bits
 
 
 def blobs(count: int = 400, seed: int = 0) -> TensorDataset:
@@ -78,7 +79,7 @@ def started(trained, keep, **settings) -> SelfCompression:
 
 def test_the_loss_is_the_stated_sum_and_nothing_else(trained, keep):
     run = started(trained, keep, sparsity_weight=0.3, preservation_weight=0.7, preservation_batch=60)
-    run.price = 2.5
+    run.control.price = 2.5
     run.generator.manual_seed(5)
     task = torch.tensor(1.25)
     batch = keep.batch(torch.Generator().manual_seed(5), 60)
@@ -86,9 +87,9 @@ def test_the_loss_is_the_stated_sum_and_nothing_else(trained, keep):
     magnitude = torch.cat([layer.weight.flatten() for layer in quant_layers(run.model).values()]).abs().mean()
     want = (
         task
-        + 2.5 * nominal_bits(run.model, run.coupling) / (8 * run.float_bytes)
+        + 2.5 * file_bits(run.model, couple(run.model)) / (8 * run.float_bytes)
         + 0.3 * magnitude
-        + 0.7 * keep.loss(run.model, batch)
+        + 0.7 * keep.loss(run.model, batch, kind="answers")
     )
     assert run.loss(task).item() == pytest.approx(want.item(), rel=1e-6)
 
@@ -105,6 +106,28 @@ def test_reaches_the_target_on_disk_and_holds_the_tolerance(trained, keep):
     assert 0.8 * 0.15 < outcome.stored_ratio <= 0.15
     found = compare(keep.outputs, outputs(packed, keep.inputs), keep.targets)
     assert found.regressions == outcome.regressions <= math.floor(0.05 * 60)
+
+
+@pytest.mark.parametrize("target", [0.3, 0.15, 0.08])
+def test_the_size_ends_within_a_hundredth_below_the_target(trained, target):
+    run = started(trained, None, target_size=target)
+    train(run.model, blobs(), 240, run)
+    assert 0.99 * target < run.finish().stored_ratio <= target
+
+
+def test_channels_leave_while_it_trains_and_the_best_model_comes_back_whole(trained, keep):
+    run = started(trained, keep, cut=True, target_size=0.1)
+    widest = run.model[3].weight.shape
+    train(run.model, blobs(), 240, run)
+    small = run.model[3].weight.shape
+    assert small[0] < widest[0]
+    assert small[1] < widest[1]
+    assert run.optimizer.state[run.model[3].weight]["exp_avg"].shape == small
+    run.best = dict(prepare(trained).model.state_dict())  # as if nothing smaller had held
+    outcome = run.finish()
+    assert run.model[3].weight.shape == widest
+    assert not outcome.target_held
+    assert "raise the target size" in outcome.reason
 
 
 def test_the_users_optimiser_never_sees_the_widths(trained, keep):
@@ -125,8 +148,12 @@ def test_same_seed_same_bits(trained, keep):
     assert not torch.equal(other.model[0].weight, runs[0].model[0].weight)
 
 
+@pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("at", [1, 37, 100, 150, 239])
-def test_a_resumed_run_equals_an_uninterrupted_one(trained, keep, tmp_path, at):
+def test_a_resumed_run_equals_an_uninterrupted_one(trained, keep, tmp_path, at, cut):
+    def started(*of):
+        return globals()["started"](*of, cut=cut, target_size=0.1)
+
     whole = started(trained, keep)
     train(whole.model, blobs(), 240, whole)
     first = started(trained, keep)
@@ -194,19 +221,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(trained, keep
 def test_a_gradient_that_is_not_finite_names_the_layer_and_moves_nothing(trained, keep):
     run = started(trained, keep)
     train(run.model, blobs(), 5, run)
-    before = {n: d.detach().clone() for n, d in run.bits.depths.items()}
+    before = {n: d.detach().clone() for n, d in run.control.bits.depths.items()}
     run.loss(F.cross_entropy(run.model(blobs().tensors[0]), blobs().tensors[1])).backward()
-    run.bits.gradient[run.bits.depths["3"]][2] = float("nan")
+    run.control.bits.gradient[run.control.bits.depths["3"]][2] = float("nan")
     with pytest.raises(ValueError, match=r"layer '3': the gradient of its quantizer is not finite"):
         run.step()
-    assert all(torch.equal(d, before[n]) for n, d in run.bits.depths.items())
+    assert all(torch.equal(d, before[n]) for n, d in run.control.bits.depths.items())
 
 
 def test_an_unreachable_target_keeps_price_and_worth_finite(trained):
     run = started(trained, None, target_size=0.01, steps=60, bit_rate=0.4)
     train(run.model, blobs(), 120, run)
-    assert math.isfinite(run.price)
-    assert all(torch.isfinite(w).all() for w in run.bits.worth.values())
+    assert math.isfinite(run.control.price)
+    assert torch.isfinite(run.control.bits.worth).all()
 
 
 def test_a_checkpoint_of_other_settings_is_refused(trained, keep):
@@ -239,7 +266,6 @@ def test_gradient_accumulation_counts_as_one_step(trained, keep):
         for _ in range(2):
             for part in zip(x[:64].chunk(parts), y[:64].chunk(parts), strict=True):
                 (run.loss(F.cross_entropy(run.model(part[0]), part[1])) / parts).backward()
-            run.calls = 1  # the user divides by the parts, so they are one loss
             run.step()
     assert torch.allclose(
         once.model[0].weight_quantizer.bit_depth, twice.model[0].weight_quantizer.bit_depth, atol=1e-4
@@ -262,6 +288,39 @@ def test_the_price_clears_the_market_at_any_scale_of_the_loss(scale, wanted):
     assert sold(worth, speed, price) == pytest.approx(wanted, abs=0.02)
 
 
+def test_who_has_all_bits_buys_none():
+    worth, speed = torch.tensor([5.0, 5.0, 1.0, 1.0]), torch.ones(4)
+    room = torch.tensor([0.0, 0.0, 9.0, 9.0])
+    price = clearing_price(worth, speed, 0.5, room)
+    change = (1 - worth / price).clamp(-1, 1).maximum(-room.minimum(speed))
+    assert change.sum().item() == pytest.approx(0.5, abs=1e-3)
+    assert clearing_price(worth, speed, 0.5) > price  # else the two that cannot buy would be counted as buyers
+
+
+def test_bits_that_seem_to_do_harm_do_not_leave_faster_than_the_schedule(trained):
+    model = prepare(trained).model
+    bits = BitOptimizer(model, bit_rate=0.5, grid_rate=0.0)
+    bits.worth.fill_(-1.0)
+    size = torch.full_like(bits.worth, 3.0)
+    bits.step(size, 0.0, 0, 6.0)
+    depth = bits.flat(bits.depths).detach()
+    assert float((8 - depth).sum() * 3) == pytest.approx(6.0, rel=1e-4)
+
+
+def test_what_is_bought_fits_and_is_worth_most(trained):
+    model = prepare(trained).model
+    bits = BitOptimizer(model, bit_rate=0.5, grid_rate=0.0)
+    for depth in bits.depths.values():
+        depth.data.fill_(2.0)
+    bits.worth.copy_(torch.arange(len(bits.worth)))
+    bits.frozen_until[-1] = 9
+    size = torch.full_like(bits.worth, 3.0)
+    assert bits.buy_dearest(size, 0, 10.0)
+    wide = bits.flat(bits.depths) == 3
+    assert wide.nonzero().squeeze(1).tolist() == [len(wide) - i for i in (4, 3, 2)]
+    assert not bits.buy_dearest(size, 0, 2.9)
+
+
 def test_where_all_must_be_sold_the_price_says_so():
     worth, speed = torch.rand(50) + 0.1, torch.ones(50)
     price = clearing_price(worth, speed, 1e9)
@@ -274,13 +333,13 @@ def test_a_channel_that_is_worth_more_keeps_more_bits():
     model = prepare(nn.Linear(200, 5, bias=False)).model
     bits = BitOptimizer(model, bit_rate=0.1, grid_rate=0.0)
     exact, importance = model.weight.detach().clone(), torch.tensor([1e4, 1e2, 1.0, 1e-2, 1e-4])[:, None]
-    size = {"": torch.full((5,), 200.0)}
+    size = torch.full((5,), 200.0)
     price = 0.0
     for step in range(200):
         loss = (importance * (model.quantized_weight() - exact).square()).sum()
-        (loss + price * 200 * model.weight_quantizer.bit_cost().sum()).backward()
+        loss.backward()
         over = float(model.weight_quantizer.bit_depth.detach().sum()) - 15.0
-        price = bits.step(size, price, 1, step, 200 * over)
+        price = bits.step(size, price, step, 200 * over)
     widths_now = model.weight_quantizer.bits().tolist()
     assert widths_now == sorted(widths_now, reverse=True)
     assert widths_now[0] >= 6 > 2 >= widths_now[-1]
@@ -298,6 +357,33 @@ def test_the_guard_fires_on_evidence_and_not_on_noise():
     assert Check(10, 5, 100).fires
 
 
+def test_the_guard_reads_margins_too():
+    assert Check(0, 0, 100, margin_lost=0.2, margin_allowed=0.2).held
+    assert not Check(0, 0, 100, margin_lost=0.21, margin_allowed=0.2).held
+    assert not Check(0, 0, 100, margin_lost=0.21, margin_allowed=0.2, margin_error=0.01).fires
+    assert Check(0, 0, 100, margin_lost=0.23, margin_allowed=0.2, margin_error=0.01).fires
+    said = Check(3, 1, 100, margin_lost=0.3, margin_allowed=0.2).violation()
+    assert said == ("3 of 100 preservation samples regressed, 1 allowed; 30% of the mean margin is lost, 20% allowed")
+
+
+def test_a_look_tells_what_each_sample_lost(trained, keep):
+    model = copy.deepcopy(trained)
+    assert check(model, keep, 0.0).margin_lost == 0.0
+    with torch.no_grad():
+        model[5].weight.mul_(0.1)  # less sure, and as right
+        model[5].bias.mul_(0.1)
+    found = check(model, keep, 0.0, margin_tolerance=0.05)
+    assert found.regressions == 0
+    assert 0.05 < found.margin_lost < 1
+    assert found.margin_error > 0
+    assert not found.held
+    assert found.fires
+    before, now = (compare(keep.outputs, outputs(m, keep.inputs), keep.targets) for m in (trained, model))
+    assert found.margin_lost == pytest.approx(1 - now.margin_packed / before.margin_packed)
+    assert found.risk.shape == (60,)
+    assert (found.risk >= 0).all()
+
+
 def test_a_useful_channel_forced_to_no_bits_comes_back(trained, keep):
     run = started(trained, keep, tolerance=0.0)
     x, y = blobs().tensors
@@ -307,12 +393,12 @@ def test_a_useful_channel_forced_to_no_bits_comes_back(trained, keep):
         model = copy.deepcopy(run.model)
         with torch.no_grad():
             model[3].weight_quantizer.bit_depth[i] = 0
-        run.coupling.silence(model)
+        run.control.coupling.silence(model)
         hurt.append(compare(outputs(trained, x), outputs(model, x), y).regressions)
     worst = torch.tensor(hurt).topk(62).indices
     with torch.no_grad():
         run.model[3].weight_quantizer.bit_depth[worst] = 0
-    run.coupling.silence(run.model)
+    run.control.coupling.silence(run.model)
     before = check(run.model, keep, 0.0)
     assert before.fires, before
     assert (run.model[3].bias[worst] == 0).all()
@@ -324,7 +410,7 @@ def test_a_useful_channel_forced_to_no_bits_comes_back(trained, keep):
     revived = worst[back == 8]
     assert torch.equal(run.model[3].bias[revived], run.good["3.bias"][revived])
     assert check(run.model, keep, 0.0).regressions < before.regressions
-    frozen = run.bits.frozen_until["3"]
+    frozen = run.control.bits.by_layer(run.control.bits.frozen_until)["3"]
     assert (frozen[revived] > 0).all()
 
 
@@ -338,7 +424,7 @@ def test_restoration_gives_back_what_cost_most_first(trained, keep):
     new["0"][:] = 7  # everything lost a bit that hardly matters, one channel lost nearly all
     new["0"][sensitive] = 1
     set_widths(quant_layers(run.model), new)
-    given = restore(run.model, run.coupling, keep, good, before)
+    given = restore(run.model, run.control.coupling, keep, good, before)
     assert given["0"][sensitive]
     assert given["0"].sum() < 96
 
@@ -346,7 +432,7 @@ def test_restoration_gives_back_what_cost_most_first(trained, keep):
 def test_restoration_without_a_loss_of_bits_gives_nothing(trained, keep):
     run = started(trained, keep)
     state = copy.deepcopy(run.model.state_dict())
-    assert restore(run.model, run.coupling, keep, run.good, widths(run.model)) == {}
+    assert restore(run.model, run.control.coupling, keep, run.good, widths(run.model)) == {}
     assert all(torch.equal(v, state[k]) for k, v in run.model.state_dict().items())
 
 
@@ -355,8 +441,8 @@ def test_revival_brings_back_weights_biases_and_batch_norm(trained, keep):
     with torch.no_grad():
         run.model[0].weight_quantizer.bit_depth[4] = 0
         run.model[0].weight[4] = 9.0
-    run.coupling.silence(run.model)
+    run.control.coupling.silence(run.model)
     which = {"0": torch.arange(96) == 4}
-    revive(run.model, run.coupling, run.good, which)
+    revive(run.model, run.control.coupling, run.good, which)
     for name in ("0.weight", "0.bias", "1.bias", "1.running_mean"):
         assert torch.equal(run.model.state_dict()[name], run.good[name]), name

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from sgsc import pack, prepare
-from sgsc.coupling import couple, remove_channels
+from sgsc.coupling import couple
+from sgsc.cutting import remove_channels
 from sgsc.demos import models
 from sgsc.layers import quant_layers
 from sgsc.size import nominal_bits

@@ -24,7 +24,9 @@ from .training import evaluate
 SHOWN = 24  # changed samples that the report shows, at most
 
 
-def certify_run(task: Task, folder: Path, seed: int, tolerance: float) -> dict[str, Any]:
+def certify_run(
+    task: Task, folder: Path, seed: int, tolerance: float, margin_tolerance: float | None = None
+) -> dict[str, Any]:
     """Load the file as a user would and compare it with the float network; reads the test split, once.
 
     Meant to run in a process that has not trained: what it sees is what the file holds.
@@ -41,6 +43,7 @@ def certify_run(task: Task, folder: Path, seed: int, tolerance: float) -> dict[s
         task.guard,
         keep,
         tolerance=tolerance,
+        margin_tolerance=margin_tolerance,
         seeds={"run": seed},
         hashes={**hashes, "training data": keep.data_hash},
         stored_bytes=artefact.size,
@@ -60,11 +63,13 @@ def certify_run(task: Task, folder: Path, seed: int, tolerance: float) -> dict[s
         "statement": certificate.statement(),
         "preservation": (values["preservation"] or {}) | {"reasons": counts},
         "guard": values["guard"],
+        "margin_tolerance": margin_tolerance,
         "tolerance_held": bool(certificate.held),
         "float_accuracy": on_test.float_accuracy,
         "packed_accuracy": on_test.packed_accuracy,
         "accuracy_standard_error": on_test.standard_error,
         "test": on_test.as_dict(),
+        "class_names": dict(enumerate(task.alphabet)),
         "float_loss": evaluate(network, test)["loss"],
         "packed_loss": evaluate(packed, test)["loss"],
         "changed": changed[:SHOWN],
@@ -88,7 +93,22 @@ def _changed(
     for n, i in enumerate(which):
         target = y[i] if y.dim() == 1 else y[i, -1]
         say = [task.alphabet[int(v)] if task.text else str(int(v)) for v in (target, before[n], after[n])]
-        picture = task.show(x[i])
         entry = {"split": split, "index": int(i), "target": say[0], "float_answer": say[1], "packed_answer": say[2]}
-        shown.append(entry | ({"text": picture} if task.text else {"picture": picture}))
+        shown.append(entry | _sample(task, x[i], say[0]))
     return shown
+
+
+def _sample(task: Task, x: Tensor, target: str) -> dict[str, Any]:
+    """The sample for a reader.
+
+    Text goes on to the character that was to be answered, and `at` is its place. A picture is H lists of W values, or
+    of W [red, green, blue]; four decimals keep what eight bits held, and a report readable.
+    """
+    if task.text:
+        text = str(task.show(x))
+        return {"text": text + target, "at": len(text)}
+    return {"picture": _rounded(task.show(x))}
+
+
+def _rounded(values: Any) -> Any:
+    return [_rounded(value) for value in values] if isinstance(values, list) else round(values, 4)

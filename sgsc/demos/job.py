@@ -161,7 +161,7 @@ def compress(
         "float_bytes": float_bytes(network),
         "stored_bytes": size,
         "stored_ratio": size / float_bytes(network),
-        "nominal_bytes": math.ceil(float(nominal_bits(model, run.coupling).detach()) / 8),
+        "nominal_bytes": math.ceil(float(nominal_bits(model, run.control.coupling).detach()) / 8),
         **_layers(network, packed),
         "target_held": size <= config.target_size * float_bytes(network),
         "reason": outcome.reason,

@@ -17,6 +17,7 @@ from .base import Quantizer
 MAX_BITS = 8
 LN2 = math.log(2)
 _FIT_CANDIDATES = 24  # ranges tried between a seventh of the largest magnitude and all of it
+_FIT_AT_ONCE = 1 << 22  # values of all ranges that are rounded in one call
 
 
 def straight_through(value: Tensor, x: Tensor) -> Tensor:
@@ -132,6 +133,8 @@ class SelfCompressing(Quantizer, name="integer"):
     scale, lo and hi, is the first-order change of the loss when the channel's rounding error halves.
     """
 
+    by_width: Tensor
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.bit_depth = nn.Parameter(torch.full((channels,), float(MAX_BITS)))
@@ -180,22 +183,20 @@ class SelfCompressing(Quantizer, name="integer"):
     @torch.no_grad()
     def fit(self, rows: Tensor, where: Tensor | None = None) -> None:
         """Choose each channel's range, at its present width, by the least squared error over a grid of ranges."""
-        where = torch.ones_like(self.range, dtype=torch.bool) if where is None else where
-        rows = rows[where].to(self.range.dtype)
+        if where is not None and bool(where.all()):
+            where = None
+        chosen = slice(None) if where is None else where.nonzero().squeeze(1)
+        rows, depth = rows[chosen].to(self.range.dtype), self.bit_depth[chosen]
         if rows.numel() == 0:
             return
         top = rows.abs().amax(1).clamp_min(1e-12).log2()
-        old = self.range.clone()
-        best = torch.full_like(top, float("inf"))
-        found = top.clone()
-        for step in range(_FIT_CANDIDATES):
-            candidate = top - step / 8  # eighths of an octave
-            self.range[where] = candidate
-            error = (fake_quantize(rows, *(t[where] for t in self.grid())) - rows).square().sum(1)
-            better = error < best
-            best, found = torch.where(better, error, best), torch.where(better, candidate, found)
-        self.range.copy_(old)
-        self.range[where] = found
+        ranges = top - torch.arange(_FIT_CANDIDATES, device=rows.device)[:, None] / 8  # eighths of an octave: (F, C)
+        errors = []
+        for some in ranges.split(max(1, _FIT_AT_ONCE // rows.numel())):
+            many = rows.repeat(len(some), 1)  # all ranges in one call: a channel at a time would be all overhead
+            grid, _ = _integer_grid(depth.repeat(len(some)), some.flatten(), self.by_width)
+            errors.append((fake_quantize(many, *grid) - many).square().sum(1).view(some.shape))
+        self.range[chosen] = ranges.gather(0, torch.cat(errors).argmin(0, keepdim=True))[0]
 
 
 class PublishedSelfCompressing(Quantizer, name="published"):

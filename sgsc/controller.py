@@ -1,0 +1,178 @@
+"""Holds the stored size to its schedule: shrink along a geometric curve, trade at the target, land on it, stay.
+
+    shrink   until `shrink_share` of the steps: the size follows start * (target / start)^(share of these steps)
+    trade    until `settle_share`: bits move from channels where they are worth little to those where they are worth
+             much, at the target; ever more slowly, since each change of a width costs the weights some steps
+    settled  widths stay, weights and ranges go on; the size is at most the target, and less than one bit's room below
+
+Nothing depends on how many steps a bit takes to sell: the clearing price of bits.py sells what the schedule asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .artefact import stored_size
+from .bits import BitOptimizer
+from .config import CompressionConfig
+from .coupling import couple
+from .cutting import cut_while_training, take_shapes
+from .packed import pack
+from .size import SizeModel, float_bytes
+
+LANDINGS = 60  # rounds of selling or buying that a landing may take; each measures a file
+ROOM = 0.004  # of the target, that may stay unused
+LEAST_CUT = 0.02  # of the channels, that are worth tracing the model anew
+
+
+class Controller:
+    """Widths, their price, and the size that they make.
+
+    Args:
+        model: A prepared model.
+        config: Target, schedule and rates.
+        file: Further arguments of `save`: the size is that of the whole file.
+        say: Told what happened, as say(kind, text).
+        optimizers: Of the weights; their state follows where channels are cut out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: CompressionConfig,
+        file: dict[str, Any],
+        say: Callable[[str, str], None],
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+    ) -> None:
+        self.model, self.config, self.file, self.say = model, config, file, say
+        self.float_bytes = float_bytes(model)
+        self.bits = BitOptimizer(model, config.bit_rate, config.grid_rate, 1 / (8 * self.float_bytes))
+        self.optimizers = [*optimizers, self.bits.grids]
+        self.price = 0.0
+        self.holding = False
+        self.look_anew()
+        self.measure()
+        self.start_size = self.size
+        if self.start_size <= config.target_size:
+            self._hold("the target is reached before the first step")
+
+    def look_anew(self) -> None:
+        """Read the model's shapes again."""
+        self.coupling = couple(self.model)
+        self.sizes = SizeModel(self.model, self.coupling, file=True)
+        self.silent: Tensor | None = None  # (ids,) channels that were dead at the last call of `cut`
+        self._known: tuple[Any, ...] = ()
+
+    # ---- size ----
+
+    def estimate(self) -> tuple[Tensor, Tensor]:
+        """Size of all that depends on widths, a scalar, and its gradient by each channel's width; of float32 bytes."""
+        now = tuple((id(d), d._version) for d in self.bits.depths.values())
+        if not self._known or self._known[0] != now:
+            bits, gradient = self.sizes(self.bits.widths())
+            whole = 8 * self.float_bytes
+            self._known = now, bits / whole, gradient / whole
+        return self._known[1], self._known[2]
+
+    def measure(self) -> None:
+        """Pack, and learn how far the stored size lies above the estimate."""
+        self.coupling.silence(self.model)
+        self.stored = stored_size(pack(self.model), **self.file) / self.float_bytes
+        self.overhead = self.stored - float(self.estimate()[0])
+
+    @property
+    def size(self) -> float:
+        """Stored bytes over float32 bytes: measured at checks, in between followed by the estimate."""
+        return float(self.estimate()[0]) + self.overhead
+
+    def wanted(self, step: int) -> float:
+        """The size that the schedule wants at a step: geometric from the start to the target."""
+        share = min(1.0, step / max(1.0, self.config.shrink_share * self.config.steps))
+        return self.start_size * (self.config.target_size / self.start_size) ** share
+
+    # ---- widths ----
+
+    def step(self, step: int) -> None:
+        """Move ranges and widths, after a backward; `step` counts from 0."""
+        self._move(step)
+        self.coupling.silence(self.model)
+
+    def _move(self, step: int) -> None:
+        config = self.config
+        gradient = self.estimate()[1]
+        if self.holding:
+            self.bits.step(gradient, self.price, step, None)
+            return
+        depth = self.bits.flat(self.bits.depths).detach()
+        # the size if fractions of bits could be stored: integer widths follow it, a channel at a time
+        relaxed = self.size + float((depth - depth.round()).double() @ gradient)
+        start, end = config.shrink_share * config.steps, max(config.shrink_share, config.settle_share) * config.steps
+        self.bits.bit_rate = config.bit_rate * min(1.0, max(0.0, (end - step) / max(end - start, 1.0)))
+        if step < end:
+            self.price = self.bits.step(gradient, self.price, step, relaxed - self.wanted(step))
+        else:
+            self.bits.step(gradient, self.price, step, None)
+            self._land(step)
+
+    def _land(self, step: int) -> None:
+        """Sell the cheapest bits, or buy the dearest, until the stored size is just below the target; then hold."""
+        target, bought, done = self.config.target_size, False, False
+        self.measure()
+        for _ in range(LANDINGS):
+            excess = self.stored - target
+            if excess > 0:
+                done = bought  # what was bought took more than it promised: enough of that
+                if not self.bits.sell_cheapest(self.estimate()[1], step, excess):
+                    return
+            elif done or -excess <= ROOM * target or not self.bits.buy_dearest(self.estimate()[1], step, -excess):
+                break
+            else:
+                bought = True
+            self.measure()
+        if self.stored <= target:
+            self._hold(f"reached {self.stored:.2%} of the float32 bytes; widths are held from here")
+
+    def _hold(self, text: str) -> None:
+        self.holding = True
+        self.say("target", text)
+
+    def settle_for(self, size: float) -> None:
+        """Hold where the size is at most the target; else go on selling."""
+        self.holding = self.holding and size <= self.config.target_size
+
+    # ---- channels that leave ----
+
+    def cut(self, states: Sequence[dict[str, Tensor]]) -> None:
+        """Cut out the channels that were dead at the last call too, of `states`, state dicts of the model, alike.
+
+        Until then the guard may bring them back.
+        """
+        if self.coupling.why:
+            return
+        silent = self.coupling.silent(self.model).cpu()
+        before, self.silent = self.silent, silent
+        gone = silent & before if before is not None else torch.zeros_like(silent)
+        if int(gone.sum()) >= LEAST_CUT * len(gone):
+            self.bits.keep(cut_while_training(self.model, self.coupling, gone, self.optimizers, states))
+            self.look_anew()
+
+    # ---- checkpoints ----
+
+    _VALUES = ("price", "holding", "overhead", "stored", "start_size", "silent")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs, beside the model."""
+        return {"bits": self.bits.state_dict(), "values": {name: getattr(self, name) for name in self._VALUES}}
+
+    def load_state_dict(self, state: dict[str, Any], model: dict[str, Tensor]) -> None:
+        """Inverse of `state_dict`; `model` is the state dict of the model, which is loaded too."""
+        take_shapes(self.model, model)
+        self.model.load_state_dict(model)
+        self.look_anew()
+        self.bits.load_state_dict(state["bits"])
+        for name in self._VALUES:
+            setattr(self, name, state["values"][name])
