@@ -28,6 +28,7 @@ _HOME = {
     "PackedLinear": "packed",
     "pack": "packed",
     "set_numerics": "packed",
+    "adopt_widths": "averaging",
     "prepare": "preparation",
     "quantize_together": "together",
     "PreservationSet": "preservation",
@@ -58,6 +59,7 @@ __all__ = [
     "QuantLinear",
     "QuantMultiheadAttention",
     "SelfCompression",
+    "adopt_widths",
     "certify",
     "fake_quantize",
     "fake_quantize_many",
@@ -79,6 +81,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .artefact import ArtefactError, load, load_into, read, save, stored_size
+    from .averaging import adopt_widths
     from .certificate import certify
     from .checkpoint import load_checkpoint, save_checkpoint
     from .compression import SelfCompression
