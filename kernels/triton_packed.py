@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 
-from . import fragments, triton_dense_kernels, triton_packed_kernels, triton_tables
+from . import fragments, triton_counters, triton_dense_kernels, triton_early, triton_packed_kernels, triton_tables
 from .op import LIBRARY
 from .packed_conv2d import check as check_conv2d
 from .packed_conv2d import output_size, slides
@@ -35,11 +35,12 @@ from .packed_linear import WIDEST
 from .packed_linear import check as check_linear
 from .packed_linear import reference as linear_reference
 from .triton_compat import INTERPRETED
-from .triton_configuration import ceil_div, configure, gpu
+from .triton_configuration import Config, Gpu, ceil_div, configure, gpu
 
 # Weights of x's dtype hold every level exactly; float32 has no tensor cores of its own precision.
 LEVELS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.bfloat16}
 DENSE = 256  # columns from which a dense copy of the weights pays; of an H100 in bitsandbytes' and Marlin's tables
+EARLY = 64  # columns of a program up to which `linear` starts beside the kernel before, where the GPU can; 0: never
 DENSE_PIXELS = 4_096  # the same for a convolution, where a program gathers x too
 
 _products: Any = triton_packed_kernels  # type checkers take a launch for a call of the Python function
@@ -109,6 +110,11 @@ def _fits(x: Tensor, lines: Tensor, plan: Tensor, grid: Tensor, bias: Tensor | N
     )
 
 
+def starts_early(config: Config, here: Gpu) -> bool:
+    """Whether `linear` is launched as triton_early.py says."""
+    return config.columns <= EARLY and here.capability >= triton_early.FROM and not INTERPRETED.value
+
+
 def _product(
     x: Tensor, t: _Tiles, bias: Tensor | None, y: Tensor, columns: int, width: int, across: int, g: Geometry | None
 ) -> Tensor:
@@ -120,13 +126,16 @@ def _product(
         c = triton_tables.tuned(x, t.words, lies, columns, t.count, t.size, across)
         c = c or configure(x.dtype, columns, t.count, t.size, across, gpu(x.device.index), lies)
         groups = ceil_div(columns, c.columns)
+        early = g is None and starts_early(c, gpu(x.device.index))
         partial, counters = t.grid, t.plan  # not looked at where one part is all
         if c.parts > 1:
             partial = x.new_empty(groups * t.count * c.parts * t.size * c.columns, dtype=torch.float32)
-            # not kept from call to call: two streams, or two graphs that run side by side, must not share them
-            counters = t.plan.new_zeros(groups * t.count)
+            counters = triton_counters.zeros(t.plan, groups * t.count, early)
         per = ceil_div(ceil_div(across, c.blocks), c.parts) * c.blocks
-        kernel, how, where = _products.linear_kernel, (width, t.count, across, c.parts, per), {}
+        kernel, how = _products.linear_kernel, (width, t.count, across, c.parts, per)
+        where = {"planes": t.words.numel() // fragments.WORDS, "EARLY": early}
+        if early:
+            where["launch_pdl"] = True
         if g is not None:
             kernel, how = _products.conv2d_kernel, (t.count, across, c.parts, per, g.out_height * g.out_width, g)
             where = {"X": lies}
