@@ -50,7 +50,7 @@ def zeros(like: Tensor, count: int, early: bool) -> Tensor:
         with ThreadPoolExecutor(1) as another:
             made = another.submit(_make, device).result()
         kept = _kept.setdefault((device.index, stream), made)
-    return kept if count <= len(kept) else torch.zeros(count, dtype=torch.int32, device=device)
+    return kept if count <= kept.numel() else torch.zeros(count, dtype=torch.int32, device=device)
 
 
 def _make(device: torch.device) -> Tensor:

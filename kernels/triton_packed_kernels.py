@@ -171,7 +171,7 @@ def linear_kernel(
     DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, ORDER: tl.constexpr,
     SHIFTED: tl.constexpr, BIASED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """y (M, N) = x (M, K) times the tiles, of `planes`; a column is a token. EARLY: launched as triton_early.py says."""
+    """y (M, N) = x (M, K) times the tiles, of `planes`; a column is a token. EARLY as in triton_early.py."""
     if EARLY:
         start_early(words, plan, planes, tiles, tiles - 1 - tl.program_id(0) // parts)
     _product(x, words, plan, grid, bias, y, partial, counters, M, N, tiles, across, parts, per, 1, K,

@@ -84,7 +84,9 @@ def check_counters(device="cpu"):
     make = torch.Generator().manual_seed(2)
 
     def product(rows, width, tokens):
-        plan, planes = fragments.plan_tiles(torch.randint(0, 9, (rows,), generator=make, dtype=torch.uint8), width // 128)
+        plan, planes = fragments.plan_tiles(
+            torch.randint(0, 9, (rows,), generator=make, dtype=torch.uint8), width // 128
+        )
         words = torch.randint(-(2**31), 2**31, (planes * fragments.WORDS,), generator=make, dtype=torch.int32)
         x, grid = torch.randn(tokens, width, generator=make), torch.ones(1, 16 * (len(plan) // 18))
         return x, words, plan, grid, None, rows, width, False
