@@ -45,6 +45,16 @@ def _fetch_line(at):
 
 
 @triton.jit
+def share_of(planes):
+    """The first plane of a program's share, and how many there are to fetch; none or fewer where there is no more."""
+    programs = tl.num_programs(0)
+    share = (planes + programs - 1) // programs
+    first = (programs - 1 - tl.program_id(0)) * share
+    count = tl.minimum(tl.minimum(share, planes - first), MOST)
+    return first, tl.where(tl.program_id(1) == 0, count, 0)
+
+
+@triton.jit
 def start_early(words, plan, planes, tiles, tile):
     """Fetch what the launch reads first into the L2 cache, then wait for the kernel before.
 
@@ -53,11 +63,7 @@ def start_early(words, plan, planes, tiles, tile):
     """
     _fetch_line(plan + tile)
     _fetch_line(plan + tiles + tile)
-    programs = tl.num_programs(0)
-    share = (planes + programs - 1) // programs
-    first = (programs - 1 - tl.program_id(0)) * share
-    count = tl.minimum(tl.minimum(share, planes - first), MOST)
-    count = tl.where(tl.program_id(1) == 0, count, 0)
+    first, count = share_of(planes)
     _fetch(words + first.to(tl.int64) * WORDS, count * (4 * WORDS))
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()

@@ -2,7 +2,8 @@
 
     few columns     (tokens, or pixels; up to DENSE) _product: a program unpacks a tile's words once, for all of
                     its columns, straight into the operand of the tensor cores. Each part of K is a program too where
-                    tiles alone would not fill the GPU; the order of their sums is fixed
+                    tiles alone would not fill the GPU; the order of their sums is fixed. `linear` starts beside the
+                    kernel before, where the GPU can (triton_early.py)
     many columns    the weights once to a dense matrix of x's dtype, then torch's own product or convolution:
                     unpacking costs one pass over the matrix, which many columns outweigh, and nothing is faster than
                     cuBLAS there

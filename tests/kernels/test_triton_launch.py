@@ -108,6 +108,16 @@ def test_equal_keys_mean_that_the_same_is_compiled(kernel, monkeypatch):
     assert len({one for (one,) in found.values()}) > len(found) / 2  # few keys are more than they need be
 
 
+@pytest.mark.parametrize("early", [True, False])
+def test_a_launch_starts_early_by_the_kernel_and_by_the_option(kernel, early, monkeypatch):
+    """One without the other would wait for nothing, or read what is not there yet."""
+    monkeypatch.setattr(triton_packed, "starts_early", lambda c, here: early)
+    triton_packed.linear(*arguments())
+    ((_, given),) = kernel.launches
+    assert dict(zip(triton_packed_kernels.linear_kernel.arg_names, given, strict=True))["EARLY"] is early
+    assert ("'launch_pdl': True" in kernel.compiled[0].specialised) is early
+
+
 def test_other_types_are_not_taken_for_the_same(kernel):
     x, lines, plan, grid, *rest = arguments()
     for some in ((plan, grid), (plan.long(), grid), (plan, grid.double())):

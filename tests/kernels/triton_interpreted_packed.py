@@ -6,8 +6,10 @@ from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
+import triton
+import triton.language as tl
 
-from sgsc.kernels import OPS, fragments, run_form, triton_counters
+from sgsc.kernels import OPS, fragments, run_form, triton_counters, triton_early
 from sgsc.kernels import triton_packed as ours
 from sgsc.kernels.packed_conv2d import _case as conv2d_case
 from tests.checks import assert_agrees, assert_same
@@ -104,6 +106,27 @@ def check_counters(device="cpu"):
         assert triton_counters._kept == kept
 
 
+@triton.jit
+def _shares_kernel(first, count, planes):
+    mine, some = triton_early.share_of(planes)
+    place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(first + place, mine)
+    tl.store(count + place, some)
+
+
+def check_shares(device="cpu"):
+    """What programs fetch before they may read lies within the words, and is all of them unless there are many."""
+    for programs, planes in ((1, 1), (7, 3), (7, 7), (7, 20), (16, 128), (3, 400), (4, 512)):
+        first, count = torch.full((2, 2, programs), -1, dtype=torch.int32, device=device)
+        _shares_kernel[(programs, 2)](first, count, planes)
+        found = [(a, a + n) for a, n in zip(first[0].tolist(), count[0].tolist(), strict=True) if n > 0]
+        assert found == sorted(found, reverse=True), "the last planes are not the first programs'"
+        fetched = [plane for begin, end in found for plane in range(begin, end)]
+        assert len(set(fetched)) == len(fetched) == min(planes, programs * 128)
+        assert set(fetched) <= set(range(planes)), f"{programs} programs fetch beyond {planes} planes"
+        assert not count[1].any(), "two groups of columns fetch the same"
+
+
 def check_many_tokens(device="cpu"):
     """The dense path, in both numerics."""
     with with_settings(DENSE=-1):
@@ -176,6 +199,7 @@ CHECKS = {
     "packed-linear": check_linear,
     "packed-linear-in-parts": check_linear_in_parts,
     "packed-counters": check_counters,
+    "packed-shares": check_shares,
     "packed-linear-of-many-tokens": check_many_tokens,
     "packed-conv2d": check_conv2d,
     "packed-conv2d-channels-in-runs": check_channels_in_runs,
