@@ -48,13 +48,13 @@ def zeros(like: Tensor, count: int, early: bool) -> Tensor:
     kept = _kept.get((device.index, stream))
     if kept is None:
         with ThreadPoolExecutor(1) as another:
-            made = another.submit(_make, device).result()
+            made = another.submit(_make, device, device.index is not None and torch.cuda.current_stream()).result()
         kept = _kept.setdefault((device.index, stream), made)
     return kept if count <= kept.numel() else torch.zeros(count, dtype=torch.int32, device=device)
 
 
-def _make(device: torch.device) -> Tensor:
-    """As many zeros as any configuration needs."""
+def _make(device: torch.device, stream: Any) -> Tensor:
+    """As many zeros as any configuration needs, there before what `stream` is given next."""
     here = gpu(device.index)
     count = MOST_PROGRAMS * here.processors
     if device.index is None:
@@ -63,7 +63,7 @@ def _make(device: torch.device) -> Tensor:
         # the kernel that a capture needs is loaded here: a capture may not load one
         early = here.capability >= triton_early.FROM
         made = _by_kernel(device, count) if early else torch.zeros(count, dtype=torch.int32, device=device)
-        torch.cuda.current_stream().synchronize()  # before another stream counts
+        stream.wait_stream(torch.cuda.current_stream())
     return made
 
 

@@ -22,10 +22,12 @@ class Cuda:
         monkeypatch.setattr(triton_counters, "_by_kernel", self.launch)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: self.stream, raising=False)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: f"stream {self.stream}")
         kept = torch.zeros
         monkeypatch.setattr(torch, "zeros", lambda *size, dtype, device=None: kept(*size, dtype=dtype))
 
-    def make(self, device):
+    def make(self, device, stream):
+        assert stream == f"stream {self.stream}"  # another thread's would be another
         self.threads.append(threading.get_ident())
         return torch.zeros(32, dtype=torch.int32)
 
@@ -85,14 +87,14 @@ def test_more_counters_than_are_kept_are_made_for_a_call(cuda):
 def test_no_configuration_needs_more_than_are_kept(monkeypatch):
     """K is split where programs are fewer than MOST_PROGRAMS a multiprocessor, of which each counter has two."""
     monkeypatch.setattr(triton_counters, "gpu", lambda index: Gpu("", 132, 232_448, 90))
-    assert len(triton_counters._make(torch.device("cpu"))) == 132 * triton_counters.MOST_PROGRAMS
+    assert len(triton_counters._make(torch.device("cpu"), None)) == 132 * triton_counters.MOST_PROGRAMS
 
 
 def test_threads_that_begin_together_share(cuda):
     """The second finds that the first has stored its own meanwhile."""
     late = torch.zeros(32, dtype=torch.int32)
 
-    def make(device):
+    def make(device, stream):
         triton_counters._kept[0, 7] = late
         return torch.zeros(32, dtype=torch.int32)
 
@@ -101,7 +103,7 @@ def test_threads_that_begin_together_share(cuda):
 
 
 def test_a_thread_that_fails_says_why(cuda):
-    def make(device):
+    def make(device, stream):
         raise RuntimeError("out of memory")
 
     triton_counters._make = make
