@@ -8,11 +8,8 @@ little data a step: without clipping its widths depend on learning rate and step
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from bench import record
+from bench.runs import compress
 from sgsc import nominal_bits, prepare
-from sgsc.certificate import allowed
 from sgsc.demos import models
 from sgsc.layers import quant_layers
 from sgsc.size import weight_count
@@ -31,29 +28,6 @@ from sgsc.size import weight_count
 SEEDS = range(5)
 CURVE = {0.03: range(2), 0.02: range(2), 0.015: range(2), 0.01: range(2)}  # target size -> seeds
 SECONDS = 180  # what one digits run may take on 2 cores
-
-
-def compress(task: str, target: float, seed: int, *rest: str) -> dict[str, Any]:
-    """One run of the command line; its report, without the long lists."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "sgsc", "compress", task, "--target-size", str(target), "--seed", str(seed)]
-        done = subprocess.run([*command, "--out", folder, "--json", *rest], capture_output=True, text=True, check=False)
-    if done.returncode not in (0, 1):
-        raise SystemExit(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
-    report = json.loads(done.stdout)
-    kept, guard = report["preservation"], report["guard"]
-    names = ("task", "seed", "target_size", "float_bytes", "stored_bytes", "stored_ratio", "bits_per_weight")
-    more = ("float_accuracy", "packed_accuracy", "accuracy_standard_error", "float_loss", "packed_loss", "channels")
-    last = ("channels_removed", "target_held", "tolerance_held", "seconds", "backend", "nominal_bytes")
-    return {name: report[name] for name in (*names, *more, *last)} | {
-        "preservation_samples": kept["samples"],
-        "preservation_regressions": kept["regressions"],
-        "preservation_allowed": allowed(report["tolerance"], kept["samples"]),
-        "tolerance": report["tolerance"],
-        "guard_samples": guard["samples"],
-        "guard_regressions": guard["regressions"],
-        "guard_upper_bound_95": guard["upper_bound_95"],
-    }
 
 
 def digits(quick: bool, folder: Path | None) -> None:

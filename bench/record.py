@@ -1,7 +1,8 @@
 """Result files: bench/results/NAME.json = {"rows": [...], "claims": [...]}, one file for several benches.
 
 Every row and claim carries its `section`; writing a section replaces that section alone, so that a bench can be
-repeated without the others. Machine, commit and date are those of the bench that wrote the section.
+repeated without the others. Machine, commit and date are those of the bench that wrote the section; a row that was read
+from the file before, and is written again beside new ones, keeps its own.
 
     from bench.record import claim, write
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def write(
         if not c.keys() >= CLAIM or type(c["holds"]) is not bool:
             raise ValueError(f"claim {dict(c)}: want {', '.join(sorted(CLAIM))}, holds true or false; use claim(...)")
     new = {
-        "rows": [{"section": section, **row, **stamp} for row in rows],
+        "rows": [{"section": section, **row, **{k: row.get(k, v) for k, v in stamp.items()}} for row in rows],
         "claims": [{"section": section, **c, "command": command, **stamp} for c in claims],
     }
     merged = {}
@@ -129,9 +130,14 @@ def read(name: str, folder: Path | None = None) -> dict[str, list[dict[str, Any]
         ) from None
 
 
-def options(arguments: Sequence[str] | None, description: str) -> argparse.Namespace:
-    """The command line that benches share: `quick` (bool), `results` (folder)."""
+def options(
+    arguments: Sequence[str] | None,
+    description: str,
+    more: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> argparse.Namespace:
+    """The command line that benches share: `quick` (bool), `results` (folder); `more` adds to it."""
     parser = argparse.ArgumentParser(description=description)
+    more(parser)
     parser.add_argument("--quick", action="store_true", help="one small case of each, once; needs --results")
     parser.add_argument("--results", type=Path, default=None, help="folder of the results (default: bench/results)")
     found = parser.parse_args(arguments)

@@ -2,7 +2,8 @@
 
     few columns     (tokens, or pixels; up to DENSE) _product: a program unpacks a tile's words once, for all of
                     its columns, straight into the operand of the tensor cores. Each part of K is a program too where
-                    tiles alone would not fill the GPU; the order of their sums is fixed
+                    tiles alone would not fill the GPU; the order of their sums is fixed. `linear` starts beside the
+                    kernel before, where the GPU can (triton_early.py)
     many columns    the weights once to a dense matrix of x's dtype, then torch's own product or convolution:
                     unpacking costs one pass over the matrix, which many columns outweigh, and nothing is faster than
                     cuBLAS there
@@ -26,7 +27,15 @@ import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 
-from . import fragments, triton_dense_kernels, triton_packed_kernels, triton_tables
+from . import (
+    fragments,
+    triton_counters,
+    triton_dense_kernels,
+    triton_early,
+    triton_launch,
+    triton_packed_kernels,
+    triton_tables,
+)
 from .op import LIBRARY
 from .packed_conv2d import check as check_conv2d
 from .packed_conv2d import output_size, slides
@@ -35,11 +44,12 @@ from .packed_linear import WIDEST
 from .packed_linear import check as check_linear
 from .packed_linear import reference as linear_reference
 from .triton_compat import INTERPRETED
-from .triton_configuration import ceil_div, configure, gpu
+from .triton_configuration import Config, Gpu, ceil_div, configure, gpu
 
 # Weights of x's dtype hold every level exactly; float32 has no tensor cores of its own precision.
 LEVELS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.bfloat16}
 DENSE = 256  # columns from which a dense copy of the weights pays; of an H100 in bitsandbytes' and Marlin's tables
+EARLY = 64  # columns of a program up to which `linear` starts beside the kernel before, where the GPU can; 0: never
 DENSE_PIXELS = 4_096  # the same for a convolution, where a program gathers x too
 
 _products: Any = triton_packed_kernels  # type checkers take a launch for a call of the Python function
@@ -86,7 +96,7 @@ class _Tiles(NamedTuple):
 
     @property
     def shifted(self) -> bool:
-        return len(self.grid) == 2
+        return self.grid.shape[0] == 2  # len() of a tensor is Python
 
 
 def _tiles(lines: Tensor, plan: Tensor, grid: Tensor, rows: int) -> _Tiles:
@@ -102,11 +112,19 @@ def _fits(x: Tensor, lines: Tensor, plan: Tensor, grid: Tensor, bias: Tensor | N
         and lines.dtype == torch.int32
         and (x.is_cuda or INTERPRETED.value)
         and gpu(x.device.index).capability not in range(1, 80)  # bfloat16 in the tensor cores
-        and all(t.device == x.device and t.is_contiguous() for t in (lines, plan, grid))
+        and lines.get_device() == plan.get_device() == grid.get_device() == x.get_device()
+        and lines.is_contiguous()
+        and plan.is_contiguous()
+        and grid.is_contiguous()
         and grid.dim() == 2
         and plan.numel() * size == grid.shape[1] * (size + 2)
         and (bias is None or (bias.shape == (rows,) and bias.device == x.device))
     )
+
+
+def starts_early(config: Config, here: Gpu) -> bool:
+    """Whether `linear` is launched as triton_early.py says."""
+    return config.columns <= EARLY and here.capability >= triton_early.FROM and not INTERPRETED.value
 
 
 def _product(
@@ -116,24 +134,37 @@ def _product(
     if not columns or not t.count:
         return y
     with torch.cuda.device_of(x):
+        here = gpu(x.device.index)
         lies = "tokens" if g is None else "runs" if g.in_runs() and x.data_ptr() % 16 == 0 else "pixels"
         c = triton_tables.tuned(x, t.words, lies, columns, t.count, t.size, across)
-        c = c or configure(x.dtype, columns, t.count, t.size, across, gpu(x.device.index), lies)
+        c = c or configure(x.dtype, columns, t.count, t.size, across, here, lies)
         groups = ceil_div(columns, c.columns)
+        early = g is None and starts_early(c, here)
         partial, counters = t.grid, t.plan  # not looked at where one part is all
         if c.parts > 1:
             partial = x.new_empty(groups * t.count * c.parts * t.size * c.columns, dtype=torch.float32)
-            # not kept from call to call: two streams, or two graphs that run side by side, must not share them
-            counters = t.plan.new_zeros(groups * t.count)
+            counters = triton_counters.zeros(t.plan, groups * t.count, early)
         per = ceil_div(ceil_div(across, c.blocks), c.parts) * c.blocks
-        kernel, how, where = _products.linear_kernel, (width, t.count, across, c.parts, per), {}
-        if g is not None:
-            kernel, how = _products.conv2d_kernel, (t.count, across, c.parts, per, g.out_height * g.out_width, g)
-            where = {"X": lies}
-        kernel[t.count * c.parts, groups](
-            x, t.words, t.plan, t.grid, t.grid if bias is None else bias, y, partial, counters, columns, t.rows, *how,
-            DTYPE=LEVELS[x.dtype], ROWS=t.size, COLUMNS=c.columns, BLOCKS=c.blocks, ORDER=c.order, SHIFTED=t.shifted,
-            BIASED=bias is not None, num_warps=c.warps, num_stages=c.stages, **where,
+        tensors = x, t.words, t.plan, t.grid, t.grid if bias is None else bias, y, partial, counters
+        if g is None:
+            numbers = columns, t.rows, width, t.count, across, c.parts, per, t.words.numel() // fragments.WORDS
+            types = x.dtype, t.plan.dtype, t.grid.dtype, bias is not None and bias.dtype
+            key = x.device.index, types, c, t.size, t.shifted, early, width % 16 == 0, width == 1
+            if not triton_launch.again(key, (t.count * c.parts, groups, 1), tensors, numbers):
+                constants = {
+                    "DTYPE": LEVELS[x.dtype], "ROWS": t.size, "COLUMNS": c.columns, "BLOCKS": c.blocks,
+                    "ORDER": c.order, "SHIFTED": t.shifted, "BIASED": bias is not None, "EARLY": early,
+                }  # fmt: skip
+                options = {"num_warps": c.warps, "num_stages": c.stages} | ({"launch_pdl": True} if early else {})
+                launched = _products.linear_kernel[t.count * c.parts, groups](
+                    *tensors, *numbers[:-1], planes=numbers[-1], **constants, **options
+                )
+                triton_launch.remember(key, launched, tensors, tuple(constants.values()))
+            return y
+        how = t.count, across, c.parts, per, g.out_height * g.out_width, g
+        _products.conv2d_kernel[t.count * c.parts, groups](
+            *tensors, columns, t.rows, *how, DTYPE=LEVELS[x.dtype], ROWS=t.size, COLUMNS=c.columns, BLOCKS=c.blocks,
+            ORDER=c.order, X=lies, SHIFTED=t.shifted, BIASED=bias is not None, num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
     return y
 
@@ -195,15 +226,16 @@ def linear(
         return linear_reference(x, lines, plan, grid, bias, rows, width, int8)
     check_linear(x, width)
     bias = None if bias is None else bias.contiguous()
-    t, flat = _tiles(lines, plan, grid, rows), x.reshape(x.shape[:-1].numel(), width).contiguous()
-    tokens = len(flat)
+    t, x = _tiles(lines, plan, grid, rows), x.contiguous()
+    *outer, _ = x.shape
+    tokens = prod(outer)
     if tokens <= DENSE or not rows:
-        y = x.new_empty(*x.shape[:-1], rows)
-        return _product(flat, t, bias, y, tokens, width, fragments.blocks_of(width), None)
+        return _product(x, t, bias, x.new_empty(*outer, rows), tokens, width, fragments.blocks_of(width), None)
+    flat = x.reshape(tokens, width)
     if int8 and 0 < width <= WIDEST:
-        return _integer(flat, t, bias, x.new_empty(*x.shape[:-1], rows))
+        return _integer(flat, t, bias, x.new_empty(*outer, rows))
     with torch.autocast(x.device.type, enabled=False):
-        y = F.linear(flat, dense(t, width, 1, x), bias).view(*x.shape[:-1], rows)
+        y = F.linear(flat, dense(t, width, 1, x), bias).view(*outer, rows)
     return _keep_removed(y, t, bias, tokens, 1)
 
 

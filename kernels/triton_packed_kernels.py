@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .triton_compat import narrow
+from .triton_early import start_early
 from .triton_unpack import INTERPRETED, SPAN, UNIT, WORDS, load_words, order, weights
 
 
@@ -125,7 +126,7 @@ def _product(
     """A program: one part of K of one tile, the widest tiles first, at COLUMNS tokens or pixels.
 
     The parts of a tile, `per` blocks each, leave their sums in `partial`; the last to arrive, by `counters`, zeros
-    before, adds them up in order.
+    before and after, adds them up in order.
     """
     tile = tiles - 1 - tl.program_id(0) // parts
     part = tl.program_id(0) % parts
@@ -154,6 +155,7 @@ def _product(
         tl.debug_barrier()  # all of this program's sums are written before it says so
         last = tl.atomic_add(counters + group, 1, sem="acq_rel") == parts - 1
         if last:
+            tl.store(counters + group, 0)
             sums = tl.zeros((ROWS, COLUMNS), tl.float32)
             for i in range(parts):
                 sums += tl.load(mine + i * (ROWS * COLUMNS), cache_modifier=".cg")
@@ -163,13 +165,15 @@ def _product(
         store_tile(y, sums * scale[:, None], slot, column, bias, M, N, area, BIASED)
 
 
-@triton.jit(do_not_specialize=["M", "N", "tiles", "across", "parts", "per"])
+@triton.jit(do_not_specialize=["M", "N", "tiles", "across", "parts", "per", "planes"])
 def linear_kernel(
-    x, words, plan, grid, bias, y, partial, counters, M, N, K, tiles, across, parts, per,
+    x, words, plan, grid, bias, y, partial, counters, M, N, K, tiles, across, parts, per, planes,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, ORDER: tl.constexpr,
-    SHIFTED: tl.constexpr, BIASED: tl.constexpr,
+    SHIFTED: tl.constexpr, BIASED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """y (M, N) = x (M, K) times the tiles; a column is a token."""
+    """y (M, N) = x (M, K) times the tiles, of `planes`; a column is a token. EARLY as in triton_early.py."""
+    if EARLY:
+        start_early(words, plan, planes, tiles, tiles - 1 - tl.program_id(0) // parts)
     _product(x, words, plan, grid, bias, y, partial, counters, M, N, tiles, across, parts, per, 1, K,
              DTYPE, ROWS, COLUMNS, BLOCKS, ORDER, "tokens", SHIFTED, BIASED)  # fmt: skip
 

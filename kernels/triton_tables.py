@@ -35,7 +35,7 @@ from .triton_configuration import COLUMNS, Config, Gpu, ceil_div, gpu, shared
 
 FORMAT = 1
 MOST_BYTES = 2**22  # of a file: some ten thousand entries
-SOURCES = ("fragments.py", "triton_compat.py", "triton_packed_kernels.py", "triton_unpack.py")
+SOURCES = ("fragments.py", "triton_compat.py", "triton_early.py", "triton_packed_kernels.py", "triton_unpack.py")
 SHIPPED = Path(__file__).with_name("tuned")
 X = ("tokens", "runs", "pixels")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -40,6 +40,7 @@ _HOME = {
     "read": "artefact",
     "save": "artefact",
     "stored_size": "artefact",
+    "file_bits": "size",
     "float_bytes": "size",
     "nominal_bits": "size",
     "load_checkpoint": "checkpoint",
@@ -62,6 +63,7 @@ __all__ = [
     "certify",
     "fake_quantize",
     "fake_quantize_many",
+    "file_bits",
     "float_bytes",
     "load",
     "load_checkpoint",
@@ -88,7 +90,7 @@ if TYPE_CHECKING:
     from .packed import PackedConv1d, PackedConv2d, PackedEmbedding, PackedLinear, pack, set_numerics
     from .preparation import prepare
     from .preservation import PreservationSet
-    from .size import float_bytes, nominal_bits
+    from .size import file_bits, float_bytes, nominal_bits
     from .together import quantize_together
 
 

@@ -16,6 +16,8 @@ All channels of all layers lie in one vector, so that a step costs the same numb
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -28,21 +30,23 @@ LARGEST_PRICE = 1e3  # in units of the largest worth: all that may be sold is so
 FULL = 8.0  # bits, the most that a channel may have
 
 
-def clearing_price(worth: Tensor, bytes_a_step: Tensor, wanted: float) -> float:
+def clearing_price(worth: Tensor, bytes_a_step: Tensor, wanted: float, room: Tensor | None = None) -> float:
     """The least price at which the net sale is at least `wanted`, or the largest one where even that is not.
 
     Args:
         worth: (C,) loss per unit of size.
         bytes_a_step: (C,) size that a channel sells at full speed, 0 for one that may not trade.
         wanted: Size to sell, net; in the unit of `bytes_a_step`.
+        room: (C,) size that a channel may buy at most; None is without limit.
     """
     worth, bytes_a_step = worth.double().cpu(), bytes_a_step.double().cpu()  # once: each look at a GPU's number waits
+    least = -bytes_a_step if room is None else -torch.minimum(bytes_a_step, room.double().cpu())
     top = float(worth.abs().max()) if worth.numel() else 0.0
     if top == 0.0:
         return 0.0
 
     def sold(price: float) -> float:
-        return float((bytes_a_step * (1 - worth / price).clamp(-1, 1)).sum())
+        return float((bytes_a_step * (1 - worth / price).clamp(-1, 1)).maximum(least).sum())
 
     low, high = top / LARGEST_PRICE**3, top * LARGEST_PRICE
     for _ in range(BISECTIONS):
@@ -136,7 +140,7 @@ class BitOptimizer:
         for handle in self._handles:
             handle.remove()
 
-    def flat(self, values: dict[str, Tensor]) -> Tensor:
+    def flat(self, values: Mapping[str, Tensor]) -> Tensor:
         """The channels of all layers in one vector."""
         return torch.cat([values[name] for name in self.depths])
 
@@ -185,16 +189,20 @@ class BitOptimizer:
         speed = self.bit_rate * ((self.frozen_until <= step) & (depth > 0))
         if not speed.any():
             return price
-        price = clearing_price(self.worth, speed * per, sell)
+        price = clearing_price(self.worth, speed * per, sell, (FULL - depth) * per)
         pace = (1 - self.worth / price).clamp(-1, 1) if price > 0 else torch.ones_like(depth)
-        self._set(depth, (depth - speed * pace).clamp(0, FULL))
+        change = (speed * pace).minimum(depth).maximum(depth - FULL)
+        sold, bought = float(change.clamp_min(0) @ per), float(-change.clamp_max(0) @ per)
+        if sold - bought > sell:  # bits that seem to do harm want to go at any price: not below the schedule
+            change = torch.where(change > 0, change * max(0.0, (sell + bought) / sold), change)
+        self._set(depth, depth - change)
         return price
 
     def _gradients_are_finite(self) -> bool:
         """Whether this step counts; gradients of a scaled loss are brought to scale, and may be infinite.
 
         Raises:
-            ValueError: If a gradient is not finite though no loss was scaled; the message names the layer.
+            ValueError: If a gradient of an unscaled loss is not finite.
         """
         if not self.gradient or torch.isfinite(torch.cat([g.flatten() for g in self.gradient.values()])).all():
             if self.loss_scale is not None and self.gradient:
@@ -263,7 +271,7 @@ class BitOptimizer:
 
     def load_state_dict(self, state: dict) -> None:
         """Inverse of `state_dict`."""
-        self.worth.copy_(state["worth"])
-        self.frozen_until.copy_(state["frozen_until"])
+        self.worth = state["worth"].to(self.worth)
+        self.frozen_until = state["frozen_until"].to(self.frozen_until)
         self.grids.load_state_dict(state["grids"])
         self.gradient.clear()

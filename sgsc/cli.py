@@ -45,17 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except (ValueError, OSError, RecursionError) as error:
+        from .artefact import ArtefactError  # not before: a mistyped flag is answered without torch
+
         print(f"sgsc {options.command}: {_plain(error)}", file=sys.stderr)
-        return 1 if _is_malformed(error) else 2
+        return 1 if isinstance(error, ArtefactError) else 2
     except KeyboardInterrupt:
         print(f"sgsc {options.command}: interrupted", file=sys.stderr)
         return 130
-
-
-def _is_malformed(error: Exception) -> bool:
-    from .artefact import ArtefactError  # an import of its own: a mistyped flag is answered without torch
-
-    return isinstance(error, ArtefactError)
 
 
 def _plain(value: object) -> str:
@@ -74,13 +70,16 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("compress", _compress, "compress a demo task, end to end")
-    sub.add_argument("task", help="digits, char-lm, mnist or names")
+    sub.add_argument("task", help="digits, char-lm, mnist, names, cifar10, resnet20 or shakespeare")
     sub.add_argument("--out", type=Path, default=None, help="run folder (default: runs/TASK)")
     sub.add_argument("--data", type=Path, default=None, help="file or folder of the data, where the task needs one")
     sub.add_argument("--limit", type=int, default=None, help="at most so many samples a split")
     sub.add_argument("--samples", type=int, default=200, help="size of the preservation set (default: 200)")
     sub.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint")
-    add_settings(sub, CompressionConfig, {"steps": None, "tolerance": None})
+    sub.add_argument("--float-steps", type=int, default=None, help="steps of the float training (default: the task's)")
+    sub.add_argument("--start", type=Path, default=None, help="float.safetensors of another run, instead of training")
+    sub.add_argument("--device", default="cpu", help="where to train: cpu (default), cuda, cuda:1, auto")
+    add_settings(sub, CompressionConfig, {"steps": None, "tolerance": None, "cut": True})
 
     sub = command("certify", _certify, "compare a run's packed network with its float network")
     sub.add_argument("folder", type=Path, help="a run folder of `sgsc compress`")
@@ -123,6 +122,7 @@ def _compress(options: argparse.Namespace) -> int:
     from . import report as reports
     from .demos.job import compress
     from .demos.tasks import load
+    from .demos.training import from_file, usable
     from .environment import environment
     from .files import write_atomically
 
@@ -132,13 +132,16 @@ def _compress(options: argparse.Namespace) -> int:
         return from_arguments(CompressionConfig, options, **{k: v for k, v in own.items() if vars(options)[k] is None})
 
     settings(steps=1, tolerance=0.0)  # a bad flag is refused before the data is read
-    task = load(options.task, options.data, options.seed, options.limit)
+    device = usable(options.device)
+    task = from_file(load(options.task, options.data, options.seed, options.limit), options.start, options.float_steps)
     config = settings(steps=task.compress_steps, tolerance=task.tolerance)
     folder = options.out or Path("runs") / options.task
     folder.mkdir(parents=True, exist_ok=True)
     with _Progress(quiet=options.json) as progress:
-        done = compress(task, config, folder, samples=options.samples, resume=options.resume, progress=progress)
+        how = {"samples": options.samples, "resume": options.resume, "device": device, "progress": progress}
+        done = compress(task, config, folder, **how)
     report = {**done.report, "data": None if options.data is None else str(options.data), "limit": options.limit}
+    report |= {"device": device, "float_steps": 0 if task.start else task.float_steps}
     write_atomically(folder / REPORT, reports.to_json(report).encode())
     certified = _in_a_fresh_process(folder)
     certificate = certified.pop("certificate")
@@ -150,7 +153,7 @@ def _compress(options: argparse.Namespace) -> int:
     report["seconds_by_phase"] |= {"certification": report.pop("certify_seconds")}
     for name, value in ((REPORT, report), (CERTIFICATE, certificate)):
         write_atomically(folder / name, reports.to_json(value).encode())
-    reports.write_html(report, folder / PAGE)
+    reports.write_html(report, folder / PAGE, reports.runs_beside(folder, report))
     if options.json:
         _print_json(report)
     else:
@@ -182,10 +185,7 @@ def _certify(options: argparse.Namespace) -> int:
         raise ValueError(f"{options.folder / REPORT} lacks {', '.join(missing)}; only `sgsc compress` writes them")
     task = load(said["task"], said.get("data"), said["seed"], said.get("limit"))
     result = certify_run(task, options.folder, said["seed"], said["tolerance"], said.get("margin_tolerance"))
-    if options.json:
-        _print_json(result)
-    else:
-        print(result["statement"])
+    _print_json(result) if options.json else print(result["statement"])
     return 0 if result["tolerance_held"] else 1
 
 
@@ -205,10 +205,10 @@ def _read_report(folder: Path) -> dict[str, Any]:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from .report import write_html
+    from .report import runs_beside, write_html
 
     report = _read_report(options.folder)
-    write_html(report, options.folder / PAGE)
+    write_html(report, options.folder / PAGE, runs_beside(options.folder, report))
     _print_json({"file": str(options.folder / PAGE)}) if options.json else print(f"wrote {options.folder / PAGE}")
     return 0
 

@@ -2,9 +2,10 @@
 
     loss = task + size_weight * size + sparsity_weight * mean |w| + preservation_weight * preservation
 
-    size          bits that the file will hold for weights, scales, widths, biases and norms (size.py), over those of the
-                  float32 model. Its gradient is known without autograd and goes straight to the widths
-    preservation  KL divergence from the float model's outputs on a random part of the preservation set
+    size          bits that the file will hold for weights, scales, widths, biases and norms (size.py), over those of
+                  the float32 model. Its gradient is known without autograd and goes straight to the widths
+    preservation  KL divergence from the float model's outputs, leant towards its right answers, on a random part of the
+                  preservation set (preservation.py, "answers")
 
 `size_weight` is a price: it follows from the target size, stored bytes over float32 bytes (bits.py, controller.py).
 Every `guard_every` steps the guard compares with the float model on the whole preservation set: on evidence of harm it
@@ -23,16 +24,17 @@ from torch import Tensor, nn
 
 from .config import CompressionConfig
 from .controller import Controller
+from .cutting import take_shapes
 from .distributed import Ranks
 from .guard import Check, check, restore
 from .layers import quant_layers
 from .preservation import PreservationSet
-from .samples import device_of, evaluating
+from .samples import as_deployed, device_of
 from .size import weight_count
 
 WAY_OUT = "lower the learning rate, or load the last checkpoint"
 FREEZE_CHECKS = 3  # checks for which a restored channel keeps its bits
-INSIST, RELAX, INSIST_MOST = 1.5, 0.9, 64.0  # how the preservation weight follows violations, and its limit
+INSIST, RELAX, INSIST_MOST = 1.25, 0.9, 2.0  # how the preservation weight follows violations, and its limit
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class SelfCompression:
         self.best: dict[str, Tensor] = {}  # … and of the smallest such one, once at the target the latest
         self.best_size = math.inf
         self.last: dict[str, float] = {}
+        self.risk: Tensor | None = None
         self.drawn: Tensor | None = None  # of the preservation set, in this step
         optimizers = [optimizer] if optimizer else []
         self.control = Controller(model, self.config, file or {}, self._event, optimizers, self.ranks)
@@ -188,17 +191,16 @@ class SelfCompression:
     def finish(self) -> Outcome:
         """End the run: return the model to the best state that held, and say what was reached."""
         if self.best:
+            take_shapes(self.model, self.best)
             self.model.load_state_dict(self.best)
+            self.control.look_anew()
         self.control.bits.detach()
         self.control.measure()
         found = self._look()
         target_held = self.size <= self.config.target_size
         reasons = []
         if not found.held:
-            reasons.append(
-                f"{found.regressions} of {found.samples} preservation samples regressed, {found.allowed} are allowed: "
-                "raise the tolerance, the target size or the steps"
-            )
+            reasons.append(f"{found.violation()}: raise the tolerance, the target size or the steps")
         if not target_held:
             reasons.append(
                 f"the smallest model that held has {self.size:.2%} of the float32 bytes, not "
@@ -209,22 +211,23 @@ class SelfCompression:
     # ---- preservation ----
 
     def _preservation_loss(self) -> Tensor:
-        """On a random part of the set, in eval mode: what is deployed is what is preserved.
+        """On a random part of the set, as it is deployed; what lost most of its margin is drawn most often.
 
         One part a step, so that a batch in several parts, each with a loss, is the same batch. Ranks share it.
         """
         assert self.keep is not None
         if self.drawn is None:
             size = min(self.config.preservation_batch, len(self.keep))
-            self.drawn = self.keep.batch(self.generator, size)
+            self.drawn = self.keep.batch(self.generator, size, self.risk)
         part, weight = self.ranks.share(self.drawn)
-        with evaluating(self.model):
-            return weight * self.keep.loss(self.model, part)
+        with as_deployed(self.model):
+            return weight * self.keep.loss(self.model, part, kind="answers")
 
     def _look(self) -> Check:
         if self.keep is None:
             return Check(0, 0, 0)
-        found = check(self.model, self.keep, self.config.tolerance)
+        found = check(self.model, self.keep, self.config.tolerance, self.config.margin_tolerance)
+        self.ranks.follow([] if found.risk is None else [found.risk])
         return self.ranks.follow_numbers(found, device_of(self.model))
 
     def _check(self) -> None:
@@ -233,10 +236,11 @@ class SelfCompression:
         size = self.size
         self.control.settle_for(size)  # removed channels or restored ones may have moved the stored size
         found = self._look()
+        self.risk = found.risk
         if found.held:
             self.good = self._snapshot()
             if size <= max(self.best_size, self.config.target_size):
-                self.best, self.best_size = self.good, size
+                self.best, self.best_size = dict(self.good), size  # a dict of its own, that no cut follows
             self.preservation_weight = max(self.config.preservation_weight, self.preservation_weight * RELAX)
         else:
             most = INSIST_MOST * self.config.preservation_weight
@@ -251,11 +255,12 @@ class SelfCompression:
                 "size_weight": self.size_weight,
                 "preservation_weight": self.preservation_weight,
                 "regressions": found.regressions,
+                "margin_lost": found.margin_lost,
                 **self.last,
             }
         )
         if self.config.cut:
-            self.control.cut([state for state in (self.good, self.best) if state])
+            self.control.cut([self.good])
 
     def _restore(self, found: Check) -> None:
         if not self.good or self.keep is None:
@@ -277,9 +282,7 @@ class SelfCompression:
         self.control.price /= 2
         self.control.measure()
         self.control.settle_for(self.size)
-        self._event(
-            "guard", f"{found.regressions} regressions, {found.allowed} allowed: gave bits back to {channels} channels"
-        )
+        self._event("guard", f"{found.violation()}: gave bits back to {channels} channels")
 
     def _forget_moments(self, weight: Tensor, rows: Tensor) -> None:
         state = self.optimizer.state.get(weight, {}) if self.optimizer is not None else {}
@@ -304,6 +307,7 @@ class SelfCompression:
             "config": self.config.as_dict(),
             "good": self.good,
             "best": self.best,
+            "risk": self.risk,
             "values": {name: getattr(self, name) for name in self._VALUES},
         }
 
@@ -319,6 +323,7 @@ class SelfCompression:
             raise ValueError(f"the checkpoint is of a run with settings {state['config']}; this one has {self.config}")
         self.control.load_state_dict(state["control"], state["model"])
         self.generator.set_state(state["generator"])
+        self.risk = state["risk"]
         here = {name: value.device for name, value in self.model.state_dict().items()}
         self.good, self.best = ({n: v.to(here[n]) for n, v in state[kind].items()} for kind in ("good", "best"))
         for name in self._VALUES:

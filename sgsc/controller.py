@@ -20,13 +20,14 @@ from .artefact import stored_size
 from .bits import BitOptimizer
 from .config import CompressionConfig
 from .coupling import couple
-from .cutting import Cuts
+from .cutting import cut_while_training, take_shapes
 from .distributed import Ranks
 from .packed import pack
 from .size import SizeModel, float_bytes
 
 LANDINGS = 60  # rounds of selling or buying that a landing may take; each measures a file
 ROOM = 0.004  # of the target, that may stay unused
+LEAST_CUT = 0.02  # of the channels, that are worth tracing the model anew
 
 
 class Controller:
@@ -53,7 +54,7 @@ class Controller:
         self.model, self.config, self.file, self.say = model, config, file, say
         self.float_bytes = float_bytes(model)
         self.bits = BitOptimizer(model, config.bit_rate, config.grid_rate, 1 / (8 * self.float_bytes), ranks)
-        self.cuts = Cuts(model, [*optimizers, self.bits.grids])
+        self.optimizers = [*optimizers, self.bits.grids]
         self.price = 0.0
         self.holding = False
         self.look_anew()
@@ -66,6 +67,7 @@ class Controller:
         """Read the model's shapes again."""
         self.coupling = couple(self.model)
         self.sizes = SizeModel(self.model, self.coupling, file=True)
+        self.silent: Tensor | None = None  # (ids,) channels that were dead at the last call of `cut`
         self._known: tuple[Any, ...] = ()
 
     # ---- size ----
@@ -121,14 +123,15 @@ class Controller:
 
     def _land(self, step: int) -> None:
         """Sell the cheapest bits, or buy the dearest, until the stored size is just below the target; then hold."""
-        target, bought = self.config.target_size, False
+        target, bought, done = self.config.target_size, False, False
         self.measure()
         for _ in range(LANDINGS):
             excess = self.stored - target
             if excess > 0:
+                done = bought  # what was bought took more than it promised: enough of that
                 if not self.bits.sell_cheapest(self.estimate()[1], step, excess):
                     return
-            elif bought or -excess <= ROOM * target or not self.bits.buy_dearest(self.estimate()[1], step, -excess):
+            elif done or -excess <= ROOM * target or not self.bits.buy_dearest(self.estimate()[1], step, -excess):
                 break
             else:
                 bought = True
@@ -146,39 +149,33 @@ class Controller:
 
     # ---- channels that leave ----
 
-    def cut(self, states: Sequence[dict[str, Tensor]]) -> bool:
-        """Cut channels out that are dead in the model and in all `states`; whether enough of them were."""
-        if self.coupling.why:
-            return False
-        gone = self.coupling.silent(self.model).cpu()
-        states = list({id(state): state for state in states}.values())  # one may stand there twice
-        for state in states:
-            key = {n: f"{n}.weight_quantizer.bit_depth".removeprefix(".") for n in self.bits.depths}
-            gone &= (self.coupling.alive({n: state[k].round() for n, k in key.items()}) == 0).cpu()
-        if not self.cuts.worth_it(self.coupling, gone):
-            return False
-        self._cut(gone, states)
-        return True
+    def cut(self, states: Sequence[dict[str, Tensor]]) -> None:
+        """Cut out the channels that were dead at the last call too, of `states`, state dicts of the model, alike.
 
-    def _cut(self, gone: Tensor, states: Sequence[dict[str, Tensor]]) -> None:
-        left = self.cuts.cut(self.coupling, gone, states)
-        self.bits.keep(left)
-        self.look_anew()
+        Until then the guard may bring them back.
+        """
+        if self.coupling.why:
+            return
+        silent = self.coupling.silent(self.model).cpu()
+        before, self.silent = self.silent, silent
+        gone = silent & before if before is not None else torch.zeros_like(silent)
+        if int(gone.sum()) >= LEAST_CUT * len(gone):
+            self.bits.keep(cut_while_training(self.model, self.coupling, gone, self.optimizers, states))
+            self.look_anew()
 
     # ---- checkpoints ----
 
-    _VALUES = ("price", "holding", "overhead", "stored", "start_size")
+    _VALUES = ("price", "holding", "overhead", "stored", "start_size", "silent")
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs, beside the model."""
-        values = {name: getattr(self, name) for name in self._VALUES}
-        return {"bits": self.bits.state_dict(), "cuts": list(self.cuts.done), "values": values}
+        return {"bits": self.bits.state_dict(), "values": {name: getattr(self, name) for name in self._VALUES}}
 
     def load_state_dict(self, state: dict[str, Any], model: dict[str, Tensor]) -> None:
-        """Inverse of `state_dict`; `model` is the model's own, loaded here, where its shapes are known."""
-        for gone in state["cuts"]:
-            self._cut(gone, ())
+        """Inverse of `state_dict`; `model` is the state dict of the model, which is loaded too."""
+        take_shapes(self.model, model)
         self.model.load_state_dict(model)
+        self.look_anew()
         self.bits.load_state_dict(state["bits"])
         for name in self._VALUES:
             setattr(self, name, state["values"][name])

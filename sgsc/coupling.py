@@ -285,4 +285,5 @@ def couple(model: nn.Module) -> Coupling:
 
 
 def module_of(model: nn.Module, name: str) -> Any:
-    return model.get_submodule(name)  # Any: its attributes depend on its type, which the caller knows
+    """A submodule; Any, since its attributes depend on its type, which the caller knows."""
+    return model.get_submodule(name)

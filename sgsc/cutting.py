@@ -1,4 +1,4 @@
-"""Cutting dead channels out of a prepared model: for good when it is packed, and while it trains, optimiser included."""
+"""Cutting dead channels out of a prepared model: when it is packed, and while it trains, its optimiser included."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .coupling import Coupling, couple, module_of
-from .layers import QuantLinear
-
-LEAST_SHARE = 0.02  # of all rows, that one cut while training takes
+from .coupling import NORMS, Coupling, couple, module_of
+from .layers import QuantConv1d, QuantConv2d, QuantLinear
 
 # Called as follow(name, value, axis, index) for each tensor of the model, before only `index` of `axis` is left of it.
 Follow = Callable[[str, Tensor, int, Tensor], None]
@@ -53,7 +51,7 @@ def remove_channels(
             if isinstance(value, Tensor) and len(index) < value.shape[axis]:
                 if follow is not None:
                     follow(f"{owner}.{name}".removeprefix("."), value, axis, index.to(value.device))
-                _shorten(module, name, value, axis, index.to(value.device))
+                _put(module, name, value, value.detach().index_select(axis, index.to(value.device)))
 
     cut = {}
     for name, ids in coupling.produced.items():
@@ -84,64 +82,68 @@ def remove_channels(
     return {name: count for name, count in cut.items() if count}
 
 
-def _shorten(module: nn.Module, name: str, value: Tensor, axis: int, index: Tensor) -> None:
-    chosen = value.detach().index_select(axis, index)
-    if isinstance(value, nn.Parameter):
-        value.grad = None
+def _put(module: nn.Module, name: str, old: Tensor, new: Tensor) -> None:
+    """Put a value of another shape in the place of a parameter or buffer."""
+    if isinstance(old, nn.Parameter):
+        old.grad = None
         # Another dtype for a moment: autograd then forgets the node that adds up gradients of the old shape, which the
         # graph of a loss that the caller still holds keeps alive.
-        value.data = chosen.to(torch.float64 if value.dtype != torch.float64 else torch.float32)
-        value.data = chosen
+        old.data = new.to(torch.float64 if old.dtype != torch.float64 else torch.float32)
+        old.data = new
     else:
-        module.register_buffer(name, chosen)
+        module.register_buffer(name, new, persistent=name not in module._non_persistent_buffers_set)
 
 
-class Cuts:
-    """Cuts dead channels out of a model while it trains, and all that lies beside it with it.
+@torch.no_grad()
+def cut_while_training(
+    model: nn.Module,
+    coupling: Coupling,
+    gone: Tensor,
+    optimizers: Sequence[torch.optim.Optimizer],
+    states: Sequence[dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """Cut channels out of a model, the state of its optimisers, and state dicts of it; all in place.
 
-    A channel goes once it is dead in the model and in every state that the run may return to. What was cut is recorded,
-    so that a run that resumes from a fresh model cuts it alike.
-
-    Args:
-        model: A prepared model.
-        optimizers: Whose state follows; state of another shape than its parameter is left alone.
+    Returns:
+        Layer name -> (C,) bool, of the rows before the cut those that are left; layers that keep all are left out.
     """
+    left: dict[str, Tensor] = {}
 
-    def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        self.model, self.optimizers = model, optimizers
-        self.done: list[Tensor] = []
+    def follow(name: str, value: Tensor, axis: int, index: Tensor) -> None:
+        for state in states:
+            if name in state:
+                state[name] = state[name].index_select(axis, index.to(state[name].device))
+        for optimizer in optimizers:
+            held = optimizer.state.get(value, {})
+            for key, one in held.items():
+                if isinstance(one, Tensor) and one.shape == value.shape:
+                    held[key] = one.index_select(axis, index.to(one.device))
+        if name.endswith("weight_quantizer.bit_depth"):
+            layer = name.removesuffix("weight_quantizer.bit_depth").removesuffix(".")
+            left[layer] = torch.zeros(len(value), dtype=torch.bool, device=value.device).index_fill_(0, index, True)
 
-    def worth_it(self, coupling: Coupling, gone: Tensor) -> bool:
-        """Whether enough goes: each cut traces the model anew."""
-        rows = sum(int(gone[ids].sum()) for ids in coupling.produced.values())
-        return rows >= LEAST_SHARE * sum(len(ids) for ids in coupling.produced.values())
+    remove_channels(model, coupling, gone, follow)
+    return left
 
-    def cut(self, coupling: Coupling, gone: Tensor, states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Cut channels out of the model, its optimisers' state and `states`, state dicts of the model; in place.
 
-        Returns:
-            Layer name -> (C,) bool, of the rows before the cut those that are left; layers without a cut are left out.
-        """
-        left: dict[str, Tensor] = {}
+@torch.no_grad()
+def take_shapes(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Give a model whose channels were cut, or were not, the shapes of a state dict of it, so that it can be loaded.
 
-        def follow(name: str, value: Tensor, axis: int, index: Tensor) -> None:
-            for state in states:
-                if name in state:
-                    state[name] = state[name].index_select(axis, index.to(state[name].device))
-            for optimizer in self.optimizers:
-                held = optimizer.state.get(value, {})
-                for key, one in held.items():
-                    if isinstance(one, Tensor) and one.shape == value.shape:
-                        held[key] = one.index_select(axis, index.to(one.device))
-            if axis == 0 and name.endswith("weight_quantizer.bit_depth"):
-                layer = name.removesuffix("weight_quantizer.bit_depth").removesuffix(".")
-                left[layer] = torch.zeros(len(value), dtype=torch.bool, device=value.device).index_fill_(0, index, True)
-
-        self.done.append(gone.cpu())
-        remove_channels(self.model, coupling, gone, follow)
-        return left
-
-    def again(self, done: Sequence[Tensor], states: Sequence[dict[str, Tensor]] = ()) -> None:
-        """Cut a fresh copy of the model as it was cut before; `done` is that of the run that it goes on for."""
-        for gone in done:
-            self.cut(couple(self.model), gone, states)
+    Parameters stay the same objects; their values are those of the state.
+    """
+    for name, value in state.items():
+        owner, _, leaf = name.rpartition(".")
+        module = module_of(model, owner)
+        old = getattr(module, leaf)
+        if old.shape == value.shape:
+            continue
+        _put(module, leaf, old, value.detach().clone().to(old.device))
+        if isinstance(module, NORMS):
+            module.num_features = len(value)
+        if leaf == "weight" and isinstance(module, QuantLinear):
+            module.out_features, module.in_features = value.shape
+        elif leaf == "weight" and isinstance(module, (QuantConv1d, QuantConv2d)):
+            depthwise = module.groups == module.in_channels == module.out_channels > 1
+            module.groups = len(value) if depthwise else module.groups
+            module.out_channels, module.in_channels = len(value), value.shape[1] * module.groups

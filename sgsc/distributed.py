@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -121,13 +121,14 @@ class Ranks:
                 tensor.copy_(whole)
 
     def follow_numbers(self, record: T, device: torch.device) -> T:
-        """A dataclass of numbers as the first rank has it."""
+        """A dataclass with the first rank's numbers; what is no number in it stays each rank's own."""
         if self.count == 1:
             return record
-        own = {f.name: getattr(record, f.name) for f in fields(record)}  # pyright: ignore[reportArgumentType]
+        every = {f.name: getattr(record, f.name) for f in fields(record)}  # pyright: ignore[reportArgumentType]
+        own = {name: v for name, v in every.items() if isinstance(v, (int, float))}
         values = torch.tensor([float(v) for v in own.values()], dtype=torch.float64, device=device)
         self.follow([values])
-        return type(record)(**{k: type(v)(x) for (k, v), x in zip(own.items(), values.tolist(), strict=True)})
+        return replace(record, **{k: type(v)(x) for (k, v), x in zip(own.items(), values.tolist(), strict=True)})  # pyright: ignore
 
     def agree(self, text: str, device: torch.device) -> bool:
         """Whether all ranks hold the same text; they all get the same answer."""

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .bits import set_depth
-from .certificate import allowed, compare, outputs
+from .certificate import allowed, answers, margins
 from .coupling import Coupling
 from .layers import QuantLayer, quant_layers
 from .preservation import PreservationSet
-from .samples import evaluating
+from .samples import as_deployed, outputs
 
 SAMPLES = 512  # of the preservation set that a cost estimate uses at most
 GIVE_BACK = 0.03  # share of the present bits that one restoration returns
@@ -26,27 +26,57 @@ GIVE_BACK = 0.03  # share of the present bits that one restoration returns
 
 @dataclass(frozen=True)
 class Check:
-    """One look at the preservation set."""
+    """One look at the preservation set.
+
+    Attributes:
+        regressions, allowed, samples: Right before and wrong now; how many may be; of how many.
+        margin_lost: Mean decision margin that samples lost which the float model has right, over its own mean margin.
+        margin_allowed: What of that may be lost.
+        margin_error: Standard error of `margin_lost`.
+        risk: (samples,) how much of its margin each lost, 0 to 2; None for no samples.
+    """
 
     regressions: int
     allowed: int
     samples: int
+    margin_lost: float = 0.0
+    margin_allowed: float = 1.0
+    margin_error: float = 0.0
+    risk: Tensor | None = None
 
     @property
     def held(self) -> bool:
-        """Whether the tolerance holds, strictly."""
-        return self.regressions <= self.allowed
+        """Whether the tolerances hold, strictly."""
+        return self.regressions <= self.allowed and self.margin_lost <= self.margin_allowed
 
     @property
     def fires(self) -> bool:
         """Whether the excess is evidence: two standard deviations over what is allowed."""
-        return self.regressions > self.allowed + 2 * math.sqrt(max(self.allowed, 1))
+        by_answers = self.regressions > self.allowed + 2 * math.sqrt(max(self.allowed, 1))
+        return by_answers or self.margin_lost > self.margin_allowed + 2 * self.margin_error
+
+    def violation(self) -> str:
+        """What is not held, in words; empty where all is."""
+        parts = []
+        if self.regressions > self.allowed:
+            parts.append(f"{self.regressions} of {self.samples} preservation samples regressed, {self.allowed} allowed")
+        if self.margin_lost > self.margin_allowed:
+            lost = f"{self.margin_lost:.0%} of the mean margin is lost"
+            parts.append(f"{lost}, {self.margin_allowed:.0%} allowed")
+        return "; ".join(parts)
 
 
-def check(model: nn.Module, keep: PreservationSet, tolerance: float) -> Check:
+def check(model: nn.Module, keep: PreservationSet, tolerance: float, margin_tolerance: float = 1.0) -> Check:
     """Compare the model as it stands with the float model on the preservation set."""
-    found = compare(keep.outputs, outputs(model, keep.inputs), keep.targets)
-    return Check(found.regressions, allowed(tolerance, len(keep)), len(keep))
+    now = outputs(model, keep.inputs)
+    right = answers(keep.outputs) == (keep.targets[:, -1] if keep.targets.dim() == 2 else keep.targets)
+    wrong = right & (margins(now, keep.targets) <= 0)
+    before, lost = margins(keep.outputs, keep.targets), margins(keep.outputs, keep.targets) - margins(now, keep.targets)
+    count, mean = int(right.sum()), float(before[right].mean()) if right.any() else 0.0
+    share = float(lost[right].mean()) / mean if mean > 0 else 0.0
+    error = float(lost[right].std()) / mean / math.sqrt(count) if mean > 0 and count > 1 else 0.0
+    may = allowed(tolerance, len(keep))
+    return Check(int(wrong.sum()), may, len(keep), share, margin_tolerance, error, lost.clamp_min(0))
 
 
 def widths(model: nn.Module) -> dict[str, Tensor]:
@@ -93,7 +123,7 @@ def _weight_gradients(model: nn.Module, keep: PreservationSet) -> dict[str, tupl
     try:
         count = min(SAMPLES, len(keep))
         chosen = torch.linspace(0, len(keep) - 1, count).long()
-        with evaluating(model), torch.enable_grad():
+        with as_deployed(model), torch.enable_grad():
             loss = keep.loss(model, chosen)
         probes = {name: layer.probe for name, layer in layers.items() if layer.probe is not None}
         gradients = torch.autograd.grad(loss, list(probes.values()), allow_unused=True)

@@ -5,8 +5,9 @@ one selector took is skipped by the next. For classifiers every selector takes a
 the data allows; what does not divide goes, one a class, to the classes with the fewest samples so far, then by rank.
 The set holds the samples, the float model's outputs for them, and a digest of all training data.
 
-    loss kl    mean over samples (and positions) of sum_c p_c (log p_c - log q_c), p float, q the model at hand
-    loss task  mean over samples (and positions) of -log q_label
+    loss kl       mean over samples (and positions) of sum_c p_c (log p_c - log q_c), p float, q the model at hand
+    loss answers  the same, but where the float model is right a quarter of p is the label: near ties are to stay right
+    loss task     mean over samples (and positions) of -log q_label
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from .samples import check_outputs, device_of, fetch, outputs
 from .selectors import SELECTORS, gather, probing, projection
 
 DEFAULT_SHARES = {"uncertain": 0.25, "salient": 0.25, "representative": 0.25, "hard": 0.25}
+LEAN = 0.25  # share of the label in what is kept of a right answer: a near tie then has a margin, and stays right
+BASE_RISK = 0.05  # margin: a sample that lost as much is drawn twice as often as one that lost none
 PROJECTION_SAMPLES = 1024  # that the principal axes are found from: many more than 64, few enough to hold
 
 
@@ -130,13 +133,16 @@ class PreservationSet:
         Args:
             model: Any model with the float model's inputs and outputs.
             batch: (m,) positions in the set (not in the training data); all by default.
-            kind: "kl", to the float model's outputs, or "task", cross entropy on the labels.
+            kind: "kl", to the float model's outputs, "answers", to these leant towards right answers, or "task", cross
+                entropy on the labels.
 
         Raises:
             ValueError: If `kind` is unknown or the model's outputs have another shape than the float model's.
         """
-        if kind not in ("kl", "task"):
-            raise ValueError(f"preservation loss {kind!r}: allowed are 'kl' (float outputs) and 'task' (labels)")
+        if kind not in ("kl", "answers", "task"):
+            raise ValueError(
+                f"preservation loss {kind!r}: allowed are 'kl' (float outputs) and 'task' (labels), or both: 'answers'"
+            )
         device = device_of(model)
         rows = slice(None) if batch is None else batch.to(self.indices.device)
         logits = model(self.inputs[rows].to(device))
@@ -151,17 +157,31 @@ class PreservationSet:
         if kind == "task":
             return F.nll_loss(log_q, self.targets[rows].to(logits.device).flatten())
         log_p = kept.log_softmax(-1).flatten(0, -2)
-        return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+        if kind == "kl":
+            return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+        p, labels = log_p.exp(), self.targets[rows].to(logits.device).flatten()
+        # right answers only: a wrong one is not to be kept, and not to be mended at the cost of others
+        lean = LEAN * (p.argmax(-1) == labels).to(p.dtype)[:, None]
+        return F.kl_div(log_q, p.lerp(F.one_hot(labels, p.shape[-1]).to(p.dtype), lean), reduction="batchmean")
 
-    def batch(self, generator: torch.Generator, size: int) -> Tensor:
+    def batch(self, generator: torch.Generator, size: int, risk: Tensor | None = None) -> Tensor:
         """Random positions in the set without repetition, (min(size, n),) int64, for `loss`.
+
+        Args:
+            generator: Of the choice.
+            size: Positions.
+            risk: (n,) at least 0: samples are drawn in proportion to BASE_RISK + risk; equally if None.
 
         Raises:
             ValueError: If `size` is below 1.
         """
         if size < 1:
             raise ValueError(f"batch of {size} preservation samples: want at least 1")
-        order = torch.randperm(len(self), generator=generator, device=generator.device)
+        if risk is None or size >= len(self):
+            order = torch.randperm(len(self), generator=generator, device=generator.device)
+        else:
+            chances = BASE_RISK + risk.to(generator.device, torch.float64)
+            order = torch.multinomial(chances, size, generator=generator)
         return order[:size].to(self.indices.device)
 
     def to(self, device: torch.device | str) -> PreservationSet:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 
 
@@ -22,6 +25,41 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
+
+
+@contextmanager
+def as_deployed(model: nn.Module) -> Iterator[None]:
+    """`evaluating`, for outputs that shall be trained on: batch norms give what their running statistics make of x,
+    with the gradient of the statistics of x.
+
+    Plain evaluation mode takes running statistics for constants. Weights that a norm makes free of scale then have a
+    gradient along their own direction, the statistics follow some steps later, and the two may chase one another until
+    the network is lost. The correction is that of Batch Renormalization (Ioffe 2017, arXiv 1702.03275, equation 1).
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    with evaluating(model):
+        for norm in norms:
+            norm.__dict__["forward"] = partial(_renormalized, norm)
+        try:
+            yield
+        finally:
+            for norm in norms:
+                norm.__dict__.pop("forward", None)
+
+
+def _renormalized(norm: _BatchNorm, x: Tensor) -> Tensor:
+    mean, var, eps = norm.running_mean, norm.running_var, norm.eps
+    if x.numel() == x.shape[1] or mean is None or var is None:  # one value a channel has no statistics
+        return F.batch_norm(x, mean, var, norm.weight, norm.bias, False, 0.0, eps)
+    shape = (1, -1) + (1,) * (x.dim() - 2)
+    with torch.no_grad():
+        var_here, mean_here = torch.var_mean(x.float(), [d for d in range(x.dim()) if d != 1], correction=0)
+        step = (var + eps).rsqrt()
+        scale, shift = (var_here + eps).sqrt() * step, (mean_here - mean) * step
+        if norm.weight is not None:
+            shift = shift * norm.weight
+    y = F.batch_norm(x, None, None, norm.weight, None, True, 0.0, eps) * scale.to(x.dtype).view(shape)
+    return y + (shift if norm.bias is None else shift + norm.bias).to(x.dtype).view(shape)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -181,7 +181,7 @@ def case(request):
     return CASES[request.param]()
 
 
-@pytest.mark.parametrize("quantizer", ["integer", "published"])
+@pytest.mark.parametrize("quantizer", ["integer", "published", "lsq3"])
 def test_a_loaded_model_answers_as_the_saved_one_and_saves_to_the_same_bytes(case, quantizer, tmp_path):
     model, inputs = case
     packed = compressed(model, quantizer=quantizer)
@@ -279,7 +279,7 @@ def test_a_shared_module_is_stored_once_and_stays_one(tmp_path):
 
 def test_scales_take_two_bytes_where_that_loses_nothing():
     model = nn.Sequential(nn.Linear(8, 6))
-    for quantizer in ("integer", "published"):  # rounded to bfloat16, and powers of two
+    for quantizer in ("integer", "published", "lsq4"):  # rounded to bfloat16, powers of two, rounded again
         assert scale_dtype(to_bytes(compressed(model, {"0": [4] * 6}, quantizer))) == "BF16"
     packed = compressed(model, {"0": [4] * 6})
     packed[0].scale[2] = 1 + 2.0**-20

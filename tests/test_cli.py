@@ -209,6 +209,23 @@ def test_text_runs_too(quick, tmp_path, capsys):
     assert report["task"] == "char-lm"
 
 
+def test_a_float_network_of_another_run_is_started_from(run, quick, tmp_path, capsys, monkeypatch):
+    """The same file comes out as where it was trained: the float training shares nothing else with the compression."""
+    monkeypatch.setattr(job, "train", lambda *a, **k: pytest.fail("trained"))
+    start = ("--start", str(run[0] / "float.safetensors"))
+    assert main(["compress", "digits", *REACHED, *start, "--out", str(tmp_path), "--json"]) == 0
+    assert document(capsys.readouterr().out)["float_steps"] == 0
+    assert (tmp_path / "model.sgsc").read_bytes() == (run[0] / "model.sgsc").read_bytes()
+
+
+def test_float_steps_and_device_are_settings(quick, tmp_path, capsys):
+    more = ("--float-steps", "3", "--device", "auto" if not torch.cuda.is_available() else "cpu")
+    main(["compress", "digits", *REACHED, *more, "--out", str(tmp_path)])
+    assert re.search(r"^float training 3/3 loss ", capsys.readouterr().err, re.MULTILINE)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["float_steps"], report["device"]) == (3, "cpu")
+
+
 # wrong use
 
 
@@ -236,6 +253,12 @@ BAD = {
     "limit": (["compress", "digits", "--limit", "0"], "limit=0 leaves no sample"),
     "samples": (["compress", "digits", "--samples", "0"], "samples=0: want 1 to "),
     "samples-many": (["compress", "digits", "--limit", "64", "--samples", "65"], "samples=65: want 1 to 64"),
+    "float-steps": (["compress", "digits", "--float-steps", "0"], "float_steps=0: want at least 1"),
+    "start": (
+        ["compress", "digits", "--start", "nowhere"],
+        "start='nowhere' is not a file; name the float",
+    ),
+    "device": (["compress", "digits", "--device", "gpu"], "device 'gpu' cannot be used here"),
     "data-not-wanted": (["compress", "digits", "--data", "here"], "digits comes with scikit-learn"),
     "data-missing": (["compress", "mnist", "--data", "nowhere"], "mnist: no mnist.npz"),
     "data-not-given": (["compress", "mnist"], "mnist is not bundled"),

@@ -89,7 +89,7 @@ def test_the_loss_is_the_stated_sum_and_nothing_else(trained, keep):
         task
         + 2.5 * file_bits(run.model, couple(run.model)) / (8 * run.float_bytes)
         + 0.3 * magnitude
-        + 0.7 * keep.loss(run.model, batch)
+        + 0.7 * keep.loss(run.model, batch, kind="answers")
     )
     assert run.loss(task).item() == pytest.approx(want.item(), rel=1e-6)
 
@@ -106,6 +106,28 @@ def test_reaches_the_target_on_disk_and_holds_the_tolerance(trained, keep):
     assert 0.8 * 0.15 < outcome.stored_ratio <= 0.15
     found = compare(keep.outputs, outputs(packed, keep.inputs), keep.targets)
     assert found.regressions == outcome.regressions <= math.floor(0.05 * 60)
+
+
+@pytest.mark.parametrize("target", [0.3, 0.15, 0.08])
+def test_the_size_ends_within_a_hundredth_below_the_target(trained, target):
+    run = started(trained, None, target_size=target)
+    train(run.model, blobs(), 240, run)
+    assert 0.99 * target < run.finish().stored_ratio <= target
+
+
+def test_channels_leave_while_it_trains_and_the_best_model_comes_back_whole(trained, keep):
+    run = started(trained, keep, cut=True, target_size=0.1)
+    widest = run.model[3].weight.shape
+    train(run.model, blobs(), 240, run)
+    small = run.model[3].weight.shape
+    assert small[0] < widest[0]
+    assert small[1] < widest[1]
+    assert run.optimizer.state[run.model[3].weight]["exp_avg"].shape == small
+    run.best = dict(prepare(trained).model.state_dict())  # as if nothing smaller had held
+    outcome = run.finish()
+    assert run.model[3].weight.shape == widest
+    assert not outcome.target_held
+    assert "raise the target size" in outcome.reason
 
 
 def test_the_users_optimiser_never_sees_the_widths(trained, keep):
@@ -126,8 +148,12 @@ def test_same_seed_same_bits(trained, keep):
     assert not torch.equal(other.model[0].weight, runs[0].model[0].weight)
 
 
+@pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("at", [1, 37, 100, 150, 239])
-def test_a_resumed_run_equals_an_uninterrupted_one(trained, keep, tmp_path, at):
+def test_a_resumed_run_equals_an_uninterrupted_one(trained, keep, tmp_path, at, cut):
+    def started(*of):
+        return globals()["started"](*of, cut=cut, target_size=0.1)
+
     whole = started(trained, keep)
     train(whole.model, blobs(), 240, whole)
     first = started(trained, keep)
@@ -262,6 +288,39 @@ def test_the_price_clears_the_market_at_any_scale_of_the_loss(scale, wanted):
     assert sold(worth, speed, price) == pytest.approx(wanted, abs=0.02)
 
 
+def test_who_has_all_bits_buys_none():
+    worth, speed = torch.tensor([5.0, 5.0, 1.0, 1.0]), torch.ones(4)
+    room = torch.tensor([0.0, 0.0, 9.0, 9.0])
+    price = clearing_price(worth, speed, 0.5, room)
+    change = (1 - worth / price).clamp(-1, 1).maximum(-room.minimum(speed))
+    assert change.sum().item() == pytest.approx(0.5, abs=1e-3)
+    assert clearing_price(worth, speed, 0.5) > price  # else the two that cannot buy would be counted as buyers
+
+
+def test_bits_that_seem_to_do_harm_do_not_leave_faster_than_the_schedule(trained):
+    model = prepare(trained).model
+    bits = BitOptimizer(model, bit_rate=0.5, grid_rate=0.0)
+    bits.worth.fill_(-1.0)
+    size = torch.full_like(bits.worth, 3.0)
+    bits.step(size, 0.0, 0, 6.0)
+    depth = bits.flat(bits.depths).detach()
+    assert float((8 - depth).sum() * 3) == pytest.approx(6.0, rel=1e-4)
+
+
+def test_what_is_bought_fits_and_is_worth_most(trained):
+    model = prepare(trained).model
+    bits = BitOptimizer(model, bit_rate=0.5, grid_rate=0.0)
+    for depth in bits.depths.values():
+        depth.data.fill_(2.0)
+    bits.worth.copy_(torch.arange(len(bits.worth)))
+    bits.frozen_until[-1] = 9
+    size = torch.full_like(bits.worth, 3.0)
+    assert bits.buy_dearest(size, 0, 10.0)
+    wide = bits.flat(bits.depths) == 3
+    assert wide.nonzero().squeeze(1).tolist() == [len(wide) - i for i in (4, 3, 2)]
+    assert not bits.buy_dearest(size, 0, 2.9)
+
+
 def test_where_all_must_be_sold_the_price_says_so():
     worth, speed = torch.rand(50) + 0.1, torch.ones(50)
     price = clearing_price(worth, speed, 1e9)
@@ -296,6 +355,33 @@ def test_the_guard_fires_on_evidence_and_not_on_noise():
     assert not Check(10, 5, 100).held
     assert not Check(9, 5, 100).fires
     assert Check(10, 5, 100).fires
+
+
+def test_the_guard_reads_margins_too():
+    assert Check(0, 0, 100, margin_lost=0.2, margin_allowed=0.2).held
+    assert not Check(0, 0, 100, margin_lost=0.21, margin_allowed=0.2).held
+    assert not Check(0, 0, 100, margin_lost=0.21, margin_allowed=0.2, margin_error=0.01).fires
+    assert Check(0, 0, 100, margin_lost=0.23, margin_allowed=0.2, margin_error=0.01).fires
+    said = Check(3, 1, 100, margin_lost=0.3, margin_allowed=0.2).violation()
+    assert said == ("3 of 100 preservation samples regressed, 1 allowed; 30% of the mean margin is lost, 20% allowed")
+
+
+def test_a_look_tells_what_each_sample_lost(trained, keep):
+    model = copy.deepcopy(trained)
+    assert check(model, keep, 0.0).margin_lost == 0.0
+    with torch.no_grad():
+        model[5].weight.mul_(0.1)  # less sure, and as right
+        model[5].bias.mul_(0.1)
+    found = check(model, keep, 0.0, margin_tolerance=0.05)
+    assert found.regressions == 0
+    assert 0.05 < found.margin_lost < 1
+    assert found.margin_error > 0
+    assert not found.held
+    assert found.fires
+    before, now = (compare(keep.outputs, outputs(m, keep.inputs), keep.targets) for m in (trained, model))
+    assert found.margin_lost == pytest.approx(1 - now.margin_packed / before.margin_packed)
+    assert found.risk.shape == (60,)
+    assert (found.risk >= 0).all()
 
 
 def test_a_useful_channel_forced_to_no_bits_comes_back(trained, keep):

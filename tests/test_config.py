@@ -17,8 +17,10 @@ NAN, INF = math.nan, math.inf
 LIMITS = {
     "target_size": ([0, 1, 0.0, 1.0, -0.1, 5, NAN, INF, -INF], [1e-9, 0.05, 0.999]),
     "tolerance": ([-0.01, 1, 1.0, 5, NAN, INF], [0, 0.0, 0.5, 0.999]),
+    "margin_tolerance": ([-0.01, 1.01, NAN, INF], [0, 0.0, 0.5, 1]),
     "steps": ([0, -1], [1, 10**9]),
     "shrink_share": ([0, 1, -0.5, 2, NAN, INF], [1e-3, 0.6, 0.99]),
+    "settle_share": ([0, 1, -0.5, 2, NAN, INF], [1e-3, 0.75, 0.99]),
     "preservation_weight": ([-1, -1e-9, NAN, INF], [0, 0.0, 1e6]),
     "preservation_batch": ([0, -3], [1, 4096]),
     "sparsity_weight": ([-1, NAN, INF], [0, 3.5]),
@@ -55,6 +57,12 @@ def test_a_value_of_another_type_is_refused_by_name(name, value):
         CompressionConfig(**{name: value})
 
 
+@pytest.mark.parametrize("value", [0, 1, 0.5, "true", None])
+def test_a_switch_is_on_or_off(value):
+    with pytest.raises(ValueError, match=rf"^cut={value!r}: want True or False"):
+        CompressionConfig(cut=value)
+
+
 @pytest.mark.parametrize("name", [name for name, kind in TYPES.items() if kind is int])
 def test_a_fraction_is_no_whole_number(name):
     with pytest.raises(ValueError, match=f"^{name}=1.5: want a whole number"):
@@ -84,8 +92,9 @@ def test_flags_fields_and_json_agree(name):
     action = next(a for a in parser()._actions if flag in a.option_strings)
     assert action.help == f"{field.metadata['help']} (default: {field.default})"
     assert action.default == field.default
-    good = LIMITS[name][1][-1] if name in LIMITS else field.default
-    config = from_arguments(CompressionConfig, parser().parse_args([flag, str(good)]))
+    good = LIMITS[name][1][-1] if name in LIMITS else not field.default
+    given = [flag, str(good)] if name in LIMITS else [flag]
+    config = from_arguments(CompressionConfig, parser().parse_args(given))
     assert getattr(config, name) == good
     assert type(getattr(config, name)) is TYPES[name]
     back = CompressionConfig(**json.loads(json.dumps(config.as_dict())))
@@ -95,7 +104,8 @@ def test_flags_fields_and_json_agree(name):
 
 def test_there_is_a_flag_for_every_field_and_no_other():
     flags = {option for action in parser()._actions for option in action.option_strings} - {"-h", "--help"}
-    assert flags == {f"--{name.replace('_', '-')}" for name in FIELDS}
+    switches = {f"--no-{name}" for name, kind in TYPES.items() if kind is bool}
+    assert flags == {f"--{name.replace('_', '-')}" for name in FIELDS} | switches
 
 
 def test_no_flags_are_the_defaults_and_defaults_can_be_replaced():

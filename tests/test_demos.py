@@ -26,6 +26,8 @@ INPUTS = {
     "char-lm": lambda n: torch.randint(97, (n, 64)),
     "mnist-cnn": lambda n: torch.rand(n, 1, 28, 28),
     "names-lm": lambda n: torch.randint(27, (n, 32)),
+    "resnet9": lambda n: torch.rand(n, 3, 32, 32),
+    "resnet20": lambda n: torch.rand(n, 3, 32, 32),
 }
 
 
@@ -448,4 +450,4 @@ def test_a_task_names_an_architecture_that_fits_its_samples(name):
     x, y = task.train[:2]
     outputs = task.build()(x)
     assert outputs.shape[:-1] == y.shape
-    assert set(TASKS) == {"digits", "char-lm", "mnist", "names"}
+    assert set(TASKS) == {"digits", "char-lm", "mnist", "names", "cifar10", "resnet20", "shakespeare"}

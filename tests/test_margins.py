@@ -10,8 +10,12 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from sgsc.certificate import Certificate, certify, compare, margins
+from sgsc.cli import main
 from sgsc.comparison import Part
+from sgsc.demos import certification
 from sgsc.preservation import PreservationSet
+
+from .test_cli import REACHED, document, in_this_process, shortened
 
 
 def logits(*rows):
@@ -217,3 +221,32 @@ class TestGate:
         model, data = nn.Linear(4, 3), TensorDataset(torch.zeros(2, 4), zeros(2))
         with pytest.raises(ValueError, match=r"margin_tolerance=.*: want a share .*, 0 to 1, or None"):
             certify(model, model, data, tolerance=0.0, stored_bytes=1, margin_tolerance=bad)
+
+
+def test_a_run_is_judged_by_the_margin_tolerance_of_its_report(tmp_path, monkeypatch, capsys):
+    class Flat(nn.Module):  # the same answers, with hardly a margin
+        def __init__(self, packed):
+            super().__init__()
+            self.packed = packed
+
+        def forward(self, x):
+            return self.packed(x) / 100
+
+    load = certification.load_artefact
+    monkeypatch.setattr(certification, "load_artefact", lambda path: Flat(load(path)))
+    shortened(monkeypatch)
+    in_this_process(monkeypatch)
+    assert main(["compress", "digits", *REACHED, "--out", str(tmp_path), "--json"]) == 0
+    report = document(capsys.readouterr().out)
+    assert report["margin_tolerance"] is None
+    assert report["class_names"] == {}
+    lost = report["preservation"]["margin_lost"]
+    assert 0 < lost < 1
+    for allowed, held in ((lost / 2, False), ((1 + lost) / 2, True)):
+        (tmp_path / "report.json").write_text(json.dumps(report | {"margin_tolerance": allowed}))
+        assert main(["certify", str(tmp_path), "--json"]) == 1 - held
+        said = document(capsys.readouterr().out)
+        assert (said["tolerance_held"], said["margin_tolerance"]) == (held, allowed)
+        assert said["certificate"]["answers_held"]
+        assert ("more of the margin" in said["certificate"]["reason"]) is not held
+        assert f"may be lost, which is {'held' if held else 'NOT held'}" in said["statement"]

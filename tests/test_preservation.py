@@ -495,6 +495,29 @@ class TestLoss:
                 parameter -= 0.01 * parameter.grad
         assert chosen.loss(model, kind=kind) < before
 
+    def test_answers_lean_the_right_ones_towards_their_label(self):
+        model = network().eval()
+        chosen = PreservationSet.select(model, pictures(), 20)
+        p = chosen.outputs.softmax(-1)
+        q = model(chosen.inputs).detach().softmax(-1)
+        label = torch.nn.functional.one_hot(chosen.targets, p.shape[-1])
+        right = (p.argmax(-1) == chosen.targets)[:, None]
+        assert 0 < right.sum() < 20
+        target = torch.where(right, 0.75 * p + 0.25 * label, p)
+        want = (target * (target / q).log()).nan_to_num().sum(-1).mean()
+        assert chosen.loss(model, kind="answers").item() == pytest.approx(want.item(), rel=1e-4)
+
+    def test_what_lost_its_margin_is_drawn_more_often(self):
+        chosen = PreservationSet.select(network(), pictures(), 20)
+        risk = torch.zeros(20)
+        risk[3] = 1.0
+        make = torch.Generator().manual_seed(0)
+        drawn = torch.stack([chosen.batch(make, 5, risk) for _ in range(400)])
+        assert all(len(set(row.tolist())) == 5 for row in drawn)
+        counts = torch.bincount(drawn.flatten(), minlength=20)
+        assert counts[3] > 350
+        assert counts.min() > 40  # none is forgotten
+
     def test_the_labels_matter_to_task_and_not_to_kl(self):
         model = network()
         chosen = PreservationSet.select(model, pictures(), 20)

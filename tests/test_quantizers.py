@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgsc.kernels import fake_quantize
-from sgsc.quantizers import QUANTIZERS, PublishedSelfCompressing, SelfCompressing, make_quantizer
+from sgsc.quantizers import LSQ, QUANTIZERS, PublishedSelfCompressing, SelfCompressing, make_quantizer
 from tests.checks import assert_same
 
 
@@ -74,13 +74,13 @@ class TestEveryQuantizer:
         rows, quantizer = rows_and(name)
         with torch.no_grad():
             quantizer.get_parameter("bit_depth").fill_(4.0)
-            quantizer.get_parameter("range" if name == "integer" else "exponent")[2] = float("nan")
+            quantizer.get_parameter({"integer": "range", "published": "exponent"}.get(name, "step"))[2] = float("nan")
         with pytest.raises(ValueError, match="scale is not positive and finite"):
             quantizer.codes(rows)
 
 
 def test_a_name_that_is_not_known_is_refused():
-    with pytest.raises(ValueError, match=r"quantizer 'int4' is not known; choose one of integer, published"):
+    with pytest.raises(ValueError, match=r"quantizer .int4. is not known; choose one of integer, .*lsq8, published"):
         make_quantizer("int4", 3)
 
 
@@ -168,6 +168,53 @@ def test_the_depth_has_a_gradient_that_asks_for_less_error():
     quantizer.fit(rows)
     (quantizer(rows) - rows).square().sum().backward()
     assert (quantizer.bit_depth.grad < 0).all()
+
+
+# ---- uniform quantization-aware training: arXiv 1902.08153 ----
+
+
+def test_a_step_starts_as_the_paper_says_and_fits_two_bytes():
+    rows = torch.randn(5, 90, generator=torch.Generator().manual_seed(0))
+    rows[3] = 0
+    for bits, most in ((2, 1), (3, 3), (4, 7), (8, 127)):
+        quantizer = make_quantizer(f"lsq{bits}", 5)
+        quantizer.fit(rows)
+        expected = 2 * rows.abs().mean(1) / math.sqrt(most)
+        torch.testing.assert_close(quantizer.step.detach(), expected.clamp_min(1e-12))
+        scale, lo, hi, shift = (t.detach() for t in quantizer.grid())
+        assert torch.equal(scale.bfloat16().float(), scale)
+        torch.testing.assert_close(scale, quantizer.step.detach(), rtol=2**-8, atol=0)
+        assert (lo.unique().item(), hi.unique().item(), shift.any().item()) == (-most - 1, most, False)
+        assert quantizer.bits().tolist() == [bits] * 5
+        assert (quantizer(rows)[3] == 0).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_gradient_of_a_step_is_that_of_the_paper(sign):
+    """Equation 3 summed over the row, times 1 / sqrt(K Q_P); a step that crossed 0 is pushed the other way."""
+    rows = torch.tensor([[0.3, -0.9, 2.0, -9.0, 9.0]], dtype=torch.float64)
+    quantizer = make_quantizer("lsq3", 1).double()
+    assert isinstance(quantizer, LSQ)
+    quantizer.fit(rows)
+    with torch.no_grad():
+        quantizer.step.fill_(0.5 * sign)
+    up = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]], dtype=torch.float64)
+    quantizer(rows).backward(up)
+    v = rows[0] / 0.5
+    by_step = torch.where(v <= -4, -4.0, torch.where(v >= 3, 3.0, v.round() - v))
+    expected = sign * (by_step * up[0]).sum() / math.sqrt(5 * 3)
+    assert quantizer.step.grad is not None
+    assert quantizer.step.grad.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert quantizer.bit_depth.grad is None
+
+
+def test_a_step_is_fitted_where_it_is_asked_and_only_there():
+    quantizer = make_quantizer("lsq4", 3)
+    rows = torch.rand(3, 8) + 1
+    quantizer.fit(rows)
+    before = quantizer.step.detach().clone()
+    quantizer.fit(2 * rows, torch.tensor([False, True, False]))
+    assert torch.equal(quantizer.step.detach(), before * torch.tensor([1.0, 2.0, 1.0]))
 
 
 # ---- the published form: table of ALGORITHMS 1.2, arXiv 2301.13142 ----

@@ -63,6 +63,7 @@ def certify_run(
         "statement": certificate.statement(),
         "preservation": (values["preservation"] or {}) | {"reasons": counts},
         "guard": values["guard"],
+        "margin_tolerance": margin_tolerance,
         "tolerance_held": bool(certificate.held),
         "float_accuracy": on_test.float_accuracy,
         "packed_accuracy": on_test.packed_accuracy,
@@ -106,7 +107,7 @@ def _sample(task: Task, x: Tensor, target: str) -> dict[str, Any]:
     if task.text:
         text = str(task.show(x))
         return {"text": text + target, "at": len(text)}
-    return {"picture": _rounded(x.movedim(0, -1).tolist() if len(x) == 3 else task.show(x))}
+    return {"picture": _rounded(task.show(x))}
 
 
 def _rounded(values: Any) -> Any:

@@ -55,11 +55,25 @@ class Compressed:
 
 
 def float_model(task: Task, seed: int, folder: Path, progress: Progress) -> nn.Module:
-    """The float network: from the run folder where it is there and fits, else trained and written there."""
+    """The float network: from the run folder where it is there and fits, else trained and written there.
+
+    A task that starts from trained weights has nothing to train.
+
+    Raises:
+        ValueError: If the weights that the task starts from are of another network.
+    """
     path = folder / FLOAT
     if path.is_file():
         return read_float(task, path)
-    model = train(task, seed, progress=lambda step, steps, values: progress("float training", step, steps, values))
+    if task.start is not None:
+        model = task.build().eval()
+        try:
+            model.load_state_dict(task.start())
+        except (safetensors.SafetensorError, RuntimeError) as error:
+            said = str(error).splitlines()[0]
+            raise ValueError(f"the weights to start {task.name} from are not of its network: {said}") from None
+    else:
+        model = train(task, seed, progress=lambda step, steps, values: progress("float training", step, steps, values))
     write_atomically(path, safetensors.torch.save({k: v.contiguous() for k, v in model.state_dict().items()}))
     return model
 
@@ -86,6 +100,7 @@ def compress(
     *,
     samples: int = 200,
     resume: bool = False,
+    device: str = "cpu",
     progress: Progress = lambda phase, step, steps, values: None,
 ) -> Compressed:
     """Train, select, compress, pack and save; everything but the certificate.
@@ -96,6 +111,7 @@ def compress(
         folder: The run folder; it exists.
         samples: Size of the preservation set.
         resume: Go on from the folder's checkpoint.
+        device: Where to train; the splits are drawn on the CPU, whichever it is.
         progress: Called as progress(phase, step, steps, values).
 
     Raises:
@@ -116,21 +132,22 @@ def compress(
     if saved is None:
         for name in (FLOAT, KEPT, CHECKPOINT, MODEL, *REPORTS):
             (folder / name).unlink(missing_ok=True)
-    network = float_model(task, config.seed, folder, progress)
+    there = task.to(device)
+    network = float_model(there, config.seed, folder, progress).to(device)
     clock.lap("float training")
     if saved is None:
         progress("selection", 0, 1, {})
         keep = _select(task, network, samples, config.seed)
         save_checkpoint(folder / KEPT, keep.state())
     else:
-        keep = PreservationSet.from_state(*load_checkpoint(folder / KEPT))
+        keep = PreservationSet.from_state(*load_checkpoint(folder / KEPT)).to(device)
     clock.lap("selection")
     model = prepare(network).model
     file: dict[str, Any] = {"architecture": task.architecture}
     file["notes"] = {"task": task.name, "seed": config.seed, "float_bytes": float_bytes(network)}
-    run, outcome = _train_compressed(task, config, model, keep, folder, settings, saved, progress, file)
+    run, outcome = _train_compressed(there, config, model, keep, folder, settings, saved, progress, file)
     clock.lap("compression")
-    packed = pack(model)
+    packed = pack(model.cpu())
     size = save(packed, folder / MODEL, **file)
     (folder / CHECKPOINT).unlink(missing_ok=True)
     clock.lap("packing")
@@ -141,6 +158,7 @@ def compress(
         "settings": settings,
         "target_size": config.target_size,
         "tolerance": config.tolerance,
+        "margin_tolerance": config.margin_tolerance,
         "float_bytes": float_bytes(network),
         "stored_bytes": size,
         "stored_ratio": size / float_bytes(network),
@@ -218,7 +236,7 @@ def _select(task: Task, network: nn.Module, samples: int, seed: int) -> Preserva
     order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(seed))
     part = order[: max(CANDIDATES, samples)].sort().values
     keep = PreservationSet.select(network, TensorDataset(*task.train[part]), samples, seed=seed)
-    return replace(keep, indices=part[keep.indices])
+    return replace(keep, indices=part.to(keep.indices.device)[keep.indices])
 
 
 def _schedule(share: float) -> float:

@@ -4,6 +4,8 @@ DigitsCNN   (N, 1, 8, 8)    float32 -> (N, 10)               residual, depthwise
 CharLM      (N, T)          int64   -> (N, T, vocabulary)    embeddings, attention, feed-forward
 MnistCNN    (N, 1, 28, 28)  float32 -> (N, 10)               the CNN of SGSC, arXiv 2505.00350
 NamesLM     (N, T)          int64   -> (N, T, 27)            the language model of the same paper
+ResNet9     (N, 3, 32, 32)  float32 -> (N, 10)               the network of self-compression, arXiv 2301.13142
+ResNet20    (N, 3, 32, 32)  float32 -> (N, 10)               arXiv 1512.03385, section 4.2, option A
 """
 
 from __future__ import annotations
@@ -145,9 +147,103 @@ class NamesLM(CharLM):
         super().__init__(vocabulary=27, context=32, width=64, layers=4, heads=4)
 
 
+class ConvNorm(nn.Module):
+    """3x3 convolution without bias, batch norm and, unless `act` is False, ReLU: (N, I, H, W) -> (N, C, H', W')."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, act: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm = nn.BatchNorm2d(outputs)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, I, H, W) -> (N, C, H / stride, W / stride)."""
+        x = self.norm(self.conv(x))
+        return F.relu(x) if self.act else x
+
+
+class ResNet9(nn.Module):
+    """64-128-[128-128]-256-512-[512-512]-10: (N, 3, 32, 32) float32 -> (N, 10); 6,573,130 parameters.
+
+    The network that arXiv 2301.13142 compresses; brackets are residual pairs of convolutions.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = ConvNorm(3, 64)
+        self.second = ConvNorm(64, 128)
+        self.pair128 = nn.Sequential(ConvNorm(128, 128), ConvNorm(128, 128))
+        self.third = ConvNorm(128, 256)
+        self.fourth = ConvNorm(256, 512)
+        self.pair512 = nn.Sequential(ConvNorm(512, 512), ConvNorm(512, 512))
+        self.pool, self.last_pool = nn.MaxPool2d(2), nn.MaxPool2d(4)
+        self.head = nn.Linear(512, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, 32, 32) -> (N, 10)."""
+        x = self.pool(self.second(self.stem(x)))  # (N, 128, 16, 16)
+        x = self.pool(self.third(x + self.pair128(x)))  # (N, 256, 8, 8)
+        x = self.pool(self.fourth(x))  # (N, 512, 4, 4)
+        x = x + self.pair512(x)
+        return self.head(self.last_pool(x).flatten(1))
+
+
+class Plain(nn.Module):
+    """A residual block whose shortcut is the identity: (N, C, H, W) -> (N, C, H, W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = ConvNorm(channels, channels)
+        self.second = ConvNorm(channels, channels, act=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        return F.relu(x + self.second(self.first(x)))
+
+
+class Widening(nn.Module):
+    """A residual block with the shortcut of option A, every other pixel and new channels of zeros: C -> 2 C channels.
+
+    The channels that the shortcut reaches come first and have a convolution of their own, for a padded shortcut would
+    hold all channels in place: here the reached ones go with those of the block before, and the others by themselves.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = ConvNorm(channels, 2 * channels, stride=2)
+        self.reached = ConvNorm(2 * channels, channels, act=False)
+        self.others = ConvNorm(2 * channels, channels, act=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, 2 C, H / 2, W / 2)."""
+        y = self.first(x)
+        shortcut = F.avg_pool2d(x, 1, 2)  # every other pixel, as it is
+        return F.relu(torch.cat([shortcut + self.reached(y), self.others(y)], 1))
+
+
+class ResNet20(nn.Module):
+    """ResNet-20 with shortcuts of option A: (N, 3, 32, 32) float32 -> (N, 10); 269,722 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = ConvNorm(3, 16)
+        self.blocks = nn.Sequential(
+            *(Plain(16), Plain(16), Plain(16)),
+            *(Widening(16), Plain(32), Plain(32)),
+            *(Widening(32), Plain(64), Plain(64)),
+        )
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, 32, 32) -> (N, 10)."""
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "digits-cnn": DigitsCNN,
     "char-lm": CharLM,
     "mnist-cnn": MnistCNN,
     "names-lm": NamesLM,
+    "resnet9": ResNet9,
+    "resnet20": ResNet20,
 }

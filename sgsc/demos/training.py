@@ -9,16 +9,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from .tasks import Task
+from .task import Task
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 Progress = Callable[[int, int, dict[str, float]], None]
+
+
+def usable(device: str) -> str:
+    """The device of that name, or for "auto" a GPU where there is one.
+
+    Raises:
+        ValueError: If this machine, or this torch, does not have it.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        said = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used here ({said}); take cpu, or auto") from None
+    return device
+
+
+def from_file(task: Task, weights: Path | None, float_steps: int | None) -> Task:
+    """The task with other float steps, or with float weights to start from, as a run folder holds them.
+
+    Raises:
+        ValueError: If the steps are below 1, or there is no such file.
+    """
+    if float_steps is not None and float_steps < 1:
+        raise ValueError(f"float_steps={float_steps}: want at least 1")
+    if weights is not None and not weights.is_file():
+        raise ValueError(f"start={str(weights)!r} is not a file; name the float.safetensors of a run of {task.name}")
+    if float_steps is not None:
+        task = replace(task, float_steps=float_steps)
+    return task if weights is None else replace(task, start=lambda: safetensors.torch.load_file(weights))
 
 
 def train(task: Task, seed: int, steps: int | None = None, progress: Progress | None = None) -> nn.Module:
@@ -38,7 +72,7 @@ def train(task: Task, seed: int, steps: int | None = None, progress: Progress | 
         raise ValueError(f"steps={steps} trains nothing; give 1 or more, or None for the task's {task.float_steps}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = task.build().train()
+        model = task.build().train().to(task.train.tensors[0].device)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimiser = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], weight_decay=0.01)
@@ -90,8 +124,10 @@ def _draw(
 
 
 def augmentation(task: Task) -> Augment | None:
-    """What training does to a batch of this task: images are shifted, text is left as it is."""
-    return None if task.text else shift
+    """What training does to a batch of this task: images are shifted, those in colour also mirrored, text is left."""
+    if task.text:
+        return None
+    return mirror_and_shift if task.colour else shift
 
 
 def shift(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -99,10 +135,23 @@ def shift(x: Tensor, generator: torch.Generator) -> Tensor:
 
     (N, C, H, W) -> (N, C, H, W).
     """
-    count, _, height, width = x.shape
-    down, right = (torch.randint(4, (2, count), generator=generator) + 1) // 2
-    patches = F.pad(x, (1, 1, 1, 1)).unfold(2, height, 1).unfold(3, width, 1)  # (N, C, 3, 3, H, W)
-    return patches[torch.arange(count), :, down, right]
+    return _moved(x, 1, (torch.randint(4, (2, len(x)), generator=generator) + 1) // 2)
+
+
+def mirror_and_shift(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror half of the images left to right, and move each by -4 to 4 pixels along each axis, zeros following.
+
+    (N, C, H, W) -> (N, C, H, W).
+    """
+    mirrored = torch.randint(2, (len(x), 1, 1, 1), generator=generator).bool().to(x.device)
+    return _moved(torch.where(mirrored, x.flip(3), x), 4, torch.randint(9, (2, len(x)), generator=generator))
+
+
+def _moved(x: Tensor, most: int, by: Tensor) -> Tensor:
+    """Each image cut out of itself in a frame of `most` zeros, at the row and column that `by`, (2, N), names."""
+    height, width = x.shape[2:]
+    patches = F.pad(x, (most,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view, (N, C, places, places, H, W)
+    return patches[torch.arange(len(x)), :, by[0], by[1]]
 
 
 def evaluate(model: nn.Module, dataset: TensorDataset, batch_size: int = 512) -> dict[str, float]:

@@ -133,6 +133,8 @@ class SelfCompressing(Quantizer, name="integer"):
     scale, lo and hi, is the first-order change of the loss when the channel's rounding error halves.
     """
 
+    by_width: Tensor
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.bit_depth = nn.Parameter(torch.full((channels,), float(MAX_BITS)))

@@ -5,13 +5,15 @@ recorded", NaN and infinity read "not a number", and neither stops a report from
 accuracies, shares, bounds and the tolerance are fractions of 1, shown in percent; times are seconds.
 
 The page asks nothing of the network and runs no script, and its content-security policy forbids both. Everything in
-the dictionary is untrusted text: escaped in the page, never markup in the terminal, stripped of control characters.
+the dictionary, and in the reports of other runs, is untrusted text: escaped in the page, never markup in the terminal,
+stripped of control characters.
 """
 
 from __future__ import annotations
 
+from .beside import runs_beside
 from .page import write_html
 from .strict import to_json
 from .terminal import summary
 
-__all__ = ["summary", "to_json", "write_html"]
+__all__ = ["runs_beside", "summary", "to_json", "write_html"]

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from .pictures import png
+from .beside import final
+from .margins import called, figures, lost
+from .pictures import parted, png, visible
 from .plots import draw
-from .words import SPLITS, WIDTHS, change, command, layer_row, number, percent, rows, verdict
+from .words import SPLITS, WIDTHS, change, command, layer_row, mapping, number, percent, rows, settings, verdict
 
 MOST_SAMPLES = 60  # changed samples in the page
 
 
-def write_html(report: Mapping[str, Any], path: Path) -> None:
-    """Write the page of `report` to `path`, whole or not at all: a page that was there stays until the new one is."""
-    page = render(report).encode()
+def write_html(report: Mapping[str, Any], path: Path, others: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Write the page of `report` to `path`, whole or not at all: a page that was there stays until the new one is.
+
+    `others`: what `runs_beside` found.
+    """
+    page = render(report, others).encode()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -31,7 +36,7 @@ def write_html(report: Mapping[str, Any], path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def render(report: Mapping[str, Any]) -> str:
+def render(report: Mapping[str, Any], others: Sequence[Mapping[str, Any]] = ()) -> str:
     """Return the page as text."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sgsc", "report"),
@@ -41,18 +46,31 @@ def render(report: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent}
+    environment.filters |= {"number": number, "percent": percent, "visible": visible, "lost": lost}
+    names, runs = mapping(report.get("class_names")), final(report, others)
     by_split = [(report.get(name) or {}).get("regressions_by_class") or {} for name in SPLITS]
     regressed = dict.fromkeys(key for split in by_split for key, count in split.items() if count)
     return environment.get_template("page.html").render(
         r=report,
         verdict=verdict(report),
-        plots=draw(report),
+        plots=draw(report, runs),
+        runs=runs,
         layers=[layer_row(layer) for layer in rows(report, "layers")],
         widths=WIDTHS,
-        changed=[{**row, "png": png(row.get("picture"))} for row in rows(report, "changed")[:MOST_SAMPLES]],
+        settings=settings(report),
+        changed=[
+            {**row, "png": png(row.get("picture")), "parts": parted(row)}
+            for row in rows(report, "changed")[:MOST_SAMPLES]
+        ],
         change=change(report),
         splits={name: report.get(name) for name in SPLITS},
-        classes={key: [split.get(key) for split in by_split] for key in regressed},
+        margins=figures(report, names),
+        worst={name: _worst(report.get(name), names) for name in SPLITS},
+        classes=[(called(key, names), [split.get(key) for split in by_split]) for key in regressed],
         command=command(report),
     )
+
+
+def _worst(split: Any, names: Mapping[str, Any]) -> dict[str, Any] | None:
+    worst = mapping(mapping(split).get("worst_class"))
+    return {**worst, "name": called(worst.get("name"), names)} if worst else None

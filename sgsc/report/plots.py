@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -25,45 +25,173 @@ PLOT_STYLE = {
     **dict.fromkeys(("grid.color", "axes.edgecolor"), LINE),
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
 }
+DASHED = {"color": INK, "linestyle": "--", "linewidth": 1.2}
+STEPS = {
+    "drawstyle": "steps-post",
+    "markersize": 4.5,
+    "linewidth": 1.4,
+}  # the front between its points is the smaller one
+FAR = 30  # a loss so many times the best one is far off
+SENSE = {"accuracy": 1, "loss": -1}  # what is measured while compressing, and whether more of it is better
 
 
-def draw(report: Mapping[str, Any]) -> dict[str, Markup]:
-    """Draw the plots over steps as <svg> elements, by name; none without a history."""
+def draw(report: Mapping[str, Any], runs: Sequence[Mapping[str, Any]] = ()) -> dict[str, Markup]:
+    """Draw what there is to draw as <svg> elements, by name.
+
+    Args:
+        report: Its history gives "size" and "quality", over steps, and "tradeoff", accuracy and loss over size.
+        runs: This run among others of the same task, for "runs": what each came to.
+    """
     history = [row for row in rows(report, "history") if not math.isnan(drawable(row.get("step")))]
-    if not history:
+    found = {}
+    if not history and not runs:
         return {}
     import matplotlib.style
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
-
-    steps = [drawable(row["step"]) for row in history]
-    guard = [drawable(event.get("step")) for event in rows(report, "events") if event.get("what") == "guard"]
-    dashed = {"color": INK, "linestyle": "--", "linewidth": 1.2}
-
-    def line(axes: Any, key: str, default: Any = None, **how: Any) -> None:
-        axes.plot(
-            steps, [drawable(row.get(key, default)) for row in history], marker="." if len(steps) == 1 else "", **how
-        )
 
     with matplotlib.style.context(["default", PLOT_STYLE]):  # whatever style the caller has set, and back to it
-        size = Figure()
-        axes = size.subplots()
-        line(axes, "size", color=MAIN, label="size")
-        line(axes, "target", report.get("target_size"), **dashed, label="target")
-        if guard:
-            axes.plot(guard, [0.03] * len(guard), "^", color=ALARM, transform=axes.get_xaxis_transform(), label="guard")
-        axes.set(xlabel="step", ylabel="share of the float size", ylim=(0, None))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.legend()
-        quality = Figure()
-        above, below = quality.subplots(2, sharex=True)
-        line(above, "accuracy", color=MAIN)
-        above.axhline(drawable(report.get("float_accuracy")), **dashed)
-        above.set_ylabel("accuracy")
-        above.yaxis.set_major_formatter(PercentFormatter(1.0))
-        line(below, "preservation_loss", color=SECOND)
-        below.set(xlabel="step", ylabel="preservation loss")
-        return {"size": _svg(size, "size"), "quality": _svg(quality, "quality")}
+        if history:
+            _size(found.setdefault("size", Figure()), report, history)
+            _quality(found.setdefault("quality", Figure()), report, history)
+        measured = [row for row in history if drawable(row.get("size")) > 0]
+        points = {key: [(drawable(row["size"]), drawable(row.get(key))) for row in measured] for key in SENSE}
+        points = {key: pairs for key, pairs in points.items() if sum(not math.isnan(y) for _, y in pairs) > 1}
+        if points:
+            _tradeoff(found.setdefault("tradeoff", Figure()), points)
+        if runs:
+            _runs(found.setdefault("runs", Figure()), report, runs)
+        return {name: _svg(figure, name) for name, figure in found.items()}
+
+
+def _line(axes: Any, history: Sequence[Mapping[str, Any]], key: str, default: Any = None, **how: Any) -> None:
+    marker = "." if len(history) == 1 else ""
+    values = [drawable(row.get(key, default)) for row in history]
+    axes.plot([drawable(row["step"]) for row in history], values, marker=marker, **how)
+
+
+def _guards(axes: Any, report: Mapping[str, Any], **how: Any) -> None:
+    steps = [drawable(event.get("step")) for event in rows(report, "events") if event.get("what") == "guard"]
+    if steps:
+        axes.plot(steps, [0.03] * len(steps), "^", color=ALARM, transform=axes.get_xaxis_transform(), **how)
+
+
+def _size(figure: Any, report: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    _line(axes[0], history, "size", color=MAIN, label="size")
+    _line(axes[0], history, "target", report.get("target_size"), **DASHED, label="target")
+    _guards(axes[0], report, label="guard")
+    axes[0].set(ylabel="share of the float size", ylim=(0, None))
+    _in_percent(axes[0].yaxis)
+    axes[0].legend()
+    _line(axes[1], history, "regressions", color=ALARM)
+    axes[1].set(xlabel="step", ylabel="regressions", ylim=(0, max(1, axes[1].get_ylim()[1])))
+    axes[1].yaxis.set_major_locator(MaxNLocator(2, integer=True))
+    figure.align_ylabels()
+
+
+def _quality(figure: Any, report: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
+    above, below = figure.subplots(2, sharex=True)
+    _line(above, history, "accuracy", color=MAIN)
+    above.axhline(drawable(report.get("float_accuracy")), **DASHED)
+    above.set_ylabel("accuracy")
+    _in_percent(above.yaxis)
+    _guards(above, report)
+    _line(below, history, "preservation_loss", color=SECOND)
+    below.set(xlabel="step", ylabel="preservation loss")
+    figure.align_ylabels()
+
+
+def _tradeoff(figure: Any, points: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    panels = figure.subplots(len(points), sharex=True, squeeze=False)[:, 0]
+    for axes, (key, pairs) in zip(panels, points.items(), strict=True):
+        axes.plot(*zip(*pairs, strict=True), ".", color=MAIN, alpha=0.45, label="check")
+        best = front(pairs, SENSE[key])
+        axes.plot(*(zip(*best, strict=True) if best else ((), ())), "-o", **STEPS, color=MAIN, label="front")
+        axes.set_ylabel(key)
+        if key == "accuracy":
+            _in_percent(axes.yaxis)
+        seen = [y for _, y in pairs if not math.isnan(y)]
+        if key == "loss" and 0 < FAR * min(seen) < max(seen):  # a moment of collapse would flatten all others
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    _over_size(figure, [x for pairs in points.values() for x, y in pairs if not math.isnan(y)])
+    _legend(figure)
+
+
+def _runs(figure: Any, report: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> None:
+    sizes = [drawable(run.get("stored_ratio")) for run in runs]
+    for axes, key in zip(figure.subplots(len(SENSE), sharex=True), SENSE, strict=True):
+        ends = [(x, drawable(run.get(f"packed_{key}"))) for x, run in zip(sizes, runs, strict=True)]
+        by_target: dict[float, list[tuple[float, float]]] = {}
+        for end, run in zip(ends, runs, strict=True):
+            if _held(run) and not any(map(math.isnan, (*end, drawable(run.get("target_size"))))):
+                by_target.setdefault(drawable(run["target_size"]), []).append(end)
+        means = [tuple(sum(v) / len(v) for v in zip(*by_target[target], strict=True)) for target in sorted(by_target)]
+        if len(means) > 1:
+            axes.plot(*zip(*means, strict=True), color=MAIN, linewidth=1.2, label="mean of a target")
+        for label, marker, colour in (("held", "o", MAIN), ("not held", "X", ALARM)):
+            chosen = [end for end, run in zip(ends, runs, strict=True) if _held(run) is (label == "held")]
+            if chosen:
+                axes.plot(*zip(*chosen, strict=True), marker, color=colour, linestyle="", label=label)
+        mine = [end for end, run in zip(ends, runs, strict=True) if run.get("mine")]
+        ring = {"markersize": 13, "markerfacecolor": "none", "markeredgewidth": 1.6}
+        axes.plot(*zip(*mine, strict=True), "o", color=SECOND, **ring, label="this run")
+        axes.axhline(drawable(report.get(f"float_{key}")), **DASHED, label="float")
+        axes.set_ylabel(f"test {key}")
+    _in_percent(figure.axes[0].yaxis)
+    _over_size(figure, [x for x in sizes if x > 0])
+    _legend(figure)
+
+
+def _held(run: Mapping[str, Any]) -> bool:
+    return run.get("target_held") is True and run.get("tolerance_held") is True
+
+
+def front(points: Sequence[tuple[float, float]], sense: int) -> list[tuple[float, float]]:
+    """The points than which none is both as small and as good, from the smallest on.
+
+    points: (size, value); `sense` is 1 where a larger value is better, -1 where a smaller one is.
+    """
+    best: list[tuple[float, float]] = []
+    for size, value in sorted((x, -sense * y) for x, y in points if not math.isnan(y)):
+        if not best or value < best[-1][1]:
+            best.append((size, value))
+    return [(size, -sense * value) for size, value in best]
+
+
+def _over_size(figure: Any, sizes: Sequence[float]) -> None:
+    """Share of the float size along the bottom, a logarithmic scale with numbers that a person would choose."""
+    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+
+    low, high = (min(sizes), max(sizes)) if sizes else (0.01, 1.0)
+    low, high = low / 1.12, high * 1.12
+    figure.align_ylabels()
+    ticks = [m * 10.0**e for e in range(-12, 13) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+    if len(ticks) < 3:
+        ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
+    for axes in figure.axes:
+        axes.set_xscale("log")
+        axes.set_xlim(low, high)
+        axes.margins(y=0.15)
+        axes.xaxis.set_major_locator(FixedLocator(ticks))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.3g}%")
+        axes.tick_params(labelbottom=axes is figure.axes[-1])
+    figure.axes[-1].set_xlabel("stored size, share of the float size")
+
+
+def _legend(figure: Any) -> None:
+    """Above the axes: points may lie anywhere in them."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 3), fontsize=9.5)
+
+
+def _in_percent(axis: Any) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    axis.set_major_formatter(PercentFormatter(1.0))
 
 
 def _svg(figure: Any, name: str) -> Markup:

@@ -10,7 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .words import SPLITS, WIDTHS, change, is_number, layer_row, number, percent, plain, rows, verdict
+from .margins import called, lost
+from .words import SPLITS, WIDTHS, change, is_number, layer_row, mapping, number, percent, plain, rows, verdict
 
 MOST_LAYERS = 40
 
@@ -35,17 +36,33 @@ def summary(report: Mapping[str, Any]) -> RenderableType:
     ]
     if len(layers) > MOST_LAYERS:
         layers[MOST_LAYERS:] = [[f"... and {len(layers) - MOST_LAYERS} more", *[""] * (len(WIDTHS) + 2)]]
-    how = {"samples": number, "regressions": number, "upper_bound_95": percent, "agreement": percent}
-    splits = [[name, *(show((get(name) or {}).get(key)) for key, show in how.items())] for name in SPLITS]
+    splits = [[name, *_split(mapping(get(name)))] for name in SPLITS]
     state, headline, why = verdict(report)
     style = {"held": "bold green", "missed": "bold red", "open": "bold yellow"}[state]
     return Group(
         _table([plain(get("task") or ""), "float", "packed", ""], result),
         _table(["\nchannels by bits", *map(str, WIDTHS), "bytes", "of float"], layers),
-        _table(["\nsplit", "samples", "regressions", "at most, 95 %", "same answer"], splits),
-        Text(f"\nran on {number(get('backend'))}, {number(get('seconds'), '{:,.1f}')} s in all"),
+        _table(["\nsplit", "samples", "regressions", "at most, 95 %", "same answer", "margin lost", "in tail"], splits),
+        Text(f"{_worst(report)}\nran on {number(get('backend'))}, {number(get('seconds'), '{:,.1f}')} s in all"),
         Text.assemble((f"{headline}: ", style), why),
     )
+
+
+def _split(split: Mapping[str, Any]) -> list[str]:
+    how = {"samples": number, "regressions": number, "upper_bound_95": percent, "agreement": percent}
+    shrunk = [lost(split), lost(split.get("tail"))]
+    return [*(show(split.get(key)) for key, show in how.items()), *("" if x is None else percent(x) for x in shrunk)]
+
+
+def _worst(report: Mapping[str, Any]) -> str:
+    """A line for each split in which a class regressed."""
+    names, lines = mapping(report.get("class_names")), ""
+    for split in SPLITS:
+        worst = mapping(mapping(report.get(split)).get("worst_class"))
+        if worst.get("regressions"):
+            of = f"{number(worst['regressions'])} of {number(worst.get('samples'))} regressed"
+            lines += f"\nworst class, {split}: {called(worst.get('name'), names)}, {of}"
+    return lines
 
 
 def _table(header: list[str], cells: list[list[str]]) -> Table:

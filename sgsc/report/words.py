@@ -19,14 +19,19 @@ def rows(report: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
     return [row for row in report.get(key) or [] if isinstance(row, Mapping)]
 
 
+def mapping(value: Any) -> Mapping[str, Any]:
+    """`value` if it is a mapping, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
 def plain(value: Any) -> str:
     """Text without control characters, which could steer a terminal or break XML."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in str(value))
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether `value` is a number; true and false are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether `value` is a number; true and false are none, nor is an integer that no float holds."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1023)
 
 
 def number(value: Any, pattern: str = "{:,}") -> str:
@@ -40,7 +45,7 @@ def number(value: Any, pattern: str = "{:,}") -> str:
 
 def percent(value: Any) -> str:
     """A fraction of 1 in percent."""
-    return number(value, "{:.2%}").replace("%", " %")
+    return number(100 * value if is_number(value) else value, "{:.2f} %")
 
 
 def change(report: Mapping[str, Any]) -> str:
@@ -81,9 +86,20 @@ def layer_row(layer: Mapping[str, Any]) -> dict[str, Any]:
 def command(report: Mapping[str, Any]) -> str:
     """Return the command that repeats the run, from the settings that were recorded."""
     words = ["sgsc", "compress", str(report.get("task"))]
-    for key in ("target_size", "tolerance", "seed"):
-        words += [f"--{key.replace('_', '-')}", number(report[key], "{}")] if report.get(key) is not None else []
+    said = mapping(report.get("settings"))
+    known = {key: report.get(key) for key in ("target_size", "tolerance", "seed")}
+    known |= {key: value for key, value in mapping(said.get("config")).items() if key not in known}
+    known |= {"samples": said.get("samples"), "limit": report.get("limit"), "data": report.get("data")}
+    for key, value in known.items():
+        words += [f"--{str(key).replace('_', '-')}", number(value, "{}")] if value is not None else []
     return plain(shlex.join(words)) if report.get("task") else MISSING
+
+
+def settings(report: Mapping[str, Any]) -> dict[str, str]:
+    """Every setting that was recorded, by name, as text; those of the compression first."""
+    said = dict(mapping(report.get("settings")))
+    listed = {**mapping(said.pop("config", None)), **said}
+    return {plain(key): number(value, "{}") for key, value in listed.items()}
 
 
 def drawable(value: Any) -> float:

@@ -6,8 +6,10 @@ from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
+import triton
+import triton.language as tl
 
-from sgsc.kernels import OPS, fragments, run_form
+from sgsc.kernels import OPS, fragments, run_form, triton_counters, triton_early
 from sgsc.kernels import triton_packed as ours
 from sgsc.kernels.packed_conv2d import _case as conv2d_case
 from tests.checks import assert_agrees, assert_same
@@ -77,6 +79,52 @@ def check_linear_in_parts(device="cpu"):
             few = {n: c for n, c in exact(LINEAR.cases()).items() if "wider" in n or "deployment" in n}
             assert len(few) >= 4
             check_all(LINEAR, few, device)
+
+
+def check_counters(device="cpu"):
+    """Products with K in parts leave their counters as they found them, and the next ones, of other sizes, use them."""
+    make = torch.Generator().manual_seed(2)
+
+    def product(rows, width, tokens):
+        plan, planes = fragments.plan_tiles(
+            torch.randint(0, 9, (rows,), generator=make, dtype=torch.uint8), width // 128
+        )
+        words = torch.randint(-(2**31), 2**31, (planes * fragments.WORDS,), generator=make, dtype=torch.int32)
+        x, grid = torch.randn(tokens, width, generator=make), torch.ones(1, 16 * (len(plan) // 18))
+        return x, words, plan, grid, None, rows, width, False
+
+    products = [product(48, 512, 3), product(16, 1024, 1), product(96, 512, 20)]
+    none = mock.patch.dict(triton_counters._kept, clear=True)
+    with with_settings(configure=configured(parts=2, blocks=2, columns=8)), none:
+        first = [Ours(LINEAR, device)(*some) for some in products]
+        kept = dict(triton_counters._kept)
+        assert len(kept) == 1, f"counters of {len(kept)} streams, expected one"
+        for some, y in zip(products, first, strict=True):
+            assert_agrees(Ours(LINEAR, device), some)
+            assert_same(Ours(LINEAR, device)(*some), y)
+            assert not any(counters.any() for counters in kept.values()), "a counter is not zero"
+        assert triton_counters._kept == kept
+
+
+@triton.jit
+def _shares_kernel(first, count, planes):
+    mine, some = triton_early.share_of(planes)
+    place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(first + place, mine)
+    tl.store(count + place, some)
+
+
+def check_shares(device="cpu"):
+    """What programs fetch before they may read lies within the words, and is all of them unless there are many."""
+    for programs, planes in ((1, 1), (7, 3), (7, 7), (7, 20), (16, 128), (3, 400), (4, 512)):
+        first, count = torch.full((2, 2, programs), -1, dtype=torch.int32, device=device)
+        _shares_kernel[(programs, 2)](first, count, planes)
+        found = [(a, a + n) for a, n in zip(first[0].tolist(), count[0].tolist(), strict=True) if n > 0]
+        assert found == sorted(found, reverse=True), "the last planes are not the first programs'"
+        fetched = [plane for begin, end in found for plane in range(begin, end)]
+        assert len(set(fetched)) == len(fetched) == min(planes, programs * 128)
+        assert set(fetched) <= set(range(planes)), f"{programs} programs fetch beyond {planes} planes"
+        assert not count[1].any(), "two groups of columns fetch the same"
 
 
 def check_many_tokens(device="cpu"):
@@ -150,6 +198,8 @@ def check_large_floats(device="cpu"):
 CHECKS = {
     "packed-linear": check_linear,
     "packed-linear-in-parts": check_linear_in_parts,
+    "packed-counters": check_counters,
+    "packed-shares": check_shares,
     "packed-linear-of-many-tokens": check_many_tokens,
     "packed-conv2d": check_conv2d,
     "packed-conv2d-channels-in-runs": check_channels_in_runs,

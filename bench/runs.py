@@ -1,0 +1,226 @@
+"""Runs of the command line, each in a process of its own, and sections that go on where they were interrupted.
+
+A section of bench.sgsc asks for rows by what they are of: method, task, seed, target and settings. A row that stands in
+the results with all of that, measured at this commit, is not measured again; every other one is, and the section is
+written after each. A changed or unknown commit names no code, so that nothing measured there is believed later.
+
+Runs of one task and seed start from one float network: the first trains it, and the others take it over (--start),
+which gives them what their own training would have given, to the bit on one CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sgsc.certificate import allowed
+from sgsc.demos.job import FLOAT
+from sgsc.environment import environment
+
+from . import record
+
+Row = dict[str, Any]
+SUMMARY = (
+    *("task", "seed", "target_size", "float_bytes", "stored_bytes", "stored_ratio", "bits_per_weight"),
+    *("float_accuracy", "packed_accuracy", "accuracy_standard_error", "float_loss", "packed_loss", "channels"),
+    *("channels_removed", "target_held", "tolerance_held", "seconds", "backend", "nominal_bytes"),
+)
+
+
+class OutOfTime(Exception):
+    """No time is left for the next run; what was measured is written."""
+
+
+def called(command: Sequence[str], seconds: float | None = None, codes: Sequence[int] = (0,)) -> Any:
+    """The JSON document that a command prints.
+
+    Raises:
+        OutOfTime: If it takes longer than `seconds`; it is ended then.
+        SystemExit: If it fails; the end of what it said is the message.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise OutOfTime from None
+    if done.returncode not in codes:
+        raise SystemExit(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
+    return json.loads(done.stdout)
+
+
+def report_of(
+    task: str, target: float, seed: int, rest: Sequence[str], folder: str, seconds: float | None = None
+) -> Row:
+    """One run of `sgsc compress`: its report. A target that was not held is a result too."""
+    command = [sys.executable, "-m", "sgsc", "compress", task, "--target-size", str(target), "--seed", str(seed)]
+    return called([*command, "--out", folder, "--json", *rest], seconds, codes=(0, 1))
+
+
+def summary(report: Mapping[str, Any]) -> Row:
+    """A report without the long lists."""
+    kept, guard = report["preservation"], report["guard"]
+    return {name: report[name] for name in SUMMARY} | {
+        "preservation_samples": kept["samples"],
+        "preservation_regressions": kept["regressions"],
+        "preservation_allowed": allowed(report["tolerance"], kept["samples"]),
+        "tolerance": report["tolerance"],
+        "guard_samples": guard["samples"],
+        "guard_regressions": guard["regressions"],
+        "guard_upper_bound_95": guard["upper_bound_95"],
+    }
+
+
+def compress(task: str, target: float, seed: int, *rest: str) -> Row:
+    """One run of the command line; its report, without the long lists."""
+    with tempfile.TemporaryDirectory() as folder:
+        return summary(report_of(task, target, seed, rest, folder))
+
+
+@dataclass
+class Settings:
+    """What all runs of one call of bench.sgsc share.
+
+    Attributes:
+        schedule: "full", the tasks' own, "reduced" for a CPU, or "quick".
+        steps: Task -> (float steps, compression steps), where they are not the task's own.
+        data: Folder of the data.
+        device: Where networks are trained.
+        device_name: Of a GPU, for the results; None where it is a CPU.
+        results: Folder of the results, None for the usual one.
+        work: Where float networks lie between runs.
+        rest: Further flags of `sgsc compress`, for quick runs.
+        deadline: time.monotonic() at which to stop.
+        commit: Of the code that measures.
+    """
+
+    schedule: str
+    steps: Mapping[str, tuple[int, int]]
+    data: Path | None
+    device: str
+    device_name: str | None
+    results: Path | None
+    work: Path
+    rest: Sequence[str] = ()
+    deadline: float = float("inf")
+    commit: str = field(default_factory=lambda: environment()["commit"])
+
+    @property
+    def named(self) -> bool:
+        """Whether the commit says what code this is."""
+        return not self.commit.endswith("-dirty") and self.commit != "unknown"
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.monotonic()
+
+    def flags(self, task: str) -> list[str]:
+        """What every command on this task gets."""
+        flags = ["--device", self.device]
+        return flags if self.data is None else [*flags, "--data", str(self.data)]
+
+    def timeout(self) -> float | None:
+        """Of a subprocess."""
+        return None if self.left == float("inf") else max(self.left, 0.001)
+
+
+@dataclass
+class Section:
+    """Rows of one section of sgsc.json, measured one by one; `claims` makes the section's claims of all its rows."""
+
+    name: str
+    settings: Settings
+    claims: Callable[[list[Row]], list[Row]]
+
+    def __post_init__(self) -> None:
+        found = record.read("sgsc", self.settings.results)["rows"]
+        self.rows: list[Row] = [row for row in found if row["section"] == self.name]
+
+    def row(self, of: Row, measure: Callable[[], Row]) -> Row:
+        """The row with all the entries of `of`: the one that is there, or a new one, which is then written.
+
+        Raises:
+            OutOfTime: If it is not there, and no time is left to measure it.
+        """
+        of = {"schedule": self.settings.schedule, "device": self.settings.device_name, **of}
+        same = [row for row in self.rows if all(row.get(key) == value for key, value in of.items())]
+        of = {key: value for key, value in of.items() if value is not None}
+        for row in same:
+            if self.settings.named and row["commit"] == self.settings.commit:
+                return row
+        if self.settings.left <= self._expected(of):
+            raise OutOfTime
+        made = {**of, **measure()}
+        self.rows = [row for row in self.rows if row not in same] + [made]
+        self.write()
+        return made
+
+    def _expected(self, of: Row) -> float:
+        """Seconds that a row like this took at most; 0 where none was measured."""
+        keys = ("schedule", "device", "task", "method")
+        alike = [row for row in self.rows if all(row.get(key) == of.get(key) for key in keys)]
+        trained = "seed" in of and self.start(of["task"], of["seed"]).is_file()
+        return max((row.get("seconds", 0.0) - trained * row.get("float_seconds", 0.0) for row in alike), default=0.0)
+
+    def write(self) -> None:
+        """Put all rows and claims into the results; rows of before keep their stamp."""
+        command = f"python -m bench.sgsc {self.name}"
+        record.write("sgsc", self.name, self.rows, self.claims(self.rows), command, self.settings.results)
+        self.rows = [row for row in record.read("sgsc", self.settings.results)["rows"] if row["section"] == self.name]
+
+    # ---- what is measured ----
+
+    def start(self, task: str, seed: int) -> Path:
+        """Where the float network of a task and seed lies once a run has trained it."""
+        s = self.settings
+        return s.work / f"{task}-{seed}-{s.schedule}-{s.device.replace(':', '')}-{s.commit}.safetensors"
+
+    def sgsc(
+        self, task: str, target: float, seed: int, method: str = "sgsc", rest: Sequence[str] = (), **of: Any
+    ) -> Row:
+        """One run of `sgsc compress`."""
+
+        def measure() -> Row:
+            s, start = self.settings, self.start(task, seed)
+            flags = [*s.flags(task), *s.rest, *rest]
+            if task in s.steps:
+                flags += ["--float-steps", str(s.steps[task][0]), "--steps", str(s.steps[task][1])]
+            if start.is_file():
+                flags += ["--start", str(start)]
+            with tempfile.TemporaryDirectory() as folder:
+                report = report_of(task, target, seed, flags, folder, s.timeout())
+                if not start.is_file():
+                    start.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(Path(folder) / FLOAT, start)
+            guard = report["guard"]
+            tail = {key: guard[key] for key in ("worst_class", "tail") if key in guard}
+            row = summary(report) | {"steps": report["settings"]["config"]["steps"], **tail}
+            return row | {"float_seconds": report["seconds_by_phase"]["float training"]}
+
+        return self.row({"method": method, "task": task, "target_size": target, "seed": seed, **of}, measure)
+
+    def shared(self, task: str, seed: int) -> list[str]:
+        """What commands get that compare at one width."""
+        s = self.settings
+        flags = ["--seed", str(seed), *s.flags(task), "--work", str(self.start(task, seed))]
+        if task in s.steps:
+            flags += ["--float-steps", str(s.steps[task][0]), "--steps", str(s.steps[task][1])]
+        if "--limit" in s.rest:
+            flags += ["--limit", s.rest[list(s.rest).index("--limit") + 1]]
+        return flags
+
+    def uniform(self, task: str, bits: int, seed: int) -> Row:
+        """Uniform quantization-aware training at one width, from the same float network and for as many steps."""
+
+        def measure() -> Row:
+            command = [sys.executable, "-m", "bench.uniform", task, "--bits", str(bits), *self.shared(task, seed)]
+            return {k: v for k, v in called(command, self.settings.timeout()).items() if k != "device"}
+
+        return self.row({"method": f"lsq{bits}", "task": task, "seed": seed}, measure)

@@ -1,0 +1,139 @@
+"""Compression of real tasks: targets, uniform training at equal bytes, what the preservation set does, other libraries.
+
+    python -m bench.sgsc [mnist] [names] [cifar10] [resnet20] [shakespeare] [ablation] [peers] --data PATH
+                         [--reduced] [--seconds N] [--seeds N] [--targets T,T] [--device cuda]
+
+Each run is `sgsc compress` in a process of its own, and reads its test split once. `--reduced` is a schedule for a CPU;
+each row says which it was trained by, and the two never share a mean. What is in the results at this commit is not
+measured again, so that a call cut off, or ended by --seconds, goes on when it is repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from sgsc.demos.training import usable
+
+from . import record
+from .runs import OutOfTime, Row, Section, Settings
+from .sgsc_claims import ablated, ahead, loss_claims, mnist_claims, named, near_float
+from .sgsc_peers import measure_peers, peer_claims
+
+SEEDS = {"mnist": 5, "names": 5, "cifar10": 3, "resnet20": 3, "shakespeare": 3, "ablation": 5, "peers": 1}
+# the first ones are what is claimed
+TARGETS = {"mnist": (0.02, 0.01, 0.05, 0.005), "names": (0.10, 0.20, 0.05), "cifar10": (0.025, 0.01, 0.05)}
+UNIFORM = {"resnet20": (4, 3, 2), "shakespeare": (4, 3, 2, 8)}  # widths
+RESNET20 = 0.10
+ABLATED = {"mnist": 0.01, "names": 0.10, "resnet20": 0.05}  # task -> target size
+WITHOUT = ("--preservation-weight", "0", "--tolerance", "0.999")  # neither a loss on the set nor a guard that acts
+# task -> steps of the float training and of the compression, for two CPU cores
+REDUCED = {
+    **{"mnist": (500, 1000), "names": (800, 1200), "cifar10": (150, 200), "resnet20": (300, 500)},
+    "shakespeare": (500, 700),
+}
+QUICK = ("--limit", "16", "--samples", "4", "--bit-rate", "1")
+
+
+def curve(section: Section, seeds: Sequence[int], targets: Sequence[float]) -> None:
+    """Target sizes over seeds."""
+    for target in targets or TARGETS[section.name]:
+        for seed in seeds:
+            section.sgsc(section.name, target, seed)
+
+
+def against_uniform(section: Section, seeds: Sequence[int], targets: Sequence[float]) -> None:
+    """Each uniform width, and then our own network of at most as many bytes; resnet20 also at its own target."""
+    for seed in seeds:
+        for target in targets or ((RESNET20,) if section.name == "resnet20" else ()):
+            section.sgsc(section.name, target, seed)
+    for bits in UNIFORM[section.name]:
+        for seed in seeds:
+            point = section.uniform(section.name, bits, seed)
+            section.sgsc(section.name, point["stored_ratio"], seed, against=point["method"])
+
+
+def ablation(section: Section, seeds: Sequence[int], targets: Sequence[float]) -> None:
+    """With and without the preservation set: equal size, steps, seeds and samples, which are compared in both."""
+    for task, target in ABLATED.items():
+        for size in targets or (target,):
+            for seed in seeds:
+                section.sgsc(task, size, seed, method="with")
+                section.sgsc(task, size, seed, method="without", rest=WITHOUT)
+
+
+SECTIONS: dict[str, tuple[Callable[[Section, Sequence[int], Sequence[float]], None], Callable[[list[Row]], list[Row]]]]
+SECTIONS = {
+    "mnist": (curve, mnist_claims),
+    "names": (curve, loss_claims),
+    "cifar10": (curve, lambda rows: near_float(rows, "cifar10", 0.025, SEEDS["cifar10"])),
+    "resnet20": (
+        against_uniform,
+        lambda rows: near_float(rows, "resnet20", RESNET20, SEEDS["resnet20"]) + ahead(rows, SEEDS["resnet20"]),
+    ),
+    "shakespeare": (against_uniform, lambda rows: ahead(rows, SEEDS["shakespeare"])),
+    "ablation": (ablation, ablated),
+    "peers": (measure_peers, peer_claims),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what is not there yet; 0 also where time ran out before all of it was."""
+    started = time.monotonic()
+    chosen = record.options(arguments, str(__doc__).splitlines()[0], _more)
+    unknown = [name for name in chosen.sections if name not in SECTIONS]
+    if unknown:
+        print(f"bench.sgsc: no section is called {unknown[0]!r}; there are {', '.join(SECTIONS)}", file=sys.stderr)
+        raise SystemExit(2)
+    schedule = "quick" if chosen.quick else "reduced" if chosen.reduced else "full"
+    steps = {"reduced": REDUCED, "quick": dict.fromkeys(REDUCED, (1, 2)), "full": {}}[schedule]
+    device = usable(chosen.device)
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+    deadline = float("inf") if chosen.seconds is None else started + chosen.seconds
+    with contextlib.ExitStack() as stack:
+        settings = Settings(
+            *(schedule, steps, chosen.data, device, name, chosen.results, chosen.work),
+            rest=QUICK if chosen.quick else (),
+            deadline=deadline,
+        )
+        if not settings.named:  # float networks of unnamed code serve this call alone
+            settings.work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for name in chosen.sections or SECTIONS:
+            run, claims = SECTIONS[name]
+            section = Section(name, settings, claims)
+            seeds = range(chosen.seeds or (1 if chosen.quick else SEEDS[name]))
+            try:
+                run(section, seeds, chosen.targets)
+            except OutOfTime:
+                print(f"{name}: time is up with {named(section.rows)}; repeat the call to go on", file=sys.stderr)
+                return 0
+            print(f"{name}: {named(section.rows)}", file=sys.stderr)
+    return 0
+
+
+def _more(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
+    parser.add_argument("--data", type=Path, default=None, help="folder of the data, which no task here brings along")
+    parser.add_argument("--reduced", action="store_true", help="a schedule for a CPU, and said so in every row")
+    parser.add_argument("--seconds", type=float, default=None, help="stop before, with what is measured by then")
+    parser.add_argument("--seeds", type=int, default=None, help="seeds of each section (default: 5 or 3)")
+    parser.add_argument(
+        "--targets", type=_sizes, default=(), help="target sizes, instead of the sections' own: 0.02,0.01"
+    )
+    parser.add_argument("--device", default="cpu", help="where to train: cpu (default), cuda, auto")
+    parser.add_argument("--work", type=Path, default=Path("runs/bench"), help="float networks, kept between runs")
+
+
+def _sizes(text: str) -> tuple[float, ...]:
+    return tuple(float(size) for size in text.split(","))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""What bench.sgsc claims of its rows.
+
+A claim is made for each schedule that has rows, and names it unless it is the full one. It holds only where there are
+as many seeds as it asks for: the others count as not yet measured.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+
+from .record import claim
+from .runs import Row
+
+ACCURACY = {0.02: 0.994, 0.01: 0.985}  # MNIST: stored share -> to reach
+LOSS = (0.10, 1.626)  # names: stored share, to reach
+NO_WORSE = 0.20  # names: stored share at which the loss is to be no worse than the float network's
+HARM = ("guard_regressions", "preservation_regressions", "guard_upper_bound_95")
+
+
+def named(rows: Sequence[Row]) -> str:
+    """How many rows there are, in words."""
+    return f"{len(rows)} row{'' if len(rows) == 1 else 's'} measured"
+
+
+def schedules(rows: Iterable[Row]) -> list[str]:
+    """Those of the rows, the full one first."""
+    return sorted({row["schedule"] for row in rows}, key=lambda name: (name != "full", name))
+
+
+def says(schedule: str) -> str:
+    """What a claim adds about its schedule."""
+    return "" if schedule == "full" else f" ({schedule} schedule)"
+
+
+def pick(rows: Iterable[Row], **of: object) -> list[Row]:
+    """The rows with these entries."""
+    return [row for row in rows if all(row.get(key) == value for key, value in of.items())]
+
+
+def over_seeds(
+    text: str, rows: Sequence[Row], value: Callable[[Row], float], need: int, target: float, unit: str, least: bool
+) -> Row:
+    """A claim on the mean over seeds: at least `target`, or else at most."""
+    seeds = len({row["seed"] for row in rows})
+    measured = statistics.fmean(map(value, rows)) if rows else None
+    reached = measured is not None and (measured >= target if least else measured <= target)
+    count = f"mean of {seeds} seeds" if seeds >= need else f"mean of {seeds} of {need} seeds"
+    return claim(f"{text}, {count}", target, measured, unit, reached and seeds >= need)
+
+
+def mnist_claims(rows: list[Row]) -> list[Row]:
+    """Accuracy at each target."""
+    return [
+        over_seeds(
+            f"mnist at {100 * size:g} %: test accuracy{says(schedule)}",
+            *(pick(rows, schedule=schedule, target_size=size), lambda row: row["packed_accuracy"]),
+            *(5, target, "share", True),
+        )
+        for schedule in schedules(rows)
+        for size, target in ACCURACY.items()
+    ]
+
+
+def loss_claims(rows: list[Row]) -> list[Row]:
+    """Loss at the target, and against the float network where twice the bytes are stored."""
+    found = []
+    for schedule in schedules(rows):
+        size, target = LOSS
+        at = pick(rows, schedule=schedule, target_size=size)
+        text = f"names at {100 * size:g} %: test loss{says(schedule)}"
+        found.append(over_seeds(text, at, lambda row: row["packed_loss"], 5, target, "nats", False))
+        at = pick(rows, schedule=schedule, target_size=NO_WORSE)
+        text = f"names at {100 * NO_WORSE:g} %: test loss over that of the float network{says(schedule)}"
+        found.append(over_seeds(text, at, lambda row: row["packed_loss"] - row["float_loss"], 5, 0.0, "nats", False))
+    return found
+
+
+def near_float(rows: list[Row], task: str, size: float, need: int) -> list[Row]:
+    """Accuracy lost at a target: at most one standard error of a single run."""
+    found = []
+    for schedule in schedules(rows):
+        at = pick(rows, schedule=schedule, target_size=size, method="sgsc")
+        error = statistics.fmean(row["accuracy_standard_error"] for row in at) if at else 0.0
+        text = f"{task}, CIFAR-10 (JPEG q75), at {100 * size:g} %: test accuracy lost{says(schedule)}"
+        lost = lambda row: row["float_accuracy"] - row["packed_accuracy"]  # noqa: E731
+        found.append(over_seeds(text, at, lost, need, error, "share", False))
+    return found
+
+
+def ahead(rows: list[Row], need: int) -> list[Row]:
+    """How far we lead each uniform width at equal bytes, seed by seed."""
+    found = []
+    for schedule in schedules(rows):
+        of = pick(rows, schedule=schedule)
+        widths = sorted({row["method"] for row in of if row["method"].startswith("lsq")})
+        for method in widths:
+            pairs = []
+            for point in pick(of, method=method):
+                mine = pick(of, method="sgsc", seed=point["seed"], against=method)
+                pairs += [(m, point) for m in mine if m["stored_bytes"] <= point["stored_bytes"]]
+            text = f"{of[0]['task']}: ahead of uniform {method.removeprefix('lsq')}-bit training at equal bytes"
+            found.append(_lead(f"{text}{says(schedule)}", pairs, need))
+    return found
+
+
+def _lead(text: str, pairs: Sequence[tuple[Row, Row]], need: int) -> Row:
+    loss = any("packed_loss" in mine and mine["task"] in ("names", "shakespeare") for mine, _ in pairs)
+    key, sign, unit = ("packed_loss", -1, "nats") if loss else ("packed_accuracy", 1, "share")
+    leads = [{"seed": mine["seed"], "lead": sign * (mine[key] - point[key])} for mine, point in pairs]
+    return over_seeds(text, leads, lambda row: row["lead"], need, 0.0, unit, True)
+
+
+def ablated(rows: list[Row]) -> list[Row]:
+    """Held-out regressions with the preservation set, against those without it, at equal size and seed."""
+    found = []
+    for schedule in schedules(rows):
+        for task in dict.fromkeys(row["task"] for row in pick(rows, schedule=schedule)):
+            of = pick(rows, schedule=schedule, task=task)
+            pairs = []
+            for row in pick(of, method="without"):
+                mine = pick(of, method="with", seed=row["seed"], target_size=row["target_size"])
+                pairs += [{"seed": row["seed"], "fewer": row[HARM[0]] - m[HARM[0]]} for m in mine]
+            text = f"{task}: guard regressions without the preservation set, less those with it{says(schedule)}"
+            found.append(over_seeds(text, pairs, lambda row: row["fewer"], 5, 0.0, "samples", True))
+    return found

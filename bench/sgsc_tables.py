@@ -1,0 +1,153 @@
+"""The README's tables of bench.sgsc: schedules never share a line, and each line says by which it was trained."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .cells import cell, spread, table
+
+Row = Mapping[str, Any]
+LOSS = ("names", "shakespeare")  # tasks that are judged by nats a character; the others by accuracy
+SEEDS_NOTE = "Mean over the seeds (least to most)."
+
+
+def grouped(rows: Sequence[Row], *keys: str) -> list[list[Row]]:
+    """Rows that agree in these entries, in the order in which they come."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
+    return list(groups.values())
+
+
+def steps(group: Sequence[Row]) -> str:
+    """The schedule, and the steps of the compression; peers take none."""
+    counts = sorted({row["steps"] for row in group if "steps" in row})
+    return f"{group[0]['schedule']}{', ' if counts else ''}{'/'.join(f'{n:,}' for n in counts)}"
+
+
+def quality(group: Sequence[Row]) -> list[str]:
+    """Float, stored and the change: nats or accuracy, as the task is judged."""
+    loss = group[0]["task"] in LOSS
+    key, factor, form = ("loss", 1, ".4f") if loss else ("accuracy", 100, ".2f")
+    before, after = ([factor * row[f"{part}_{key}"] for row in group] for part in ("float", "packed"))
+    change = statistics.fmean(a - b for a, b in zip(after, before, strict=True))
+    errors = [100 * row["accuracy_standard_error"] for row in group if "accuracy_standard_error" in row]
+    error = f" ± {statistics.fmean(errors):.2f}" if errors and not loss else ""
+    return [spread(before, form), spread(after, form), f"{change:+{form}}{error}"]
+
+
+def harm(group: Sequence[Row]) -> list[str]:
+    """Guard regressions and their bound; nothing where there is no certificate."""
+    certified = [row for row in group if "guard_regressions" in row]
+    if not certified:
+        return ["", ""]
+    samples = "/".join(f"{n}" for n in sorted({row["guard_samples"] for row in certified}))
+    bound = spread([100 * row["guard_upper_bound_95"] for row in certified], ".1f")
+    return [f"{spread([row['guard_regressions'] for row in certified], '.3g')} of {samples}", bound]
+
+
+def seeds(group: Sequence[Row]) -> str:
+    return str(len({row["seed"] for row in group}))
+
+
+def stored(group: Sequence[Row]) -> str:
+    return spread([100 * row["stored_ratio"] for row in group], ".2f")
+
+
+def judged(rows: Sequence[Row]) -> list[str]:
+    """Heads of `quality`."""
+    unit = "test loss" if rows[0]["task"] in LOSS else "test accuracy, %"
+    return [f"float {unit}", f"stored {unit}", "change"]
+
+
+def curve(rows: Sequence[Row]) -> str:
+    """Compression, and uniform training where it was run: a target or a width a line, over seeds."""
+    ordered = [{**row, "named": _name(row)} for row in sorted(rows, key=lambda row: row["schedule"] != "full")]
+    lines = [
+        [group[0]["named"], steps(group), seeds(group), stored(group), *quality(group), *harm(group), _seconds(group)]
+        for group in grouped(ordered, "schedule", "device", "named")
+    ]
+    head = ["method", "schedule, steps", "seeds", "stored, % of float32 bytes", *judged(rows)]
+    head += ["guard regressions", "their 95 % bound, %", "seconds"]
+    source = " CIFAR-10 (JPEG q75)." if rows[0]["task"] in ("cifar10", "resnet20") else ""
+    note = f"{SEEDS_NOTE}{source} Seconds are those of one run without its float training."
+    return f"{table(head, lines, text=2)}\n\n{note}"
+
+
+def _name(row: Row) -> str:
+    method = str(row["method"])
+    if method.startswith("lsq"):
+        return f"uniform {method.removeprefix('lsq')}-bit training"
+    if row.get("against"):
+        width = str(row["against"]).removeprefix("lsq")
+        return f"sgsc, bytes of {width} bits" if " bits" not in width else f"sgsc, bytes of {width}"
+    return f"sgsc at {100 * row['target_size']:g} %"
+
+
+def _seconds(group: Sequence[Row]) -> str:
+    return spread([row["seconds"] - row.get("float_seconds", 0.0) for row in group], ".0f")
+
+
+def ablation(rows: Sequence[Row]) -> str:
+    """With and without the preservation set: what broke, in all, in the worst class and in the hard tail."""
+    lines = []
+    for group in grouped(rows, "schedule", "device", "task", "target_size", "method"):
+        first = group[0]
+        kept = spread([row["preservation_regressions"] for row in group], ".3g")
+        lines.append(
+            [
+                *(first["task"], f"{first['method']} the set", steps(group), seeds(group), stored(group)),
+                *(quality(group)[2], *harm(group)),
+                *(_share(group, "worst_class"), _share(group, "tail"), kept),
+            ]
+        )
+    head = ["task", "preservation", "schedule, steps", "seeds", "stored, % of float32 bytes", "change on test"]
+    head += ["guard regressions", "their 95 % bound, %", "worst class, % regressed", "hard tail, % regressed"]
+    head += ["regressions on the set"]
+    note = "Without: no loss on the set and no guard that acts on it; the same samples are compared. Nats or points."
+    return f"{table(head, lines, text=3)}\n\n{SEEDS_NOTE} {note}"
+
+
+def _share(group: Sequence[Row], key: str) -> str:
+    found = [100 * row[key]["share"] for row in group if isinstance(row.get(key), Mapping) and "share" in row[key]]
+    return spread(found, ".1f") if found else ""
+
+
+def peers(rows: Sequence[Row]) -> str:
+    """Other libraries and uniform training at one width, and ours with no more bytes than the least of them."""
+    lines, missing, left = [], {}, {}
+    for group in grouped(rows, "schedule", "device", "task", "method", "bits", "group", "against"):
+        first = group[0]
+        if "missing" in first:
+            missing[first["method"]] = first["missing"]
+            continue
+        for name in first.get("left_float", ()):
+            left[f"{first['method']}, {first['task']}, {first['bits']} bits"] = name
+        name = first["method"]
+        if name == "sgsc" or name.startswith("lsq"):
+            name = _name(first)
+        else:
+            name = f"{name}, {first['bits']} bits, scale of {first['group'] or 'a row'}"
+        lines.append([first["task"], name, steps(group), seeds(group), stored(group), *_both(group)])
+    head = ["task", "weights by", "schedule, steps", "seeds", "stored, % of float32 bytes"]
+    head += ["float test accuracy, %", "stored test accuracy, %", "float test loss", "stored test loss"]
+    note = (
+        "The libraries round a trained network, without training it further; bytes are counted in bench/sgsc_peers.py."
+    )
+    notes = "".join(f" {library} is missing: {cell(why)}." for library, why in missing.items())
+    notes += "".join(f" {where} left float: {cell(why)}." for where, why in left.items())
+    return f"{table(head, lines, text=3)}\n\n{note}{notes}"
+
+
+def _both(group: Sequence[Row]) -> list[str]:
+    of = ((100, "float_accuracy", ".2f"), (100, "packed_accuracy", ".2f"), (1, "float_loss", ".4f"))
+    return [spread([f * row[key] for row in group], form) for f, key, form in (*of, (1, "packed_loss", ".4f"))]
+
+
+LAYOUTS: dict[str, Callable[[Sequence[Row]], str]] = {
+    **dict.fromkeys(("mnist", "names", "cifar10", "resnet20", "shakespeare"), curve),
+    "ablation": ablation,
+    "peers": peers,
+}

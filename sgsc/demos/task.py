@@ -1,0 +1,144 @@
+"""One demo task: data in four splits, the network for it, and how long to train.
+
+`train` is what the weights and the preservation set are taken from, `validation` serves choices while training,
+`guard` is held out for the certificate, and `test` is read once, at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from .models import ARCHITECTURES
+
+SPLITS = ("train", "validation", "guard", "test")
+# The next character is often a near tie, which any change flips, and so is the class of some photographs: these start
+# with a tolerance, digits with none. Those of the last three are for a GPU.
+SCHEDULES = {
+    "digits": {"float_steps": 500, "compress_steps": 1000, "batch_size": 64, "learning_rate": 3e-3, "tolerance": 0.0},
+    "char-lm": {"float_steps": 900, "compress_steps": 900, "batch_size": 32, "learning_rate": 3e-3, "tolerance": 0.03},
+    "mnist": {"float_steps": 1500, "compress_steps": 3000, "batch_size": 128, "learning_rate": 2e-3, "tolerance": 0.0},
+    "names": {"float_steps": 1500, "compress_steps": 3000, "batch_size": 64, "learning_rate": 2e-3, "tolerance": 0.03},
+    "cifar10": {
+        **{"float_steps": 8000, "compress_steps": 12000, "batch_size": 128, "learning_rate": 2e-3, "tolerance": 0.02},
+    },
+    "resnet20": {
+        **{"float_steps": 16000, "compress_steps": 12000, "batch_size": 128, "learning_rate": 3e-3, "tolerance": 0.02},
+    },
+    "shakespeare": {
+        **{"float_steps": 2500, "compress_steps": 4000, "batch_size": 32, "learning_rate": 2e-3, "tolerance": 0.03},
+    },
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One demo: data, network and schedule.
+
+    Attributes:
+        name: Key in TASKS.
+        architecture: Name in ARCHITECTURES and keyword arguments.
+        train: Samples x and targets y, shaped as the head of tasks.py says; so are validation and guard.
+        validation: For choices while training.
+        guard: Held out, for the certificate.
+        test: Returns the test split; a second call raises RuntimeError, for whoever looks twice is choosing by it.
+        alphabet: The character of each number, or empty where samples are images.
+        sources: What the data is, with licence or citation.
+        float_steps: Optimiser steps of the float model.
+        compress_steps: Optimiser steps suggested for the compression.
+        batch_size: Samples a step.
+        learning_rate: Peak of the schedule, for AdamW.
+        tolerance: Share of the preservation samples that may regress, unless the user says otherwise.
+        mean: What was subtracted from each colour of 0..1; empty where images are grey, or samples are text.
+        deviation: What each colour was then divided by.
+        start: Returns the state dict of a float network that is trained already, where there is one.
+    """
+
+    name: str
+    architecture: tuple[str, dict]
+    train: TensorDataset
+    validation: TensorDataset
+    guard: TensorDataset
+    test: Callable[[], TensorDataset]
+    alphabet: str
+    sources: str
+    float_steps: int
+    compress_steps: int
+    batch_size: int
+    learning_rate: float
+    tolerance: float
+    mean: tuple[float, ...] = ()
+    deviation: tuple[float, ...] = ()
+    start: Callable[[], Mapping[str, Tensor]] | None = None
+
+    @property
+    def text(self) -> bool:
+        """Whether samples are text."""
+        return bool(self.alphabet)
+
+    @property
+    def colour(self) -> bool:
+        """Whether samples are images in colour."""
+        return bool(self.mean)
+
+    def build(self) -> nn.Module:
+        """A network of this task's architecture, freshly initialised from torch's global generator."""
+        name, arguments = self.architecture
+        return ARCHITECTURES[name](**arguments)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross entropy in nats: (..., classes) float and (...) int64 -> a scalar."""
+        return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+
+    def show(self, x: Tensor) -> str | list[list[float]] | list[list[list[float]]]:
+        """One sample for a reader: (T,) int64 -> a str, (1, H, W) -> H lists of W floats, colour of W [r, g, b]."""
+        if self.text:
+            return "".join(self.alphabet[i] for i in x.tolist())
+        if not self.colour:
+            return x[0].tolist()
+        mean, deviation = (torch.tensor(v)[:, None, None] for v in (self.mean, self.deviation))
+        levels = ((x.cpu() * deviation + mean) * 255).round().clamp(0, 255).permute(1, 2, 0)  # those of the file
+        return [[[round(v / 255, 3) for v in pixel] for pixel in row] for row in levels.tolist()]
+
+    def to(self, device: torch.device | str) -> Task:
+        """The same task with what is trained and judged on at `device`; the test split stays where it is."""
+        if torch.device(device).type == "cpu":
+            return self
+        moved = (TensorDataset(*(t.to(device) for t in s.tensors)) for s in (self.train, self.validation, self.guard))
+        return replace(self, **dict(zip(SPLITS, moved, strict=False)))
+
+
+def make_task(
+    name: str, architecture: tuple[str, dict], splits: Sequence[TensorDataset], limit: int | None, **more: Any
+) -> Task:
+    """A task whose test split is given out once."""
+    train, validation, guard, last = (TensorDataset(*split[:limit]) for split in splits)
+    left = [last]
+
+    def test() -> TensorDataset:
+        if not left:
+            raise RuntimeError(f"the test split of {name} has been read once already; choose by validation or guard")
+        return left.pop()
+
+    return Task(name, architecture, train, validation, guard, test, **more, **SCHEDULES[name])  # pyright: ignore
+
+
+def find(data: Path | None, names: Sequence[str], task: str) -> Path:
+    """The file that `data` is, or the first of `names` in the folder that it is.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if data is None:
+        raise ValueError(f"{task} is not bundled; name the folder that holds {names[0]}, or the file, with --data PATH")
+    for path in (data, *(data / name for name in names)):
+        if path.is_file():
+            return path
+    raise ValueError(f"{task}: no {' or '.join(names)} in {str(data)!r}; --data names the folder or the file itself")

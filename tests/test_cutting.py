@@ -1,0 +1,96 @@
+"""Channels that leave while a network trains: it goes on as if they had stayed, and can be put back."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sgsc import prepare
+from sgsc.coupling import couple
+from sgsc.cutting import cut_while_training, take_shapes
+from sgsc.layers import quant_layers
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv2d(2, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 16, 3, groups=16), nn.ReLU(), nn.Conv2d(16, 12, 1), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(12 * 16, 5)),
+    )
+    model = prepare(net).model
+    with torch.no_grad():
+        model[0].weight_quantizer.bit_depth[::3] = 0
+        model[3].weight_quantizer.bit_depth[::3] = 0
+        model[5].weight_quantizer.bit_depth[1::4] = 0
+    couple(model).silence(model)
+    return model
+
+
+X = torch.randn(64, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+Y = torch.arange(64) % 5
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    loss = F.cross_entropy(model(X), Y)
+    optimizer.zero_grad()
+    loss.backward()
+    for layer in quant_layers(model).values():  # the widths stay
+        layer.weight_quantizer.bit_depth.grad = layer.weight_quantizer.range.grad = None
+    optimizer.step()
+    couple(model).silence(model)
+    return loss
+
+
+def cut(model: nn.Module, *optimizers, states=()) -> dict:
+    coupling = couple(model)
+    return cut_while_training(model, coupling, coupling.silent(model), optimizers, states)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_training_goes_on_as_if_nothing_had_left(kind):
+    whole = network()
+    small = copy.deepcopy(whole)
+    options = {"lr": 1e-2, "weight_decay": 0.1} | ({"momentum": 0.9} if kind is torch.optim.SGD else {})
+    optimizers = {m: kind(m.parameters(), **options) for m in (whole, small)}
+    for model, optimizer in optimizers.items():
+        for _ in range(3):
+            held = step(model, optimizer)  # its graph, of the old shapes, stays alive
+    parameters = list(small.parameters())
+    left = cut(small, optimizers[small])
+    assert small[0].weight.shape == (10, 2, 3, 3)
+    assert small[3].groups == small[3].in_channels == 10
+    assert small[5].weight.shape == (9, 10, 1, 1)
+    assert left["0"].tolist() == [i % 3 != 0 for i in range(16)]
+    assert all(a is b for a, b in zip(parameters, small.parameters(), strict=True))
+    for model, optimizer in optimizers.items():
+        for _ in range(5):
+            held = step(model, optimizer)
+    assert held.isfinite()
+    assert torch.allclose(small[5].weight, whole[5].weight[left["5"]][:, left["3"]], atol=1e-5)
+    assert torch.allclose(small.eval()(X), whole.eval()(X), atol=1e-4)
+
+
+def test_a_state_beside_the_model_is_cut_with_it():
+    model = network()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    cut(model, states=[state])
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_takes_its_old_shapes_back():
+    model = network().eval()
+    want, state = model(X).detach(), {name: value.clone() for name, value in model.state_dict().items()}
+    cut(model)
+    take_shapes(model, state)
+    model.load_state_dict(state)
+    assert torch.equal(model(X), want)
+    fresh, small = network(), {}
+    cut(model)
+    small = model.state_dict()
+    take_shapes(fresh, small)
+    fresh.load_state_dict(small)
+    assert (fresh[3].groups, fresh[3].in_channels, fresh[5].out_channels, fresh[1].num_features) == (10, 10, 9, 10)
+    assert torch.allclose(fresh.eval()(X), want, atol=1e-5)
