@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .distributed import Ranks
 from .layers import QuantLayer, quant_layers
+from .sharding import whole_tensor
 
 AVERAGE = 0.9  # decay of the running mean of worth_c
 BISECTIONS = 40
@@ -229,7 +230,8 @@ class BitOptimizer:
         torch._foreach_copy_(list(self.depths.values()), list(self.by_layer(new).values()))
         for name, which in changed.items():
             if which.any():
-                self.layers[name].weight_quantizer.fit(self.layers[name].rows(), which)
+                weight = whole_tensor(self.layers[name].weight)
+                self.layers[name].weight_quantizer.fit(weight.flatten(1), which)
 
     @torch.no_grad()
     def sell_cheapest(self, size_gradient: Tensor, step: int, size: float) -> bool:

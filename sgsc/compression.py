@@ -30,6 +30,7 @@ from .guard import Check, check, restore
 from .layers import quant_layers
 from .preservation import PreservationSet
 from .samples import as_deployed, device_of
+from .sharding import is_sharded, shard_of, whole, whole_tensor, zero_rows
 from .size import weight_count
 
 WAY_OUT = "lower the learning rate, or load the last checkpoint"
@@ -106,6 +107,10 @@ class SelfCompression:
             raise ValueError(
                 "cut=True on several ranks: DistributedDataParallel knows parameters by the shapes they had; leave "
                 "cut off, `pack` removes the same channels in the end"
+            )
+        if self.config.sparsity_weight and any(is_sharded(p) for p in self.model.parameters()):
+            raise ValueError(
+                f"sparsity_weight={self.config.sparsity_weight} with sharded weights: not served; leave it at 0"
             )
         if self.ranks.count > 1 and self.keep is not None:
             outputs = self.keep.outputs.clone()  # the same but for rounding
@@ -269,8 +274,10 @@ class SelfCompression:
         before = {
             name: self.good[f"{name}.weight_quantizer.bit_depth".removeprefix(".")].round() for name in bits.depths
         }
-        given = restore(self.model, self.control.coupling, self.keep, self.good, before)
-        self.ranks.follow([*self.model.state_dict().values(), *given.values()])
+        good = {name: whole_tensor(value) for name, value in self.good.items()}
+        with whole(self.model):
+            given = restore(self.model, self.control.coupling, self.keep, good, before)
+            self.ranks.follow([*self.model.state_dict().values(), *given.values()])
         channels = sum(int(mask.sum()) for mask in given.values())
         if not channels:
             return
@@ -288,7 +295,7 @@ class SelfCompression:
         state = self.optimizer.state.get(weight, {}) if self.optimizer is not None else {}
         for value in state.values():
             if isinstance(value, Tensor) and value.shape == weight.shape:
-                value[rows] = 0.0
+                zero_rows(value, rows)
 
     def _snapshot(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
@@ -299,14 +306,13 @@ class SelfCompression:
     # ---- checkpoints ----
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to go on bit for bit, the model's own state included."""
+        """Everything that a resumed run needs to go on bit for bit, the model's own state included, whole."""
+        states = {"model": self.model.state_dict(), "good": self.good, "best": self.best}
         return {
-            "model": self.model.state_dict(),
+            **{kind: {name: whole_tensor(v) for name, v in state.items()} for kind, state in states.items()},
             "control": self.control.state_dict(),
             "generator": self.generator.get_state(),
             "config": self.config.as_dict(),
-            "good": self.good,
-            "best": self.best,
             "risk": self.risk,
             "values": {name: getattr(self, name) for name in self._VALUES},
         }
@@ -321,11 +327,14 @@ class SelfCompression:
         """
         if state["config"] != self.config.as_dict():
             raise ValueError(f"the checkpoint is of a run with settings {state['config']}; this one has {self.config}")
-        self.control.load_state_dict(state["control"], state["model"])
+        with whole(self.model):
+            self.control.load_state_dict(state["control"], state["model"])
         self.generator.set_state(state["generator"])
         self.risk = state["risk"]
-        here = {name: value.device for name, value in self.model.state_dict().items()}
-        self.good, self.best = ({n: v.to(here[n]) for n, v in state[kind].items()} for kind in ("good", "best"))
+        here = self.model.state_dict()
+        self.good, self.best = (
+            {n: shard_of(v.to(here[n].device), here[n]) for n, v in state[kind].items()} for kind in ("good", "best")
+        )
         for name in self._VALUES:
             setattr(self, name, state["values"][name])
         self.calls = 0

@@ -23,6 +23,7 @@ from .coupling import couple
 from .cutting import cut_while_training, take_shapes
 from .distributed import Ranks
 from .packed import pack
+from .sharding import whole
 from .size import SizeModel, float_bytes
 
 LANDINGS = 60  # rounds of selling or buying that a landing may take; each measures a file
@@ -65,8 +66,9 @@ class Controller:
 
     def look_anew(self) -> None:
         """Read the model's shapes again."""
-        self.coupling = couple(self.model)
-        self.sizes = SizeModel(self.model, self.coupling, file=True)
+        with whole(self.model):
+            self.coupling = couple(self.model)
+            self.sizes = SizeModel(self.model, self.coupling, file=True)
         self.silent: Tensor | None = None  # (ids,) channels that were dead at the last call of `cut`
         self._known: tuple[Any, ...] = ()
 
@@ -83,8 +85,9 @@ class Controller:
 
     def measure(self) -> None:
         """Pack, and learn how far the stored size lies above the estimate."""
-        self.coupling.silence(self.model)
-        self.stored = stored_size(pack(self.model), **self.file) / self.float_bytes
+        with whole(self.model):
+            self.coupling.silence(self.model)
+            self.stored = stored_size(pack(self.model), **self.file) / self.float_bytes
         self.overhead = self.stored - float(self.estimate()[0])
 
     @property
@@ -102,7 +105,8 @@ class Controller:
     def step(self, step: int) -> None:
         """Move ranges and widths, after a backward; `step` counts from 0."""
         self._move(step)
-        self.coupling.silence(self.model)
+        with whole(self.model, vectors=True):
+            self.coupling.silence(self.model)
 
     def _move(self, step: int) -> None:
         config = self.config

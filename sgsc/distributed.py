@@ -1,9 +1,9 @@
 """Training on several ranks: what they share, so that all of them make the same decisions without asking each other.
 
-Weights are the user's: DistributedDataParallel averages their gradients. The quantizers' parameters are left out of it
-(`leave_out`), since `BitOptimizer` takes their gradients away as backward makes them; it averages them itself, one
-vector a step. Every rank then moves widths, prices and ranges alike, by the same arithmetic on the same numbers: what
-DistributedDataParallel itself relies on for the weights.
+Weights are the user's: DistributedDataParallel or FSDP2 (sharding.py) averages their gradients. The quantizers'
+parameters are left out of that (`leave_out`, `quantizer_parameters`), since `BitOptimizer` takes their gradients away
+as backward makes them; it averages them itself, one vector a step. Every rank then moves widths, prices and ranges
+alike, by the same arithmetic on the same numbers: what DistributedDataParallel itself relies on for the weights.
 
 What could differ is shared: the losses, so that all ranks stop where one is not finite; buffers, since batch norm
 counts on each rank's own batches (rank 0's win, as in DistributedDataParallel); what the guard saw and gave back, since
@@ -23,6 +23,9 @@ from torch import Tensor, nn
 
 from .layers import quant_layers
 from .samples import device_of
+from .sharding import is_sharded, refuse_what_is_not_served, reshard, whole
+
+__all__ = ["Ranks", "leave_out", "quantizer_parameters", "whole"]
 
 T = TypeVar("T")
 
@@ -69,13 +72,15 @@ class Ranks:
         """
         if isinstance(model, nn.parallel.DistributedDataParallel):
             raise ValueError("got DistributedDataParallel; pass the model itself, and wrap it after SelfCompression")
+        reshard(model)
+        refuse_what_is_not_served(model, quantizer_parameters(model))
         leave_out(model)
         if not self.agree(settings, device_of(model)):
             raise ValueError(
                 "ranks differ in settings or preservation set; use the same seed and data on all, or, for runs that "
                 "are independent of each other, a process_group of one rank each"
             )
-        self.follow(model.state_dict().values())
+        self.follow(v for v in model.state_dict().values() if not is_sharded(v))
 
     def check(self) -> None:
         """Refuse ranks that came up later, which no gradient would be shared with.
