@@ -150,7 +150,7 @@ def cases() -> dict[str, tuple]:
         odd[0][0, 0, 3, 3], odd[0][1, 1, 0, 0] = float("nan"), float("inf")
         apart, alone = of(channels=9, inputs=12, groups=3, size=(4, 5)), of(channels=9, inputs=9, groups=9)
         for x in (apart[0], alone[0]):  # of one group, and no other's business
-            x[0, 5, 3, 3], x[1, 1, 0, 0] = float("nan"), float("inf")
+            x[0, 5, 3, 3], x[1, 0, 0, 0] = float("nan"), float("inf")  # the second where a row is removed
         one = {
             "three-by-three": of(),
             "one-by-one": of(kernel=(1, 1), padding=(0, 0)),
