@@ -108,9 +108,12 @@ def test_other_sections_are_measured(quick):
         assert row["missing"] == {}
         assert len(row["ratio"]) == 3
     layers, _ = of_section(quick, "conv2d")
-    assert [(row["batch"], row["bits"]) for row in layers] == [(1, 4), (1, MIXED), (2, 4), (2, MIXED)]
+    assert [(row["batch"], row["groups"], row["bits"]) for row in layers] == [
+        (batch, groups, bits) for batch in (1, 2) for groups in (1, 2, 8) for bits in (4, MIXED)
+    ]
     for row in layers:
         consistent(row)
+        assert row["channels_last_microseconds"] > 0
         assert row["ratio"].keys() == gpu_conv2d.LAYOUTS.keys()
         assert row["missing"] == {}
     steps, claims = of_section(quick, "training")
@@ -235,6 +238,7 @@ def test_claims_of_the_other_sections_can_fail():
 
     def layers(batch, *ratios):
         rows = [{"case": str(i), "batch": batch, "ratio": {"a": r, "b": 2.0, "c": None}} for i, r in enumerate(ratios)]
+        rows = [row | {"groups": 1} for row in rows] + [rows[0] | {"groups": 2, "case": "apart", "ratio": {"a": 0.1}}]
         return {claim["target"]: claim["holds"] for claim in gpu_conv2d.claims(rows, 1)}
 
     assert layers(1, 1.0, 1.1) == {1.0: True, 0.9: False}
