@@ -671,6 +671,27 @@ def test_the_script_runs_everything_and_says_what_failed(out, tmp_path):
     assert log.read_text().splitlines() == [expected[2], expected[0]]
 
 
+@pytest.mark.parametrize("section", ["cifar10", "resnet20", "shakespeare"])
+def test_a_task_is_a_call_of_its_own_with_nearly_all_of_the_time(section, tmp_path):
+    """It is among no other call's sections, and ends itself before it would be ended."""
+    log, folder = tmp_path / "log", tmp_path / "bin"
+    folder.mkdir()
+    for name, said in (("python3", "$*"), ("timeout", "limit $3")):
+        fake = folder / name
+        fake.write_text(f'#!/bin/sh\necho "{said}" >>{log}\n[ "$0" = {folder}/python3 ] || {{ shift 3; exec "$@"; }}\n')
+        fake.chmod(0o755)
+    found = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "OUT": str(tmp_path / "out"), "DATA": "/d"}
+    command = ["bash", str(ROOT / "bench/gpu.sh"), section]
+    assert subprocess.run(command, check=False, env=found, cwd=tmp_path).returncode == 0
+    limit, called = log.read_text().splitlines()
+    told = re.fullmatch(
+        rf"-m bench\.sgsc {section} --device cuda --seconds (\d+) --data /d --results {tmp_path}/out", called
+    )
+    assert told is not None
+    assert 450 <= int(told[1]) <= int(limit.split()[1]) - 10 <= 530
+    assert section not in (ROOT / "bench/gpu.sh").read_text().split("set -- ")[1].splitlines()[0]
+
+
 def test_the_budgets_fit_into_nine_minutes():
     start = 10.0  # of a process, before its section begins
     budgets = [gpu_check.SECONDS, *(budget for _, budget in gpu.SECTIONS.values())]
