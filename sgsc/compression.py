@@ -134,17 +134,29 @@ class SelfCompression:
             raise ValueError(f"task loss of shape {tuple(task_loss.shape)}: want one number, such as its mean")
         extra, parts = self._extra()
         total = task_loss + extra
-        shown = {"loss": task_loss, **parts, "sum": total}
+        self._made({"loss": task_loss, **parts, "sum": total})
+        return total
+
+    def extra_loss(self) -> Tensor:
+        """What `loss` adds to the task loss, for trainers that run their own backward.
+
+        Once a step, in place of `loss`: its gradients add up with those of the task loss. It needs no gradient where
+        there is nothing to preserve and no sparsity asked for.
+
+        Raises:
+            ValueError: If it is not finite.
+        """
+        extra, parts = self._extra()
+        self._made({**parts, "sum": extra})
+        return extra
+
+    def _made(self, shown: dict[str, Tensor]) -> None:
         means = self.ranks.mean([torch.stack([v.detach().double().reshape(()) for v in shown.values()])])
         values = dict(zip(shown, means[0].tolist(), strict=True))
-        if not math.isfinite(values["loss"]):
+        if not math.isfinite(values.get("loss", 0.0)):
             raise ValueError(f"task loss [{values['loss']}] at step {self.steps}: want one finite number; {WAY_OUT}")
         if not math.isfinite(values.pop("sum")):
             raise ValueError(f"the loss at step {self.steps} is not finite, its parts are {values}; {WAY_OUT}")
-        self._made(values)
-        return total
-
-    def _made(self, values: dict[str, float]) -> None:
         self.calls += 1
         self.last = values
         if self.scaler is not None and self.scaler.is_enabled():  # now, since the user updates it before `step`

@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "sgsc/compression": {
         *("config", "controller", "cutting", "distributed", "guard", "layers", "preservation", "samples", "size"),
     },
+    "sgsc/integrations": {"checkpoint", "compression", "distributed", "preservation"},
     "sgsc/report": {"report"},
     "sgsc/measure": {"kernels"},
     "sgsc/environment": {"__version__"},
