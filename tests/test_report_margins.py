@@ -63,7 +63,7 @@ def test_each_part_is_drawn_and_said(render):
         "class 8 0.800 → 0.760 0 of 26",
         "Mean margin from 0.25 to 1;",
         "Worst class: 3 , 1 of 27 regressed (3.70 %), 11.11 % of its margin lost.",
-        "1 classes that fared better, or of which float had none right, are left out.",
+        "1 class left out: fared better, or float had none of it right.",
     ):
         assert expected in words
     assert "class 9" not in words  # float had none right
@@ -103,7 +103,7 @@ def test_of_many_classes_the_worst_are_shown(render):
     html = render({"guard": split(by_class=classes)})
     shown = [label.split(":")[0] for label, *_ in rows_of(html)]
     assert shown == ["all", "hard tail", "class 5", *(f"class {i}" for i in range(29, 10, -1))]
-    assert "10 classes that fared better" in words_of(html)
+    assert "10 classes left out: fared better" in words_of(html)
     few = {str(i): part(10, int(i == 19), 0.9, 0.8) for i in range(20)}
     assert [label.split(":")[0] for label, *_ in rows_of(render({"guard": split(by_class=few)}))][2] == "class 0"
 
