@@ -12,6 +12,7 @@ import triton.language as tl
 from sgsc.kernels import OPS, fragments, run_form, triton_counters, triton_depthwise_kernels, triton_early
 from sgsc.kernels import triton_packed as ours
 from sgsc.kernels.packed_conv2d import _case as conv2d_case
+from sgsc.kernels.triton_configuration import Sliding
 from tests.checks import assert_agrees, assert_same
 
 LINEAR, CONV2D = OPS["packed_linear"], OPS["packed_conv2d"]
@@ -210,7 +211,8 @@ def check_every_depthwise_level(device="cpu"):
         for offset in (-(2.0 ** (bits - 1)), 0.25)[: 1 + (bits == 5)]:
             grid = torch.ones(1, 16) if offset < 0 else torch.stack([torch.ones(16), torch.full((16,), offset)])
             geometry = ([down, across], [1, 1], [0, 0], [1, 1], 16)
-            with with_settings(conv2d_reference=refused, dense=refused):
+            one = Sliding(32, 16, across // 2, 1)  # program, as they take turns here
+            with with_settings(conv2d_reference=refused, dense=refused, sliding=lambda *_, one=one: one):
                 y = Ours(CONV2D, device)(x, words, plan, grid, None, 16, *geometry, False)
             expected = ((levels.float() + offset) * x.flatten(2)).sum(2)
             assert_same(y.flatten(1) + 0.0, expected + 0.0, f"{bits} bits, {offset}")
