@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from . import gpu_conv2d, gpu_linear, gpu_training
+from . import gpu_chain, gpu_conv2d, gpu_linear, gpu_training
 from .gpu_device import Gpu, Interpreted, Run, copy_bandwidth, find
 from .record import write
 
@@ -47,10 +47,16 @@ def ceilings(run: Run) -> None:
     )
 
 
+def linear(run: Run) -> None:
+    """Layers in a row, which takes seconds, then each by itself until the time is over."""
+    gpu_chain.measure(run)
+    gpu_linear.measure(run)
+
+
 # seconds of each, the most important first
 SECTIONS: dict[str, tuple[Callable[[Run], None], float]] = {
     "ceilings": (ceilings, 10),
-    "linear": (gpu_linear.measure, 150),
+    "linear": (linear, 150),
     "fake_quantize": (gpu_training.measure_passes, 40),
     "training": (gpu_training.measure_steps, 50),
     "conv2d": (gpu_conv2d.measure, 50),

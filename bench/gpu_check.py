@@ -28,7 +28,7 @@ import torch
 from tests.kernels import triton_interpreted_packed as packed
 from tests.kernels.triton_interpreted import CHECKS
 
-from . import gpu_conv2d, gpu_linear
+from . import gpu_chain, gpu_conv2d, gpu_linear
 from .gpu_device import Device, find
 from .record import claim, write
 
@@ -37,6 +37,7 @@ PARTS = 4  # of a check that goes through the cases of an operation
 ON_DEVICE = [name for name, check in CHECKS.items() if "device" in inspect.signature(check).parameters]
 COMPILED: dict[str, tuple[Callable[[Device, int], None], int]] = {
     "compile linear": (gpu_linear.compile_one, len(gpu_linear.VARIANTS)),
+    "compile a chain": (gpu_chain.compile_one, 1),
     "compile conv2d": (gpu_conv2d.compile_one, len(gpu_conv2d.VARIANTS)),
 }
 ROOT = Path(__file__).resolve().parents[1]

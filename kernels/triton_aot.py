@@ -52,6 +52,7 @@ class MachineCode:
     shared: int
     instructions: Counter[str]
     loops: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
+    code: tuple[str, ...] = field(default=(), repr=False)
 
     def count(self, pattern: str) -> int:
         """Instructions whose whole name matches the regular expression."""
@@ -118,6 +119,21 @@ def compile_for(
     return read(compiled, target)
 
 
+def variant_of(kernel: Any, target: str, arguments: Iterable[Any], options: Mapping[str, Any]) -> str:
+    """What Triton keeps compiled code under, for a launch with these arguments: where it is new, the call compiles.
+
+    Args:
+        kernel: The `@triton.jit` function.
+        target: Key of `TARGETS`.
+        arguments: By position, as in the launch.
+        options: The others: constants, warps and stages.
+    """
+    with _driver_of(target):
+        bind = kernel.create_binder()[-1]
+        _, specialization, rest = bind(*arguments, **options)
+    return f"{specialization} {rest}"
+
+
 @contextmanager
 def _driver_of(target: str) -> Iterator[None]:
     """Kernels that ask for their target (`is_cuda()`) ask the driver: without one, all of them would get "no"."""
@@ -137,13 +153,15 @@ def _read_nvidia(compiled: Any, target: str) -> MachineCode:
         sass = _cuobjdump("-sass", cubin)
     registers, stack, local = (int(re.findall(rf"{what}:(\d+)", usage)[0]) for what in ("REG", "STACK", "LOCAL"))
     # /*0090*/  @!P0 LDG.E.128 R4, [R2.64] ;
-    code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*?)\s*;", sass, re.MULTILINE)
+    whole = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+((?:@!?U?P\w+\s+)?[A-Z][^;]*?)\s*;", sass, re.MULTILINE)
+    code = [(address, re.sub(r"^@\S+\s+", "", text)) for address, text in whole]
     names = [text.split()[0] for _, text in code]
     # @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
     names += re.findall(r"^\s+(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s", compiled.asm["ptx"], re.MULTILINE)
     at = {f"0x{int(address, 16):x}": i for i, (address, _) in enumerate(code)}
     loops = _loops([text for _, text in code], r"BRA\b.*?(0x[0-9a-f]+)", at)  # BRA 0x1100
-    return MachineCode(target, registers, stack + local, compiled.metadata.shared, Counter(names), loops)
+    every = tuple(text for _, text in whole)
+    return MachineCode(target, registers, stack + local, compiled.metadata.shared, Counter(names), loops, every)
 
 
 def _cuobjdump(option: str, cubin: Path) -> str:
@@ -167,7 +185,7 @@ def _read_amd(compiled: Any, target: str) -> MachineCode:
     loops = _loops(code, r"s_c?branch\w*\s+(\.LBB\w+)", at)  # s_cbranch_scc1 .LBB0_3
     spilled = figure("vgpr_spill_count") + figure("private_segment_fixed_size")
     names = Counter(line.split()[0] for line in code)
-    return MachineCode(target, figure("vgpr_count"), spilled, compiled.metadata.shared, names, loops)
+    return MachineCode(target, figure("vgpr_count"), spilled, compiled.metadata.shared, names, loops, tuple(code))
 
 
 def _loops(code: list[str], branch: str, at: Mapping[str, int]) -> tuple[tuple[str, ...], ...]:

@@ -28,6 +28,7 @@ _HOME = {
     "PackedLinear": "packed",
     "pack": "packed",
     "set_numerics": "packed",
+    "adopt_widths": "averaging",
     "prepare": "preparation",
     "quantize_together": "together",
     "PreservationSet": "preservation",
@@ -39,6 +40,7 @@ _HOME = {
     "read": "artefact",
     "save": "artefact",
     "stored_size": "artefact",
+    "file_bits": "size",
     "float_bytes": "size",
     "nominal_bits": "size",
     "load_checkpoint": "checkpoint",
@@ -57,9 +59,11 @@ __all__ = [
     "QuantLinear",
     "QuantMultiheadAttention",
     "SelfCompression",
+    "adopt_widths",
     "certify",
     "fake_quantize",
     "fake_quantize_many",
+    "file_bits",
     "float_bytes",
     "load",
     "load_checkpoint",
@@ -77,6 +81,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .artefact import ArtefactError, load, load_into, read, save, stored_size
+    from .averaging import adopt_widths
     from .certificate import certify
     from .checkpoint import load_checkpoint, save_checkpoint
     from .compression import SelfCompression
@@ -85,7 +90,7 @@ if TYPE_CHECKING:
     from .packed import PackedConv1d, PackedConv2d, PackedEmbedding, PackedLinear, pack, set_numerics
     from .preparation import prepare
     from .preservation import PreservationSet
-    from .size import float_bytes, nominal_bits
+    from .size import file_bits, float_bytes, nominal_bits
     from .together import quantize_together
 
 

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from .distributed import Ranks
 from .layers import QuantLayer, quant_layers
 
 AVERAGE = 0.9  # decay of the running mean of worth_c
@@ -75,7 +76,15 @@ class BitOptimizer:
         worth, frozen_until: (C,) of all channels: what a bit is worth, and the step up to which it may not trade.
     """
 
-    def __init__(self, model: nn.Module, bit_rate: float, grid_rate: float, least_size: float = 1e-12) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        bit_rate: float,
+        grid_rate: float,
+        least_size: float = 1e-12,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.ranks = Ranks() if ranks is None else ranks
         self.layers: dict[str, QuantLayer] = quant_layers(model)
         for name, layer in self.layers.items():
             if not all(p.requires_grad for p in layer.weight_quantizer.parameters()):
@@ -85,6 +94,7 @@ class BitOptimizer:
                 )
         self.least_size = least_size  # of a bit, where a channel's inputs are all dead and its weights cost nothing
         self.bit_rate = bit_rate
+        self.loss_scale: float | None = None  # of a GradScaler, which lets gradients overflow now and then
         self.depths = {name: layer.weight_quantizer.get_parameter("bit_depth") for name, layer in self.layers.items()}
         own = {id(p) for p in self.depths.values()}
         grids = [p for layer in self.layers.values() for p in layer.weight_quantizer.parameters() if id(p) not in own]
@@ -102,6 +112,28 @@ class BitOptimizer:
         else:
             self.gradient[parameter] = parameter.grad
         parameter.grad = None
+
+    def _average(self) -> None:
+        """Give every rank the mean of what the ranks collected, in one exchange.
+
+        Raises:
+            ValueError: If somebody else averages these gradients too.
+        """
+        self.ranks.check()
+        own = [p for group in self.grids.param_groups for p in group["params"]]
+        parameters: list[nn.Parameter] = [*self.depths.values(), *own]
+        if any(p.grad is not None for p in parameters):  # the hook took it; only a reducer puts one back
+            self.gradient.clear()
+            raise ValueError(
+                "DistributedDataParallel averages the quantizers' gradients: it was made before SelfCompression; make "
+                "SelfCompression first, or call sgsc.distributed.leave_out(module) on what you wrap, before wrapping it"
+            )
+        if self.ranks.count == 1:
+            return
+        there = torch.tensor([float(p in self.gradient) for p in parameters]).to(self.worth.device)
+        mine = [self.gradient.get(p, torch.zeros_like(p)) for p in parameters]
+        there, *means = self.ranks.mean([there, *mine])
+        self.gradient = {p: g for p, g, n in zip(parameters, means, there.tolist(), strict=True) if n}
 
     def detach(self) -> None:
         """Leave the parameters alone from now on."""
@@ -137,7 +169,9 @@ class BitOptimizer:
         Raises:
             ValueError: If a gradient is not finite (the message names the layer); nothing has moved then.
         """
-        self._check_gradients()
+        self._average()
+        if not self._gradients_are_finite():
+            return price
         for group in self.grids.param_groups:
             for p in group["params"]:
                 p.grad = self.gradient.get(p)
@@ -164,9 +198,19 @@ class BitOptimizer:
         self._set(depth, depth - change)
         return price
 
-    def _check_gradients(self) -> None:
+    def _gradients_are_finite(self) -> bool:
+        """Whether this step counts; gradients of a scaled loss are brought to scale, and may be infinite.
+
+        Raises:
+            ValueError: If a gradient of an unscaled loss is not finite.
+        """
         if not self.gradient or torch.isfinite(torch.cat([g.flatten() for g in self.gradient.values()])).all():
-            return
+            if self.loss_scale is not None and self.gradient:
+                torch._foreach_div_(list(self.gradient.values()), self.loss_scale)
+            return True
+        if self.loss_scale is not None:
+            self.gradient.clear()
+            return False
         bad = next(
             name
             for name, layer in self.layers.items()

@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--float-steps", type=int, default=None, help="steps of the float training (default: the task's)")
     sub.add_argument("--start", type=Path, default=None, help="float.safetensors of another run, instead of training")
     sub.add_argument("--device", default="cpu", help="where to train: cpu (default), cuda, cuda:1, auto")
-    add_settings(sub, CompressionConfig, {"steps": None, "tolerance": None})
+    add_settings(sub, CompressionConfig, {"steps": None, "tolerance": None, "cut": True})
 
     sub = command("certify", _certify, "compare a run's packed network with its float network")
     sub.add_argument("folder", type=Path, help="a run folder of `sgsc compress`")

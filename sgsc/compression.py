@@ -16,7 +16,7 @@ excess raises `preservation_weight`. The last model that held everything is kept
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,15 +25,16 @@ from torch import Tensor, nn
 from .config import CompressionConfig
 from .controller import Controller
 from .cutting import take_shapes
+from .distributed import Ranks
 from .guard import Check, check, restore
 from .layers import quant_layers
 from .preservation import PreservationSet
-from .samples import as_deployed
+from .samples import as_deployed, device_of
 from .size import weight_count
 
 WAY_OUT = "lower the learning rate, or load the last checkpoint"
 FREEZE_CHECKS = 3  # checks for which a restored channel keeps its bits
-INSIST, RELAX, INSIST_MOST = 1.25, 0.9, 2.0  # how the preservation weight follows violations, and its limit
+INSIST, RELAX, INSIST_MOST = 1.25, 0.8, 8.0  # how the preservation weight follows violations, and its limit
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ class SelfCompression:
         keep: The preservation set, chosen with the float model; None turns preservation and guard off.
         optimizer: The user's optimiser, if its moments shall be reset for channels that the guard revives.
         file: Further arguments that `save` will get (architecture, notes): the target counts the whole file.
+        scaler: The user's `torch.amp.GradScaler`, if losses are scaled before backward. A step whose gradients overflow
+            then moves no width and no range, as the scaler has it for the weights.
+        process_group: Ranks that train the model together; where torch.distributed is initialised, all of them.
         settings: Fields of `CompressionConfig`.
-
-    Losses must reach `backward` unscaled: the worth of a bit is read off its gradient, so loss scaling (float16 with
-    GradScaler) is not served; bfloat16 autocast is.
 
     Once a step: `run.loss(task_loss).backward()`, the user's optimiser, `run.step()`; after the last, `run.finish()`.
     """
@@ -71,12 +72,16 @@ class SelfCompression:
         *,
         optimizer: torch.optim.Optimizer | None = None,
         file: dict[str, Any] | None = None,
+        scaler: torch.amp.GradScaler | None = None,  # pyright: ignore[reportPrivateImportUsage]
+        process_group: Any = None,
         **settings: Any,
     ) -> None:
         self.config = CompressionConfig(**settings)
-        self.model, self.keep, self.optimizer = model, keep, optimizer
+        self.model, self.keep, self.optimizer, self.scaler = model, keep, optimizer, scaler
         if not quant_layers(model):
             raise ValueError("the model has no quantized layer; pass what prepare(model).model returned")
+        self.ranks = Ranks(process_group)
+        self._share_start()
         self.preservation_weight = self.config.preservation_weight
         self.generator = torch.Generator().manual_seed(self.config.seed)
         self.steps = 0
@@ -88,9 +93,24 @@ class SelfCompression:
         self.best_size = math.inf
         self.last: dict[str, float] = {}
         self.risk: Tensor | None = None
-        self.control = Controller(model, self.config, file or {}, self._event, [optimizer] if optimizer else [])
+        self.drawn: Tensor | None = None  # of the preservation set, in this step
+        optimizers = [optimizer] if optimizer else []
+        self.control = Controller(model, self.config, file or {}, self._event, optimizers, self.ranks)
         self.float_bytes = self.control.float_bytes
         self._check()
+
+    def _share_start(self) -> None:
+        kept = "" if self.keep is None else f"{self.keep.indices.tolist()} {self.keep.data_hash}"
+        self.ranks.start(self.model, f"{self.config} {kept}")
+        if self.ranks.count > 1 and self.config.cut:
+            raise ValueError(
+                "cut=True on several ranks: DistributedDataParallel knows parameters by the shapes they had; leave "
+                "cut off, `pack` removes the same channels in the end"
+            )
+        if self.ranks.count > 1 and self.keep is not None:
+            outputs = self.keep.outputs.clone()  # the same but for rounding
+            self.ranks.follow([outputs])
+            self.keep = replace(self.keep, outputs=outputs)
 
     # ---- the user's calls ----
 
@@ -110,25 +130,49 @@ class SelfCompression:
         Raises:
             ValueError: If the task loss is not one finite number; the model is then still as it was before this step.
         """
-        if task_loss.numel() != 1 or not math.isfinite(task_loss.item()):
-            got = task_loss.detach().flatten()[:3].tolist()
-            raise ValueError(f"task loss {got} at step {self.steps}: want one finite number; {WAY_OUT}")
-        self.calls += 1
-        total = task_loss
-        self.last = {"loss": task_loss.item()}
-        if self.size_weight > 0:
-            total = total + self.size_weight * self.control.estimate()[0].to(total.dtype)
-        if self.config.sparsity_weight > 0:
-            count = weight_count(self.model)
-            magnitude = sum(layer.weight.abs().sum() for layer in quant_layers(self.model).values())
-            total = total + self.config.sparsity_weight * magnitude / count
-        if self.keep is not None and self.preservation_weight > 0:
-            preserved = self._preservation_loss()
-            self.last["preservation_loss"] = preserved.item()
-            total = total + self.preservation_weight * preserved
-        if not math.isfinite(total.item()):
-            raise ValueError(f"the loss at step {self.steps} is {total.item()}, its parts {self.last}; {WAY_OUT}")
+        if task_loss.numel() != 1:
+            raise ValueError(f"task loss of shape {tuple(task_loss.shape)}: want one number, such as its mean")
+        extra, parts = self._extra()
+        total = task_loss + extra
+        self._made({"loss": task_loss, **parts, "sum": total})
         return total
+
+    def extra_loss(self) -> Tensor:
+        """What `loss` adds to the task loss, for trainers that run their own backward.
+
+        Once a step, in place of `loss`: its gradients add up with those of the task loss. It needs no gradient where
+        there is nothing to preserve and no sparsity asked for.
+
+        Raises:
+            ValueError: If it is not finite.
+        """
+        extra, parts = self._extra()
+        self._made({**parts, "sum": extra})
+        return extra
+
+    def _made(self, shown: dict[str, Tensor]) -> None:
+        means = self.ranks.mean([torch.stack([v.detach().double().reshape(()) for v in shown.values()])])
+        values = dict(zip(shown, means[0].tolist(), strict=True))
+        if not math.isfinite(values.get("loss", 0.0)):
+            raise ValueError(f"task loss [{values['loss']}] at step {self.steps}: want one finite number; {WAY_OUT}")
+        if not math.isfinite(values.pop("sum")):
+            raise ValueError(f"the loss at step {self.steps} is not finite, its parts are {values}; {WAY_OUT}")
+        self.calls += 1
+        self.last = values
+        if self.scaler is not None and self.scaler.is_enabled():  # now, since the user updates it before `step`
+            self.control.bits.loss_scale = float(self.scaler.get_scale())
+
+    def _extra(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is added to the task loss, and those of its parts that the history shows."""
+        parts: dict[str, Tensor] = {}
+        total = self.size_weight * self.control.estimate()[0].float()
+        if self.config.sparsity_weight > 0:
+            magnitude = sum(layer.weight.abs().sum() for layer in quant_layers(self.model).values())
+            total = total + self.config.sparsity_weight * magnitude / weight_count(self.model)
+        if self.keep is not None and self.preservation_weight > 0:
+            parts["preservation_loss"] = preserved = self._preservation_loss()
+            total = total + self.preservation_weight * preserved
+        return total, parts
 
     def step(self) -> None:
         """Move widths and ranges after the user's optimiser has moved the weights; checks every `guard_every` steps.
@@ -139,7 +183,7 @@ class SelfCompression:
         if self.calls == 0:
             raise ValueError("step() without a loss: call run.loss(task_loss).backward() before run.step()")
         self.control.step(self.steps)
-        self.calls = 0
+        self.calls, self.drawn = 0, None
         self.steps += 1
         if self.steps % self.config.guard_every == 0 or self.steps == self.config.steps:
             self._check()
@@ -167,19 +211,27 @@ class SelfCompression:
     # ---- preservation ----
 
     def _preservation_loss(self) -> Tensor:
-        """On a random part of the set, as it is deployed; what lost most of its margin is drawn most often."""
+        """On a random part of the set, as it is deployed; what lost most of its margin is drawn most often.
+
+        One part a step, so that a batch in several parts, each with a loss, is the same batch. Ranks share it.
+        """
         assert self.keep is not None
-        size = min(self.config.preservation_batch, len(self.keep))
+        if self.drawn is None:
+            size = min(self.config.preservation_batch, len(self.keep))
+            self.drawn = self.keep.batch(self.generator, size, self.risk)
+        part, weight = self.ranks.share(self.drawn)
         with as_deployed(self.model):
-            batch = self.keep.batch(self.generator, size, self.risk)
-            return self.keep.loss(self.model, batch, kind="answers")
+            return weight * self.keep.loss(self.model, part, kind="answers")
 
     def _look(self) -> Check:
         if self.keep is None:
             return Check(0, 0, 0)
-        return check(self.model, self.keep, self.config.tolerance, self.config.margin_tolerance)
+        found = check(self.model, self.keep, self.config.tolerance, self.config.margin_tolerance)
+        self.ranks.follow([] if found.risk is None else [found.risk])
+        return self.ranks.follow_numbers(found, device_of(self.model))
 
     def _check(self) -> None:
+        self.ranks.follow(b for b in self.model.buffers() if b.is_floating_point())
         self.control.measure()
         size = self.size
         self.control.settle_for(size)  # removed channels or restored ones may have moved the stored size
@@ -218,6 +270,7 @@ class SelfCompression:
             name: self.good[f"{name}.weight_quantizer.bit_depth".removeprefix(".")].round() for name in bits.depths
         }
         given = restore(self.model, self.control.coupling, self.keep, self.good, before)
+        self.ranks.follow([*self.model.state_dict().values(), *given.values()])
         channels = sum(int(mask.sum()) for mask in given.values())
         if not channels:
             return

@@ -21,6 +21,7 @@ from .bits import BitOptimizer
 from .config import CompressionConfig
 from .coupling import couple
 from .cutting import cut_while_training, take_shapes
+from .distributed import Ranks
 from .packed import pack
 from .size import SizeModel, float_bytes
 
@@ -38,6 +39,7 @@ class Controller:
         file: Further arguments of `save`: the size is that of the whole file.
         say: Told what happened, as say(kind, text).
         optimizers: Of the weights; their state follows where channels are cut out.
+        ranks: That train the model together.
     """
 
     def __init__(
@@ -47,10 +49,11 @@ class Controller:
         file: dict[str, Any],
         say: Callable[[str, str], None],
         optimizers: Sequence[torch.optim.Optimizer] = (),
+        ranks: Ranks | None = None,
     ) -> None:
         self.model, self.config, self.file, self.say = model, config, file, say
         self.float_bytes = float_bytes(model)
-        self.bits = BitOptimizer(model, config.bit_rate, config.grid_rate, 1 / (8 * self.float_bytes))
+        self.bits = BitOptimizer(model, config.bit_rate, config.grid_rate, 1 / (8 * self.float_bytes), ranks)
         self.optimizers = [*optimizers, self.bits.grids]
         self.price = 0.0
         self.holding = False

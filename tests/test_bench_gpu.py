@@ -17,11 +17,11 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="triton is not installed: there is nothing to bench on a GPU")
 
-from bench import gpu, gpu_check, gpu_conv2d, gpu_device, gpu_linear, gpu_peers, gpu_training, readme, record
+from bench import gpu, gpu_chain, gpu_check, gpu_conv2d, gpu_device, gpu_linear, gpu_peers, gpu_training, readme, record
 from bench.kernels import LARGE
 from bench.peer_problem import MIXED, TRAINED
 from bench.training import FLOAT
-from sgsc.kernels import OPS
+from sgsc.kernels import OPS, triton_packed
 from sgsc.kernels.run_form import tiled_weight
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +62,8 @@ def consistent(row):
 
 def test_every_section_is_written(quick):
     found = record.read("gpu_kernels", quick)
-    assert {row["section"] for row in found["rows"]} == {*gpu.SECTIONS, "launches of a training step"}
+    more = {"launches of a training step", gpu_chain.SECTION}
+    assert {row["section"] for row in found["rows"]} == {*gpu.SECTIONS, *more}
     (copied, product), _ = of_section(quick, "ceilings")
     assert copied["unit"] == "GB/s"
     assert product["unit"] == "TFLOP/s"
@@ -88,6 +89,17 @@ def test_linear_is_measured_as_planned(quick):
     assert "No module named" in rows[0]["missing"].get("gemlite 4 bits", "No module named")
 
 
+def test_a_chain_is_measured_with_and_without_starting_early(quick):
+    rows, _ = of_section(quick, gpu_chain.SECTION)
+    expected = [(bits, variant) for bits in gpu_linear.FEW_WIDTHS for variant in ("ours", "ours, PDL off")]
+    assert [(row["bits"], row["variant"]) for row in rows] == expected
+    for with_it, off in (rows[:2], rows[2:]):
+        assert with_it["starts_early"] is off["starts_early"] is False  # nothing does in the interpreter
+        ratio = off["microseconds_a_layer"] / with_it["microseconds_a_layer"]
+        assert with_it["over PDL off"] == pytest.approx(ratio)
+        assert off["over PDL off"] == 1
+
+
 def test_other_sections_are_measured(quick):
     passes, _ = of_section(quick, "fake_quantize")
     assert [row["pass"] for row in passes] == ["forward", "backward"]
@@ -96,9 +108,12 @@ def test_other_sections_are_measured(quick):
         assert row["missing"] == {}
         assert len(row["ratio"]) == 3
     layers, _ = of_section(quick, "conv2d")
-    assert [(row["batch"], row["bits"]) for row in layers] == [(1, 4), (1, MIXED), (2, 4), (2, MIXED)]
+    assert [(row["batch"], row["groups"], row["bits"]) for row in layers] == [
+        (batch, groups, bits) for batch in (1, 2) for groups in (1, 2, 8) for bits in (4, MIXED)
+    ]
     for row in layers:
         consistent(row)
+        assert row["channels_last_microseconds"] > 0
         assert row["ratio"].keys() == gpu_conv2d.LAYOUTS.keys()
         assert row["missing"] == {}
     steps, claims = of_section(quick, "training")
@@ -223,6 +238,7 @@ def test_claims_of_the_other_sections_can_fail():
 
     def layers(batch, *ratios):
         rows = [{"case": str(i), "batch": batch, "ratio": {"a": r, "b": 2.0, "c": None}} for i, r in enumerate(ratios)]
+        rows = [row | {"groups": 1} for row in rows] + [rows[0] | {"groups": 2, "case": "apart", "ratio": {"a": 0.1}}]
         return {claim["target"]: claim["holds"] for claim in gpu_conv2d.claims(rows, 1)}
 
     assert layers(1, 1.0, 1.1) == {1.0: True, 0.9: False}
@@ -265,6 +281,43 @@ def test_a_wrong_product_is_not_timed(monkeypatch):
     rows, wrong = measured(monkeypatch, float("nan"))
     assert rows == []
     assert "NaN, expected 0" in wrong[0]
+
+
+def a_chain(monkeypatch, product):
+    monkeypatch.setattr(gpu_chain, "packed_linear", product)
+    run = a_run()
+    ((name, shapes),) = gpu_chain.LITTLE.items()
+    return gpu_chain.measure_chain(run, name, shapes, 4), run.wrong
+
+
+def test_a_wrong_chain_is_not_timed(monkeypatch):
+    def wrong_when_off(*arguments):
+        return by_reference(1.0 if triton_packed.EARLY else 1.1)(*arguments)
+
+    rows, wrong = a_chain(monkeypatch, by_reference(1.0))
+    assert len(rows) == 2
+    assert wrong == []
+    for product, variant in ((by_reference(1.1), "ours"), (wrong_when_off, "ours, PDL off")):
+        rows, (what,) = a_chain(monkeypatch, product)
+        assert rows == []
+        assert what.startswith(f"a chain of layers, 4 bits, {variant}: error")
+    assert triton_packed.EARLY > 0
+
+
+def test_a_layer_of_a_chain_takes_the_one_before(monkeypatch):
+    ((_, shapes),) = gpu_chain.LAYERS.items()
+    widths = [k for _, k in shapes]
+    seen = []
+
+    def product(x, rows, bias, width):
+        seen.append((x, width))
+        return torch.full((1, rows), float(rows))
+
+    last = gpu_chain.through(torch.zeros(1, widths[0]), [n for n, _ in shapes], widths, product)
+    assert last.shape == (1, shapes[-1][0])
+    assert [x.shape[1] for x, _ in seen] == [width for _, width in seen] == widths
+    assert [float(x[0, -1]) for x, _ in seen] == [0, *(n for n, _ in shapes[:-1])]
+    assert all(x.is_contiguous() for x, _ in seen)  # else each layer would copy it first
 
 
 def test_a_wrong_convolution_is_not_timed(monkeypatch):

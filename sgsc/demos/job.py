@@ -158,6 +158,7 @@ def compress(
         "settings": settings,
         "target_size": config.target_size,
         "tolerance": config.tolerance,
+        "margin_tolerance": config.margin_tolerance,
         "float_bytes": float_bytes(network),
         "stored_bytes": size,
         "stored_ratio": size / float_bytes(network),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,8 @@ from tests.test_packed import LAYERS, conv2d, linear
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 pytest.importorskip("triton", reason="triton is not installed")
+
+from sgsc.kernels import triton_packed  # noqa: E402
 
 TOKENS = (1, 8, 16, 65, 300)  # each regime of the dispatch
 # how far sums in another order, and weights or results rounded to the dtype, may be from float64
@@ -90,6 +94,74 @@ def test_streams_do_not_disturb_each_other():
     for mine, right in zip(found, want, strict=True):
         for y in mine:
             assert_same(y.cpu(), right)
+
+
+def test_graphs_do_not_disturb_each_other():
+    """Captured on one stream, replayed side by side, and eager calls between."""
+    layers = [deep().cuda() for _ in range(3)]
+    x = torch.randn(1, 4_096, device="cuda")
+    want = [layer(x).cpu() for layer in layers]
+    graphs, found = [], []
+    for layer in layers[:2]:
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            found.append([layer(x) for _ in range(4)])
+    streams = [torch.cuda.Stream() for _ in graphs]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        y = layers[2](x)
+    torch.cuda.synchronize()
+    assert_same(y.cpu(), want[2])
+    for mine, right in zip(found, want[:2], strict=True):
+        for y in mine:
+            assert_same(y.cpu(), right)
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_a_chain_has_the_same_bits_with_and_without_starting_early(captured, monkeypatch):
+    """Each layer reads what the one before has just written, into memory that others have just read."""
+    bits = torch.arange(9, dtype=torch.uint8).repeat(114)[:1_024]
+    layers = [linear(bits=bits, width=1_024, with_bias=False).cuda() for _ in range(6)]
+    x = torch.randn(1, 1_024, device="cuda", dtype=torch.bfloat16)
+
+    def through():
+        y = x
+        for layer in layers:
+            y = layer(y)
+            y = y / y.abs().amax()
+        for layer in layers:  # nothing between them
+            y = layer(y)
+        return y
+
+    def found():
+        if not captured:
+            return [through().cpu() for _ in range(20)]
+        through()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = through()
+        every = []
+        for _ in range(20):
+            y.zero_()
+            graph.replay()
+            every.append(y.cpu())
+        return every
+
+    early = found()
+    monkeypatch.setattr(triton_packed, "EARLY", 0)
+    for some in (*early, *found()):
+        assert_same(some, early[0])
+
+
+def test_a_layer_laid_out_just_now():
+    """The words and the plan are still being written as the product is launched."""
+    layer, x = deep(), torch.randn(1, 4_096)
+    want, there = layer(x).double(), x.cuda()
+    for _ in range(10):
+        assert_close_to(copy.deepcopy(layer).cuda()(there).cpu(), want, 1e-5)
 
 
 def test_compiled_in_one_graph_and_exported():

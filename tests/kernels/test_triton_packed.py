@@ -46,12 +46,13 @@ def one_width_kernel(
 # ---- compiling ----
 
 
-def compiled(kernel, target, rows, columns, /, dtype, bits=None, x="tokens", shifted=False, **changed):
+def compiled(kernel, target, rows, columns, /, dtype, bits=None, x="tokens", shifted=False, early=False, **changed):
     """The machine code, and what `configure` chose but for `changed`; of all widths together where `bits` is None."""
     c = configure(DTYPES[dtype], columns, 64, rows, 32, GPUS[target], x)._replace(**changed)
     constants = {
         "DTYPE": tl.float16 if dtype == "fp16" else tl.bfloat16, "ROWS": rows, "COLUMNS": c.columns,
         "BLOCKS": c.blocks, "ORDER": c.order, "SHIFTED": shifted, "BIASED": True, "BITS": bits, "X": x,
+        "EARLY": early,
     }  # fmt: skip
     pointers = dict.fromkeys(("x", "y", "bias"), f"*{dtype}") | dict.fromkeys(("words", "plan", "counters"), "*i32")
     pointers |= {"grid": "*fp32", "partial": "*fp32"}
@@ -179,7 +180,7 @@ KERNELS = {"linear": triton_packed_kernels.linear_kernel, "conv2d": triton_packe
     ids=lambda v: "" if v.__class__ is tuple else str(v),
 )
 def test_all_widths_in_one_launch(name, target, rows, columns, dtype, x, registers, budget):
-    code, c = compiled(KERNELS[name], target, rows, columns, dtype, x=x)
+    code, c = compiled(KERNELS[name], target, rows, columns, dtype, x=x, early=name == "linear")
     widths = dict(zip(WIDTHS, budget, strict=True)) if budget else {}
     assert complaints(code, c, rows, dtype, registers, widths) == []
 

@@ -1,0 +1,47 @@
+"""Launching a kernel once more, without Triton's search for it.
+
+`kernel[grid](...)` asks every argument what a kernel may be specialised on, and looks that up as a string: most of the
+Python of a small product. What it returns is the compiled kernel, which takes the same arguments (Triton's tutorial on
+softmax launches so): it is kept here by a key that says the same for less. Settings of Triton's that change what is
+compiled (`knobs`) count when a kernel is first launched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+from torch import Tensor
+from triton.compiler import CompiledKernel
+
+_compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+
+
+def again(key: Hashable, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], numbers: tuple[int, ...]) -> bool:
+    """Launch on the current device and stream what `remember` was given; False if there is nothing, or it does not fit.
+
+    Args:
+        key: All that decides what is compiled, but for the addresses' alignment: the device, types, constants, options.
+        grid: Programs.
+        tensors, numbers: The arguments before the constants, in the kernel's order.
+    """
+    found = _compiled.get(key)
+    if found is None or not _aligned(tensors):
+        return False
+    kernel, constants = found
+    kernel[grid](*tensors, *numbers, *constants)
+    return True
+
+
+def remember(key: Hashable, kernel: Any, tensors: tuple[Tensor, ...], constants: tuple[Any, ...]) -> None:
+    """Keep what a launch returned, and the constants, all of them, in the kernel's order."""
+    if isinstance(kernel, CompiledKernel) and _aligned(tensors):  # the interpreter returns nothing
+        _compiled[key] = kernel, constants
+
+
+def _aligned(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether all lie at multiples of 16 bytes, which Triton specialises on."""
+    low = 0
+    for t in tensors:
+        low |= t.data_ptr()
+    return not low & 15
