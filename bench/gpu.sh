@@ -4,6 +4,10 @@
 # status is 1 if a check or a bench does. Where there is no .git, SGSC_COMMIT names the commit.
 #
 #     bench/gpu.sh [SECTION ...]      checks, ceilings, linear, fake_quantize, training, conv2d
+#     bench/gpu.sh cifar10            or resnet20, shakespeare: compression of real tasks, by name alone, a call each
+#
+# A call for a task measures what fits into it; repeated, it goes on with what bench/results or $OUT holds of the same
+# commit. $DATA is the folder of the data, else ../shared/data.
 set -u
 cd "$(dirname "$0")/.." || exit 2
 export PYTHONPATH=. OMP_WAIT_POLICY=PASSIVE
@@ -13,17 +17,24 @@ status=0
 [ $# -gt 0 ] || set -- checks ceilings linear fake_quantize training conv2d
 for section; do
   left=$((all - SECONDS))
-  [ $left -lt $each ] || left=$each
+  case $section in
+    cifar10 | resnet20 | shakespeare) ;;
+    *) [ $left -lt $each ] || left=$each ;;
+  esac
   if [ $left -lt 5 ]; then
     echo "gpu.sh: no time left for $section" >&2
     status=1
     continue
   fi
-  if [ "$section" = checks ]; then
-    job=(bench.gpu_check)
-  else
-    job=(bench.gpu --only "$section")
-  fi
+  case $section in
+    checks) job=(bench.gpu_check) ;;
+    cifar10 | resnet20 | shakespeare)
+      [ -e "$results/sgsc.json" ] || [ ! -e bench/results/sgsc.json ] ||
+        { mkdir -p "$results" && cp bench/results/sgsc.json "$results/"; }
+      job=(bench.sgsc "$section" --device cuda --seconds $((left - 15)) --data "${DATA:-../shared/data}")
+      ;;
+    *) job=(bench.gpu --only "$section") ;;
+  esac
   timeout -k 5 $left python3 -m "${job[@]}" --results "$results" || status=1
 done
 exit $status

@@ -86,11 +86,11 @@ def widths_of(rows: int, bits: int | str) -> Tensor:
     return ordered[torch.randperm(rows, generator=torch.Generator().manual_seed(1))]
 
 
-def random_tiles(widths: Tensor, width: int, area: int, device: Device) -> TiledRows:
+def random_tiles(widths: Tensor, width: int, area: int, device: Device, groups: int = 1) -> TiledRows:
     """A layer's run form, of random words: any words are levels, so that nothing needs packing."""
     make = torch.Generator(device.type).manual_seed(len(widths) + width)
-    plan, planes = fragments.plan_tiles(widths.to(device.type), fragments.blocks_of(width, area))
-    size = fragments.tile_size(len(widths))
+    plan, planes = fragments.plan_tiles(widths.to(device.type), fragments.blocks_of(width, area), groups)
+    size = fragments.tile_size(len(widths) // groups)
     places = size * (len(plan) // (2 + size))
     shape = (planes * fragments.WORDS,)
     words = torch.randint(-(2**31), 2**31, shape, generator=make, dtype=torch.int32, device=device.type)

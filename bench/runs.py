@@ -11,7 +11,9 @@ which gives them what their own training would have given, to the bit on one CPU
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -46,13 +48,18 @@ def called(command: Sequence[str], seconds: float | None = None, codes: Sequence
         OutOfTime: If it takes longer than `seconds`; it is ended then.
         SystemExit: If it fails; the end of what it said is the message.
     """
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        raise OutOfTime from None
-    if done.returncode not in codes:
-        raise SystemExit(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
-    return json.loads(done.stdout)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+        try:
+            out, said = process.communicate(timeout=seconds)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)  # with what it started: it certifies in a process of its own
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise OutOfTime from None
+            raise
+    if process.returncode not in codes:
+        raise SystemExit(f"{' '.join(command)} failed: {said[-2000:]}")
+    return json.loads(out)
 
 
 def report_of(

@@ -51,13 +51,19 @@ def torchao(rows: Tensor, bits: int, group: int) -> tuple[Tensor, float]:
 
 
 def hqq(rows: Tensor, bits: int, group: int) -> tuple[Tensor, float]:
-    """Half-quadratic quantization with zeros, scales and zeros of 2 bytes as by default."""
+    """Half-quadratic quantization with zeros, scales and zeros of 2 bytes as by default.
+
+    It packs as many rows into one as fit a byte, or ten of 3 bits into an int32: the last row fills up what is left,
+    and is counted once.
+    """
     from hqq.core.quantize import Quantizer
 
     how = {"nbits": bits, "group_size": group or rows.shape[1], "axis": 1, "round_zero": bits == 4}
-    codes, grid = Quantizer.quantize(rows, channel_wise=True, device="cpu", compute_dtype=torch.float32, **how)
+    count = len(rows) + -len(rows) % 40
+    filled = rows[torch.arange(count).clamp(max=len(rows) - 1)]
+    codes, grid = Quantizer.quantize(filled, channel_wise=True, device="cpu", compute_dtype=torch.float32, **how)
     size = codes.numel() * codes.element_size() + 2 * (grid["scale"].numel() + grid["zero"].numel())
-    return Quantizer.dequantize(codes, grid).view_as(rows), size
+    return Quantizer.dequantize(codes, grid).view_as(filled)[: len(rows)], size * len(rows) / count
 
 
 def brevitas(rows: Tensor, bits: int, group: int) -> tuple[Tensor, float]:

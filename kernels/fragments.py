@@ -2,7 +2,7 @@
 
     tile    ROWS rows (64 in a large layer, 16 in a small one) at one width, the widest of theirs; sorted by width, so
             that a row rarely lies at more than its own. A row in a wider tile keeps its distance from the centre
-            2^(bits - 1) of the levels; its offset moves along
+            2^(bits - 1) of the levels; its offset moves along. Some places may be empty, the first never is
     unit    16 rows of a tile: a run of blocks, contiguous
     block   128 levels of a unit: `bits` planes of 64 int32 words, word 4 r + t of row r and quad lane t
     word    two 16-bit halves with the same bits of two levels. Together the words of a lane hold 16 pairs:
@@ -14,7 +14,9 @@ A half holds 16 // bits whole levels from bit 0 on; what is left of the halves h
 shared memory on its way to the tensor cores.
 
 In a convolution levels run over the channels first, padded to a multiple of 16 for each place of the kernel: the 16
-levels of a product then lie at one place, and neighbours in x are read together.
+levels of a product then lie at one place, and neighbours in x are read together. A tile's rows are of one group: its
+first tells which. A group of fewer than 16 rows pays for 16, and its channels for a multiple of 16; but weights of such
+layers are few beside x (of 32 groups of 4 channels at 4 bits: 64 KiB, of x at 56 pixels a side in 16 bits: 784 KiB).
 """
 
 from __future__ import annotations
@@ -59,27 +61,35 @@ def blocks_of(width: int, area: int = 1) -> int:
 
 
 def tile_size(rows: int) -> int:
-    """Rows of a tile."""
+    """Rows of a tile, of `rows` that may share tiles: those of a group."""
     return 4 * UNIT if rows >= MANY else UNIT
 
 
-def plan_tiles(bits: Tensor, blocks: int) -> tuple[Tensor, int]:
+def plan_tiles(bits: Tensor, blocks: int, groups: int = 1) -> tuple[Tensor, int]:
     """Which row goes where, and the planes of all tiles.
 
     Returns:
-        ((2 + ROWS) T,) int32: the width of each of T tiles, its first plane, then the row in each place, -1 for none;
-        and the planes together.
+        ((2 + ROWS) T,) int32: the width of each of T tiles, the widest last, its first plane, then the row in each
+        place, -1 for none; and the planes together.
     """
-    rows = tile_size(len(bits))
-    plan = plan_rows(bits, tile=rows)
+    rows = tile_size(len(bits) // groups)
+    plan = plan_rows(bits, groups, rows)
     widths, slots = plan.tensor_split([len(plan) // (1 + rows)])
+    order = widths.argsort(stable=True)
+    widths, slots = widths[order], slots.view(-1, rows)[order].view(-1)
     planes = widths.long() * (rows // UNIT * blocks)
     return torch.cat([widths, (planes.cumsum(0) - planes).int(), slots]), int(planes.sum())
 
 
+def tiles_of(plan: Tensor, places: int) -> tuple[int, int]:
+    """Tiles, and rows of each, as the shapes tell."""
+    count = (len(plan) - places) // 2
+    return count, places // count if count else UNIT
+
+
 def parts_of(plan: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(T,) width and (T,) first plane of each tile, (T * ROWS,) row in each place."""
-    count = (len(plan) - grid.shape[1]) // 2
+    count, _ = tiles_of(plan, grid.shape[1])
     widths, firsts, slots = plan.tensor_split([count, 2 * count])
     return widths, firsts, slots
 
@@ -93,7 +103,8 @@ def _planes(widths: Tensor, firsts: Tensor, units: int, blocks: int, bits: int) 
 def fragment(levels: Tensor, plan: Tensor, places: int, width: int, area: int, planes: int) -> Tensor:
     """Lay levels out: (C, K) uint8 to (planes * 64,) int32; a row's levels are those of its tile's width already."""
     widths, firsts, slots = parts_of(plan, plan.new_empty(1, places))
-    rows, size, channels, blocks = len(levels), tile_size(len(levels)), channels_of(width, area), blocks_of(width, area)
+    rows, channels, blocks = len(levels), channels_of(width, area), blocks_of(width, area)
+    _, size = tiles_of(plan, places)
     levels = torch.nn.functional.pad(levels.view(rows, width // area, area), (0, 0, 0, channels - width // area))
     levels = levels.transpose(1, 2).reshape(rows, channels * area)
     levels = torch.nn.functional.pad(levels, (0, blocks * SPAN - channels * area, 0, 1))  # a row of zeros for -1
@@ -117,7 +128,8 @@ def fragment(levels: Tensor, plan: Tensor, places: int, width: int, area: int, p
 def unfragment(words: Tensor, plan: Tensor, grid: Tensor, rows: int, width: int, area: int) -> Tensor:
     """The levels that words hold, (rows, width) uint8, in plain PyTorch."""
     widths, firsts, slots = parts_of(plan, grid)
-    size, channels, blocks = tile_size(rows), channels_of(width, area), blocks_of(width, area)
+    channels, blocks = channels_of(width, area), blocks_of(width, area)
+    _, size = tiles_of(plan, grid.shape[1])
     units = size // UNIT
     by_place = words.new_zeros(len(widths), units, blocks, 16, UNIT, 4, 2, dtype=torch.uint8)
     for bits in range(1, 9):

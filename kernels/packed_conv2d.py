@@ -125,12 +125,13 @@ def _case(
     batch: int = 2,
     dtype: torch.dtype = torch.float32,
     with_bias: bool = True,
+    shift: float = 0.0,
     int8: bool = False,
 ) -> tuple:
     bits = (torch.arange(channels) * 5 % 9).to(torch.uint8)
     packed = case(bits, inputs // groups * kernel[0] * kernel[1])[1]
     scale, offset, bias = grid(bits)
-    tiles = tile_kernel(packed, scale, offset, inputs=inputs, kernel=list(kernel), groups=groups)
+    tiles = tile_kernel(packed, scale, offset + shift, inputs=inputs, kernel=list(kernel), groups=groups)
     x = torch.randn(batch, inputs, *size, generator=torch.Generator().manual_seed(channels)).to(dtype)
     bias = bias.to(dtype) if with_bias else None
     geometry = (list(kernel), list(stride), list(padding), list(dilation), groups)
@@ -147,6 +148,9 @@ def cases() -> dict[str, tuple]:
 
         wide, odd = of(size=(12, 11)), of()
         odd[0][0, 0, 3, 3], odd[0][1, 1, 0, 0] = float("nan"), float("inf")
+        apart, alone = of(channels=9, inputs=12, groups=3, size=(4, 5)), of(channels=9, inputs=9, groups=9)
+        for x in (apart[0], alone[0]):  # of one group, and no other's business
+            x[0, 5, 3, 3], x[1, 0, 0, 0] = float("nan"), float("inf")  # the second where a row is removed
         one = {
             "three-by-three": of(),
             "one-by-one": of(kernel=(1, 1), padding=(0, 0)),
@@ -165,7 +169,15 @@ def cases() -> dict[str, tuple]:
             "depthwise": of(channels=9, inputs=9, groups=9),
             "depthwise-stride": of(channels=9, inputs=9, groups=9, stride=(2, 2), size=(20, 37)),
             "depthwise-multiplier": of(channels=18, inputs=9, groups=9),
+            "depthwise-wide": of(
+                channels=40, inputs=20, groups=20, size=(4, 5), kernel=(5, 7), padding=(2, 6), dilation=(1, 2)
+            ),
+            "depthwise-deep": of(channels=3, inputs=3, groups=3, size=(12, 12), kernel=(10, 10)),
             "three-channels-a-group": of(channels=4, inputs=6, groups=2),
+            "one-row-a-group": of(channels=3, inputs=12, size=(4, 5), groups=3, kernel=(1, 1), padding=(0, 0)),
+            "groups-with-an-offset": of(channels=6, inputs=8, size=(4, 5), groups=2, shift=0.5),
+            "depthwise-with-an-offset": of(channels=9, inputs=9, groups=9, shift=0.5),
+            "sixteen-channels-a-group": of(channels=40, inputs=32, groups=2, size=(3, 4)),
             "more-rows-than-a-group-of-tiles": of(channels=150, inputs=16),
             "deeper-than-a-panel": of(channels=20, inputs=130, size=(6, 5)),
             "empty-batch": of(batch=0),
@@ -173,6 +185,8 @@ def cases() -> dict[str, tuple]:
             "bfloat16": of(dtype=torch.bfloat16),
             "float16": of(dtype=torch.float16),
             "nan-and-infinity": odd,
+            "groups-nan-and-infinity": apart,
+            "depthwise-nan-and-infinity": alone,
             "channels-last": (wide[0].to(memory_format=torch.channels_last), *wide[1:]),
         }
         found |= {f"{numerics}-{name}": arguments for name, arguments in one.items()}

@@ -42,7 +42,7 @@ def tile_rows(rows: PackedRows, scale: Tensor, offset: Tensor, *, area: int = 1,
         offset: (C,) float32; real = (level + offset) * scale. The CPU kernels are fast where it is a multiple of 1/256
             below 2^14, as those of every quantizer here are, and right for any.
         area: Kernel height times width of a convolution.
-        groups: Of a convolution; the rows of a tile on the CPU belong to one.
+        groups: Of a convolution; the rows of a tile belong to one.
 
     Raises:
         ValueError: If the vectors do not have C elements, or `area` and `groups` do not divide K and C.
@@ -66,12 +66,13 @@ def _lines(rows: PackedRows, scale: Tensor, offset: Tensor, area: int, groups: i
 
 
 def _fragments(rows: PackedRows, scale: Tensor, offset: Tensor, area: int, groups: int) -> TiledRows:
-    """The form of fragments.py, for a GPU; `groups` share tiles there."""
+    """The form of fragments.py, for a GPU."""
     count = len(rows.bits)
-    plan, planes = fragments.plan_tiles(rows.bits, fragments.blocks_of(rows.width, area))
-    places = fragments.tile_size(count) * (len(plan) // (2 + fragments.tile_size(count)))
+    plan, planes = fragments.plan_tiles(rows.bits, fragments.blocks_of(rows.width, area), groups)
+    size = fragments.tile_size(count // groups)
+    places = size * (len(plan) // (2 + size))
     widths, _, slots = fragments.parts_of(plan, scale.new_empty(1, places))
-    by_place = widths.repeat_interleave(fragments.tile_size(count))
+    by_place = widths.repeat_interleave(size)
     wide = by_place.new_zeros(count + 1)  # the last takes what stands in no row's place
     wide[slots.long()] = by_place
     own, wide = rows.bits.int(), wide[:count]
@@ -115,7 +116,7 @@ def tiled_weight(
     if lines.dtype == FRAGMENTS.dtype:
         levels = fragments.unfragment(lines, plan, grid, rows, width, area)
         widths, _, slots = fragments.parts_of(plan, grid)
-        by_place = widths.repeat_interleave(fragments.tile_size(rows))
+        by_place = widths.repeat_interleave(fragments.tiles_of(plan, grid.shape[1])[1])
         if len(grid) == 1:
             grid = torch.stack([grid[0], -torch.exp2(by_place - 1.0)])
     else:

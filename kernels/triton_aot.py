@@ -119,6 +119,21 @@ def compile_for(
     return read(compiled, target)
 
 
+def variant_of(kernel: Any, target: str, arguments: Iterable[Any], options: Mapping[str, Any]) -> str:
+    """What Triton keeps compiled code under, for a launch with these arguments: where it is new, the call compiles.
+
+    Args:
+        kernel: The `@triton.jit` function.
+        target: Key of `TARGETS`.
+        arguments: By position, as in the launch.
+        options: The others: constants, warps and stages.
+    """
+    with _driver_of(target):
+        bind = kernel.create_binder()[-1]
+        _, specialization, rest = bind(*arguments, **options)
+    return f"{specialization} {rest}"
+
+
 @contextmanager
 def _driver_of(target: str) -> Iterator[None]:
     """Kernels that ask for their target (`is_cuda()`) ask the driver: without one, all of them would get "no"."""

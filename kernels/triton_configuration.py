@@ -111,6 +111,35 @@ def configure(
     return c
 
 
+class Sliding(NamedTuple):
+    """A configuration of a depthwise product.
+
+    Attributes:
+        columns: Output pixels of a program; two a thread share the work of unpacking.
+        each: Rows of a program.
+        across: Places of the kernel side by side whose loads are in flight together.
+        warps: Of a program.
+    """
+
+    columns: int
+    each: int
+    across: int
+    warps: int
+
+
+@lru_cache(4_096)
+def sliding(columns: int, places: int, kernel_width: int, here: Gpu) -> Sliding:
+    """The configuration of a depthwise product of `columns` output pixels and `places` for rows.
+
+    Programs are small where there would be too few to fill the GPU.
+    """
+    across = next(n for n in range(7, 0, -1) if kernel_width % n == 0)
+    each = 8 if across <= 3 else 4
+    programs = places // each
+    some = next((n for n in (256, 128, 64) if programs * ceil_div(columns, n) >= FILL * here.processors), 32)
+    return Sliding(some, each, across, max(1, some // 64))
+
+
 def shared(dtype: torch.dtype, size: int, config: Config) -> int:
     """Bytes that a program shares at most, of what the compiler took for sm_80 and sm_90."""
     x = config.blocks * SPAN * config.columns * dtype.itemsize

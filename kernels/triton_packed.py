@@ -2,8 +2,10 @@
 
     few columns     (tokens, or pixels; up to DENSE) _product: a program unpacks a tile's words once, for all of
                     its columns, straight into the operand of the tensor cores. Each part of K is a program too where
-                    tiles alone would not fill the GPU; the order of their sums is fixed. `linear` starts beside the
-                    kernel before, where the GPU can (triton_early.py)
+                    tiles alone would not fill the GPU; the order of their sums is fixed. Of a grouped convolution a
+                    tile reads the channels of its own group. `linear` starts beside the kernel before, where the GPU
+                    can (triton_early.py)
+    depthwise       (fewer than four channels a group; any number of pixels) _depthwise slides over x
     many columns    the weights once to a dense matrix of x's dtype, then torch's own product or convolution:
                     unpacking costs one pass over the matrix, which many columns outweigh, and nothing is faster than
                     cuBLAS there
@@ -14,7 +16,8 @@ are exact, so that sums have float32's error at three times the operations; of m
 own layers (`allow_tf32`). int8 numerics bound the error, they ask for no rounding: up to DENSE columns, where bytes
 bind and not operations, x stays as it is, and what is not finite gives what it does in exact numerics.
 
-What the kernels do not take (grouped convolutions, float64) goes to the reference. Importing needs triton but no GPU.
+What the kernels do not take (float64) goes to the reference; depthwise layers of more than MOST levels a row take the
+dense route. Importing needs triton but no GPU.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from . import (
     fragments,
     triton_counters,
     triton_dense_kernels,
+    triton_depthwise_kernels,
     triton_early,
     triton_launch,
     triton_packed_kernels,
@@ -44,44 +48,19 @@ from .packed_linear import WIDEST
 from .packed_linear import check as check_linear
 from .packed_linear import reference as linear_reference
 from .triton_compat import INTERPRETED
-from .triton_configuration import Config, Gpu, ceil_div, configure, gpu
+from .triton_configuration import Config, Gpu, ceil_div, configure, gpu, sliding
+from .triton_packed_kernels import Geometry
 
 # Weights of x's dtype hold every level exactly; float32 has no tensor cores of its own precision.
 LEVELS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.bfloat16}
 DENSE = 256  # columns from which a dense copy of the weights pays; of an H100 in bitsandbytes' and Marlin's tables
 EARLY = 64  # columns of a program up to which `linear` starts beside the kernel before, where the GPU can; 0: never
 DENSE_PIXELS = 4_096  # the same for a convolution, where a program gathers x too
+LARGE = 2**31 - 1_024  # values of x, and output pixels, from which 32 bits do not hold where they are
 
 _products: Any = triton_packed_kernels  # type checkers take a launch for a call of the Python function
 _passes: Any = triton_dense_kernels
-
-
-class Geometry(NamedTuple):
-    """A convolution as the kernels read it; strides of x in elements, `padded` channels as fragments.py lays them."""
-
-    channels: int
-    padded: int
-    taps: int
-    height: int
-    width: int
-    out_height: int
-    out_width: int
-    kernel_width: int
-    stride_down: int
-    stride_across: int
-    padding_down: int
-    padding_across: int
-    dilation_down: int
-    dilation_across: int
-    by_image: int
-    by_channel: int
-    by_row: int
-    by_column: int
-
-    def in_runs(self) -> bool:
-        """Whether 16 channels of x are neighbours, and 16 bytes of them (8 elements and more) are aligned."""
-        apart = (self.by_image, self.by_row, self.by_column)
-        return self.by_channel == 1 and self.channels % 16 == 0 and all(n % 8 == 0 for n in apart)
+_slides: Any = triton_depthwise_kernels
 
 
 class _Tiles(NamedTuple):
@@ -100,13 +79,17 @@ class _Tiles(NamedTuple):
 
 
 def _tiles(lines: Tensor, plan: Tensor, grid: Tensor, rows: int) -> _Tiles:
-    size = fragments.tile_size(rows)
-    return _Tiles(lines, plan, grid, rows, size, grid.shape[1] // size)
+    count, size = fragments.tiles_of(plan, grid.shape[1])
+    return _Tiles(lines, plan, grid, rows, size, count)
+
+
+def _whole(plan: Tensor, places: int) -> bool:
+    count, size = fragments.tiles_of(plan, places)
+    return size in (fragments.UNIT, 4 * fragments.UNIT) and (plan.numel(), places) == (count * (2 + size), count * size)
 
 
 def _fits(x: Tensor, lines: Tensor, plan: Tensor, grid: Tensor, bias: Tensor | None, rows: int) -> bool:
     """Whether the kernels may touch these; the reference answers, or complains, for all others."""
-    size = fragments.tile_size(rows)
     return (
         x.dtype in LEVELS
         and lines.dtype == torch.int32
@@ -117,7 +100,7 @@ def _fits(x: Tensor, lines: Tensor, plan: Tensor, grid: Tensor, bias: Tensor | N
         and plan.is_contiguous()
         and grid.is_contiguous()
         and grid.dim() == 2
-        and plan.numel() * size == grid.shape[1] * (size + 2)
+        and _whole(plan, grid.shape[1])
         and (bias is None or (bias.shape == (rows,) and bias.device == x.device))
     )
 
@@ -136,35 +119,51 @@ def _product(
     with torch.cuda.device_of(x):
         here = gpu(x.device.index)
         lies = "tokens" if g is None else "runs" if g.in_runs() and x.data_ptr() % 16 == 0 else "pixels"
-        c = triton_tables.tuned(x, t.words, lies, columns, t.count, t.size, across)
+        groups = 1 if g is None else t.rows // g.rows
+        c = triton_tables.tuned(x, t.words, lies, columns, t.count, t.size, across, groups)
         c = c or configure(x.dtype, columns, t.count, t.size, across, here, lies)
-        groups = ceil_div(columns, c.columns)
+        many = ceil_div(columns, c.columns)
         early = g is None and starts_early(c, here)
         partial, counters = t.grid, t.plan  # not looked at where one part is all
         if c.parts > 1:
-            partial = x.new_empty(groups * t.count * c.parts * t.size * c.columns, dtype=torch.float32)
-            counters = triton_counters.zeros(t.plan, groups * t.count, early)
+            partial = x.new_empty(many * t.count * c.parts * t.size * c.columns, dtype=torch.float32)
+            counters = triton_counters.zeros(t.plan, many * t.count, early)
         per = ceil_div(ceil_div(across, c.blocks), c.parts) * c.blocks
         tensors = x, t.words, t.plan, t.grid, t.grid if bias is None else bias, y, partial, counters
         if g is None:
             numbers = columns, t.rows, width, t.count, across, c.parts, per, t.words.numel() // fragments.WORDS
             types = x.dtype, t.plan.dtype, t.grid.dtype, bias is not None and bias.dtype
             key = x.device.index, types, c, t.size, t.shifted, early, width % 16 == 0, width == 1
-            if not triton_launch.again(key, (t.count * c.parts, groups, 1), tensors, numbers):
+            if not triton_launch.again(key, (t.count * c.parts, many, 1), tensors, numbers):
                 constants = {
                     "DTYPE": LEVELS[x.dtype], "ROWS": t.size, "COLUMNS": c.columns, "BLOCKS": c.blocks,
                     "ORDER": c.order, "SHIFTED": t.shifted, "BIASED": bias is not None, "EARLY": early,
                 }  # fmt: skip
                 options = {"num_warps": c.warps, "num_stages": c.stages} | ({"launch_pdl": True} if early else {})
-                launched = _products.linear_kernel[t.count * c.parts, groups](
+                launched = _products.linear_kernel[t.count * c.parts, many](
                     *tensors, *numbers[:-1], planes=numbers[-1], **constants, **options
                 )
                 triton_launch.remember(key, launched, tensors, tuple(constants.values()))
             return y
-        how = t.count, across, c.parts, per, g.out_height * g.out_width, g
-        _products.conv2d_kernel[t.count * c.parts, groups](
+        how = t.count, across, c.parts, per, g.out_height * g.out_width, *g
+        _products.conv2d_kernel[t.count * c.parts, many](
             *tensors, columns, t.rows, *how, DTYPE=LEVELS[x.dtype], ROWS=t.size, COLUMNS=c.columns, BLOCKS=c.blocks,
             ORDER=c.order, X=lies, SHIFTED=t.shifted, BIASED=bias is not None, num_warps=c.warps, num_stages=c.stages,
+        )  # fmt: skip
+    return y
+
+
+def _depthwise(x: Tensor, t: _Tiles, bias: Tensor | None, y: Tensor, columns: int, g: Geometry) -> Tensor:
+    """Fill y, images of (rows, area), where fewer than four channels make a group."""
+    if not columns or not t.count:
+        return y
+    with torch.cuda.device_of(x):
+        places = t.count * t.size
+        c = sliding(columns, places, g.kernel_width, gpu(x.device.index))
+        _slides.depthwise_kernel[places // c.each * ceil_div(columns, c.columns),](
+            x, t.words, t.plan, t.grid, t.grid if bias is None else bias, y, columns, t.rows, t.count, *g,
+            ROWS=t.size, COLUMNS=c.columns, EACH=c.each, ACROSS=c.across, DILATION=g.dilation_across,
+            SHIFTED=t.shifted, BIASED=bias is not None, num_warps=c.warps,
         )  # fmt: skip
     return y
 
@@ -260,18 +259,22 @@ def convolution(
     bias = None if bias is None else bias.contiguous()
     t, taps, inputs = _tiles(lines, plan, grid, rows), prod(kernel), x.shape[1] // groups
     height, width = (output_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
-    pixels = len(x) * height * width
-    if groups == 1 and pixels <= DENSE_PIXELS and x.numel() < 2**31:  # places within an image are 32-bit
+    pixels, alone = len(x) * height * width, slides(x.shape[1], groups)
+    direct = inputs * taps <= triton_depthwise_kernels.MOST if alone else pixels <= DENSE_PIXELS
+    if direct and max(x.numel(), pixels) < LARGE:
         # one pass over x where it saves reading each value by itself, once a tap
-        x = x.contiguous(memory_format=torch.channels_last if inputs % 16 == 0 else torch.contiguous_format)
+        runs = inputs % 16 == 0 and not alone
+        x = x.contiguous(memory_format=torch.channels_last if runs else torch.contiguous_format)
         places = *x.shape[2:], height, width
         how = kernel[1], *stride, *padding, *dilation
         by = (0 if n == 1 else step for n, step in zip(x.shape, x.stride(), strict=True))  # of one there is no next
-        g = Geometry._make((inputs, fragments.channels_of(inputs * taps, taps), taps, *places, *how, *by))
+        padded = fragments.channels_of(inputs * taps, taps)
+        g = Geometry._make((inputs, padded, taps, *places, *how, *by, rows // groups))
         y = x.new_empty(len(x), rows, height, width)
-        across = fragments.blocks_of(inputs * taps, taps)
-        return _product(x, t, bias, y, pixels, inputs * taps, across, g)
-    if slides(x.shape[1], groups):
+        if alone:
+            return _depthwise(x, t, bias, y, pixels, g)
+        return _product(x, t, bias, y, pixels, inputs * taps, fragments.blocks_of(inputs * taps, taps), g)
+    if alone:
         weight = dense(t, inputs * taps, 1, x).view(rows, inputs, *kernel)
     else:
         weight = dense(t, inputs, taps, x).view(rows, *kernel, inputs).permute(0, 3, 1, 2)

@@ -10,12 +10,47 @@ operand of `tl.dot`, the only one that may stay in registers. Scale, bias and th
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from .triton_compat import narrow
 from .triton_early import start_early
 from .triton_unpack import INTERPRETED, SPAN, UNIT, WORDS, load_words, order, weights
+
+
+class Geometry(NamedTuple):
+    """A convolution as the kernels read it; strides of x in elements, `padded` channels as fragments.py lays them.
+
+    `channels` of x and `rows` of y are those of a group. Kernels take the numbers one by one and join them again: of a
+    tuple Triton makes a variant for each pattern of ones and multiples of 16, whatever `do_not_specialize` says.
+    """
+
+    channels: int
+    padded: int
+    taps: int
+    height: int
+    width: int
+    out_height: int
+    out_width: int
+    kernel_width: int
+    stride_down: int
+    stride_across: int
+    padding_down: int
+    padding_across: int
+    dilation_down: int
+    dilation_across: int
+    by_image: int
+    by_channel: int
+    by_row: int
+    by_column: int
+    rows: int
+
+    def in_runs(self) -> bool:
+        """Whether 16 channels of x are neighbours, and 16 bytes of them (8 elements and more) are aligned."""
+        apart = (self.by_image, self.by_row, self.by_column)
+        return self.by_channel == 1 and self.channels % 16 == 0 and all(n % 8 == 0 for n in apart)
 
 
 @triton.jit
@@ -134,6 +169,9 @@ def _product(
     words += tl.load(plan + tiles + tile).to(tl.int64) * WORDS
     row = tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    if X != "tokens":  # on to the channels of the tile's group; the first place of a tile has a row
+        group = tl.load(plan + 2 * tiles + tile * ROWS) // g.rows
+        x += tl.multiple_of(group * (g.channels * g.by_channel), 1 if X == "pixels" else 16)
     begin = part * per
     end = tl.minimum(begin + per, across)
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -148,14 +186,14 @@ def _product(
         sums += offset[:, None] * of_x[None, :]
     last = parts == 1
     if parts > 1:
-        group = tl.program_id(1) * tiles + tile
-        mine = partial + group.to(tl.int64) * (parts * ROWS * COLUMNS) + row[:, None] * COLUMNS
+        sharing = tl.program_id(1) * tiles + tile
+        mine = partial + sharing.to(tl.int64) * (parts * ROWS * COLUMNS) + row[:, None] * COLUMNS
         mine += tl.arange(0, COLUMNS)[None, :]
         tl.store(mine + part * (ROWS * COLUMNS), sums)
         tl.debug_barrier()  # all of this program's sums are written before it says so
-        last = tl.atomic_add(counters + group, 1, sem="acq_rel") == parts - 1
+        last = tl.atomic_add(counters + sharing, 1, sem="acq_rel") == parts - 1
         if last:
-            tl.store(counters + group, 0)
+            tl.store(counters + sharing, 0)
             sums = tl.zeros((ROWS, COLUMNS), tl.float32)
             for i in range(parts):
                 sums += tl.load(mine + i * (ROWS * COLUMNS), cache_modifier=".cg")
@@ -178,12 +216,18 @@ def linear_kernel(
              DTYPE, ROWS, COLUMNS, BLOCKS, ORDER, "tokens", SHIFTED, BIASED)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "N", "tiles", "across", "parts", "per", "area", "g"])
+@triton.jit(do_not_specialize=["M", "N", "tiles", "across", "parts", "per", "area", *Geometry._fields])
 def conv2d_kernel(
-    x, words, plan, grid, bias, y, partial, counters, M, N, tiles, across, parts, per, area, g,
+    x, words, plan, grid, bias, y, partial, counters, M, N, tiles, across, parts, per, area,
+    channels, padded, taps, height, width, out_height, out_width, kernel_width, stride_down, stride_across,
+    padding_down, padding_across, dilation_down, dilation_across, by_image, by_channel, by_row, by_column, rows,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, ORDER: tl.constexpr,
     X: tl.constexpr, SHIFTED: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """y (images, N, area), M = images * area, of x as `g` says; a column is an output pixel."""
+    """y (images, N, area), M = images * area, of x as a `Geometry` says; a column is an output pixel."""
+    g = Geometry(
+        channels, padded, taps, height, width, out_height, out_width, kernel_width, stride_down, stride_across,
+        padding_down, padding_across, dilation_down, dilation_across, by_image, by_channel, by_row, by_column, rows,
+    )  # fmt: skip
     _product(x, words, plan, grid, bias, y, partial, counters, M, N, tiles, across, parts, per, area, g,
              DTYPE, ROWS, COLUMNS, BLOCKS, ORDER, X, SHIFTED, BIASED)  # fmt: skip

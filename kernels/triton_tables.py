@@ -33,7 +33,7 @@ from torch import Tensor
 from . import fragments
 from .triton_configuration import COLUMNS, Config, Gpu, ceil_div, gpu, shared
 
-FORMAT = 1
+FORMAT = 2
 MOST_BYTES = 2**22  # of a file: some ten thousand entries
 SOURCES = ("fragments.py", "triton_compat.py", "triton_early.py", "triton_packed_kernels.py", "triton_unpack.py")
 SHIPPED = Path(__file__).with_name("tuned")
@@ -60,6 +60,7 @@ class Key(NamedTuple):
         tiles, size: Tiles, and rows of each.
         across: Blocks of K.
         planes: Planes of all tiles: bytes decide.
+        groups: Of a convolution, each with channels of its own.
     """
 
     dtype: torch.dtype
@@ -69,6 +70,7 @@ class Key(NamedTuple):
     size: int
     across: int
     planes: int
+    groups: int = 1
 
 
 # ---- look-up ----
@@ -82,7 +84,9 @@ def bucket(columns: int, pixels: bool) -> int:
     return max(16, 1 << (exponent + exponent % 2)) if pixels else max(8, 1 << exponent)
 
 
-def tuned(x: Tensor, words: Tensor, lies: str, columns: int, tiles: int, size: int, across: int) -> Config | None:
+def tuned(
+    x: Tensor, words: Tensor, lies: str, columns: int, tiles: int, size: int, across: int, groups: int = 1
+) -> Config | None:
     """The configuration that was found fastest for a product on x's GPU; None where none is known."""
     index = x.device.index
     table: Any = _tables.get(index)
@@ -91,7 +95,7 @@ def tuned(x: Tensor, words: Tensor, lies: str, columns: int, tiles: int, size: i
     if not table:
         return None
     planes = words.numel() // fragments.WORDS
-    return table.get((x.dtype, lies, bucket(columns, lies != "tokens"), tiles, size, across, planes))
+    return table.get((x.dtype, lies, bucket(columns, lies != "tokens"), tiles, size, across, planes, groups))
 
 
 def forget() -> None:

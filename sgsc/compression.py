@@ -35,7 +35,7 @@ from .size import weight_count
 
 WAY_OUT = "lower the learning rate, or load the last checkpoint"
 FREEZE_CHECKS = 3  # checks for which a restored channel keeps its bits
-INSIST, RELAX, INSIST_MOST = 1.25, 0.9, 2.0  # how the preservation weight follows violations, and its limit
+INSIST, RELAX, INSIST_MOST = 1.25, 0.8, 8.0  # how the preservation weight follows violations, and its limit
 
 
 @dataclass(frozen=True)

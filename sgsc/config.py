@@ -22,7 +22,7 @@ class CompressionConfig:
     steps: int = setting(1000, "optimiser steps of the compression")
     shrink_share: float = setting(0.6, "share of the steps after which the target size shall be reached")
     settle_share: float = setting(0.75, "share of the steps after which widths stay as they are")
-    preservation_weight: float = setting(1.0, "weight of the preservation loss; grows while the tolerance is violated")
+    preservation_weight: float = setting(0.25, "weight of the preservation loss; grows while the tolerance is violated")
     preservation_batch: int = setting(32, "preservation samples a step")
     sparsity_weight: float = setting(0.0, "weight of the mean magnitude of the weights")
     bit_rate: float = setting(0.05, "most bits that a channel's width moves in a step")

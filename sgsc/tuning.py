@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .files import write_atomically
 from .kernels import PackedRows, TiledRows, tile_kernel, tile_rows
+from .kernels.packed_conv2d import slides
 from .packed import PackedConv2d, PackedProduct
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def tune(
     here = triton_tables.gpu(at.index)
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else model
     products = {name: m for name, m in modules.items() if isinstance(m, PackedProduct)}
-    layers = {name: m for name, m in products.items() if getattr(m, "groups", 1) == 1}  # others run dense
+    layers = {name: m for name, m in products.items() if not _slides(m)}  # others have nothing to choose
     numbers = {name: pixels if isinstance(layer, PackedConv2d) else batches for name, layer in layers.items()}
     records: dict[Key, dict[str, Any]] = {}
     done = 0
@@ -97,7 +98,8 @@ def tune(
                 progress("tuning", done, len(dtypes) * sum(map(len, numbers.values())), {})
     if not records:
         raise ValueError(
-            f"nothing to tune in {len(modules)} modules; want packed Linears, or convolutions of one group, with bits"
+            f"nothing to tune in {len(modules)} modules; want packed Linears, or convolutions that are not depthwise, "
+            "with bits"
         )
     return list(records.values())
 
@@ -154,6 +156,10 @@ def _tiles(layer: PackedProduct, at: torch.device) -> TiledRows:
         return tile_rows(rows, scale, offset)
     inputs = layer.weight_shape()[1] * layer.groups
     return tile_kernel(rows, scale, offset, inputs=inputs, kernel=layer.kernel, groups=layer.groups)
+
+
+def _slides(layer: PackedProduct) -> bool:
+    return isinstance(layer, PackedConv2d) and slides(layer.weight_shape()[1] * layer.groups, layer.groups)
 
 
 def _product(

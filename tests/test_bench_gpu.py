@@ -108,9 +108,12 @@ def test_other_sections_are_measured(quick):
         assert row["missing"] == {}
         assert len(row["ratio"]) == 3
     layers, _ = of_section(quick, "conv2d")
-    assert [(row["batch"], row["bits"]) for row in layers] == [(1, 4), (1, MIXED), (2, 4), (2, MIXED)]
+    assert [(row["batch"], row["groups"], row["bits"]) for row in layers] == [
+        (batch, groups, bits) for batch in (1, 2) for groups in (1, 2, 8) for bits in (4, MIXED)
+    ]
     for row in layers:
         consistent(row)
+        assert row["channels_last_microseconds"] > 0
         assert row["ratio"].keys() == gpu_conv2d.LAYOUTS.keys()
         assert row["missing"] == {}
     steps, claims = of_section(quick, "training")
@@ -235,6 +238,7 @@ def test_claims_of_the_other_sections_can_fail():
 
     def layers(batch, *ratios):
         rows = [{"case": str(i), "batch": batch, "ratio": {"a": r, "b": 2.0, "c": None}} for i, r in enumerate(ratios)]
+        rows = [row | {"groups": 1} for row in rows] + [rows[0] | {"groups": 2, "case": "apart", "ratio": {"a": 0.1}}]
         return {claim["target"]: claim["holds"] for claim in gpu_conv2d.claims(rows, 1)}
 
     assert layers(1, 1.0, 1.1) == {1.0: True, 0.9: False}
@@ -665,6 +669,27 @@ def test_the_script_runs_everything_and_says_what_failed(out, tmp_path):
     log.unlink()
     assert subprocess.run([*command, "linear", "checks"], check=False, env=everything, cwd=tmp_path).returncode == 0
     assert log.read_text().splitlines() == [expected[2], expected[0]]
+
+
+@pytest.mark.parametrize("section", ["cifar10", "resnet20", "shakespeare"])
+def test_a_task_is_a_call_of_its_own_with_nearly_all_of_the_time(section, tmp_path):
+    """It is among no other call's sections, and ends itself before it would be ended."""
+    log, folder = tmp_path / "log", tmp_path / "bin"
+    folder.mkdir()
+    for name, said in (("python3", "$*"), ("timeout", "limit $3")):
+        fake = folder / name
+        fake.write_text(f'#!/bin/sh\necho "{said}" >>{log}\n[ "$0" = {folder}/python3 ] || {{ shift 3; exec "$@"; }}\n')
+        fake.chmod(0o755)
+    found = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "OUT": str(tmp_path / "out"), "DATA": "/d"}
+    command = ["bash", str(ROOT / "bench/gpu.sh"), section]
+    assert subprocess.run(command, check=False, env=found, cwd=tmp_path).returncode == 0
+    limit, called = log.read_text().splitlines()
+    told = re.fullmatch(
+        rf"-m bench\.sgsc {section} --device cuda --seconds (\d+) --data /d --results {tmp_path}/out", called
+    )
+    assert told is not None
+    assert 450 <= int(told[1]) <= int(limit.split()[1]) - 10 <= 530
+    assert section not in (ROOT / "bench/gpu.sh").read_text().split("set -- ")[1].splitlines()[0]
 
 
 def test_the_budgets_fit_into_nine_minutes():

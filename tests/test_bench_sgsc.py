@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,9 +125,10 @@ def test_a_schedule_replaces_no_row_of_another(bench):
     bench("names", "--targets", "0.6")
     (row,) = rows_of(bench, "names")
     full = {**row, "schedule": "full", "packed_loss": 1.0}
-    record.write("sgsc", "names", [full, {**full, "device": "a GPU"}], [], "x", bench.folder)
+    record.write("sgsc", "names", [full, {**row, "device": "a GPU"}], [], "x", bench.folder)
     assert len(bench("names", "--targets", "0.6")) == 1
-    assert [r["schedule"] for r in rows_of(bench, "names")] == ["full", "full", "quick"]
+    assert [r["schedule"] for r in rows_of(bench, "names")] == ["full", "quick", "quick"]
+    assert [r.get("device") for r in rows_of(bench, "names")] == [None, "a GPU", None]
 
 
 def test_a_section_that_was_cut_off_goes_on(bench, monkeypatch, capsys):
@@ -252,10 +254,16 @@ def test_bytes_of_a_library_are_its_own_and_those_of_what_it_leaves():
 # ---- processes ----
 
 
-def test_a_process_is_ended_when_its_time_is_up_and_a_failed_one_is_shown():
+def test_a_process_is_ended_when_its_time_is_up_and_a_failed_one_is_shown(tmp_path):
     assert runs.called([sys.executable, "-c", "print('[1]')"]) == [1]
     with pytest.raises(runs.OutOfTime):
         runs.called([sys.executable, "-c", "import time; time.sleep(60)"], 0.5)
+    pid = str(tmp_path / "pid")
+    leaves = f"import subprocess; p = subprocess.Popen(['sleep', '60']); open({pid!r}, 'w').write(str(p.pid))"
+    with pytest.raises(runs.OutOfTime):
+        runs.called([sys.executable, "-c", f"{leaves}; p.wait()"], 5.0)
+    state = Path("/proc", Path(pid).read_text(), "stat")
+    assert not state.is_file() or state.read_text().split()[2] == "Z", "what it started is ended with it"
     with pytest.raises(SystemExit, match=r"failed: .*no such thing"):
         runs.called([sys.executable, "-c", "raise SystemExit('no such thing')"])
 

@@ -26,6 +26,7 @@ def split(**more):
     return {
         **{"samples": 60, "float_right": 53, "regressions": 1, "margin_float": 0.85, "margin_packed": 0.78},
         **{"by_class": classes, "tail": part(6, 1, 0.5, 0.25), "worst_class": {"name": "3", **classes["3"]}},
+        "regressions_by_class": {"3": 1, "8": 0, "9": 0},
         **more,
     }
 
@@ -62,7 +63,7 @@ def test_each_part_is_drawn_and_said(render):
         "class 8 0.800 → 0.760 0 of 26",
         "Mean margin from 0.25 to 1;",
         "Worst class: 3 , 1 of 27 regressed (3.70 %), 11.11 % of its margin lost.",
-        "1 classes that fared better, or of which float had none right, are left out.",
+        "1 class left out: fared better, or float had none of it right.",
     ):
         assert expected in words
     assert "class 9" not in words  # float had none right
@@ -88,6 +89,8 @@ def test_margins_near_1_are_told_apart_and_negative_ones_have_a_zero(render):
     (_, marks, _, _), *_ = rows_of(render({"guard": near}))
     assert "from 0.75 to 1" in words_of(render({"guard": near}))
     assert marks["before"] - marks["after"] > 20
+    beyond = rows_of(render({"guard": split(tail=part(1, 0, 5.0, -7.0))}))[1]
+    assert beyond[1] == {"before": 98, "after": 2}
     below = split(tail=part(6, 4, 0.5, -0.3))
     html = render({"guard": below})
     assert "from -0.5 to 1" in words_of(html)
@@ -96,11 +99,11 @@ def test_margins_near_1_are_told_apart_and_negative_ones_have_a_zero(render):
 
 
 def test_of_many_classes_the_worst_are_shown(render):
-    classes = {str(i): part(10, int(i == 29), 0.9, 0.9 - 0.01 * i) for i in range(30)}
+    classes = {str(i): part(10, int(i == 5), 0.9, 0.9 - 0.01 * i) for i in range(30)}
     html = render({"guard": split(by_class=classes)})
     shown = [label.split(":")[0] for label, *_ in rows_of(html)]
-    assert shown == ["all", "hard tail", *(f"class {i}" for i in range(29, 9, -1))]
-    assert "10 classes that fared better" in words_of(html)
+    assert shown == ["all", "hard tail", "class 5", *(f"class {i}" for i in range(29, 10, -1))]
+    assert "10 classes left out: fared better" in words_of(html)
     few = {str(i): part(10, int(i == 19), 0.9, 0.8) for i in range(20)}
     assert [label.split(":")[0] for label, *_ in rows_of(render({"guard": split(by_class=few)}))][2] == "class 0"
 
@@ -193,7 +196,7 @@ def test_the_statement_of_the_certificate_is_quoted(render):
 
 def test_settings_are_listed_and_repeated_by_the_command(render):
     settings = {"config": {"target_size": 0.05, "steps": 300, "seed": 7}, "task": "digits", "samples": 200, "x": "<b>"}
-    report = {"task": "digits", "target_size": 0.05, "seed": 7, "settings": settings, "limit": 64, "data": "a b"}
+    report = {"task": "digits", "target_size": 0.05, "settings": settings, "limit": 64, "data": "a b"}
     words = words_of(render(report))
     command = "sgsc compress digits --target-size 0.05 --seed 7 --steps 300 --samples 200 --limit 64 --data 'a b'"
     assert command in words

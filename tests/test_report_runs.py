@@ -174,6 +174,7 @@ def test_the_runs_are_plotted_and_listed(tmp_path):
         {"run": "five", **run(target_size=0.04, stored_ratio=0.0398, packed_accuracy=0.97, stored_bytes=24000)},
         {"run": "missed", **run(target_size=0.01, target_held=False, stored_ratio=0.2)},
         {"run": "unknown", **run(target_held=None)},
+        {"run": "ten", **run(stored_ratio=0.0999)},
     ]
     write_html(full_report(), tmp_path / "report.html", others)
     html = (tmp_path / "report.html").read_text()
@@ -193,6 +194,7 @@ def test_the_runs_are_plotted_and_listed(tmp_path):
         texts(svg)
     )
     assert marks(svg, plots.ALARM) == 2 * 2 + 1  # two panels, and the legend
+    assert marks(svg, plots.MAIN) == 3 * 2 + 1
 
 
 def test_without_others_there_is_no_table_of_runs(render):

@@ -88,7 +88,7 @@ def command(report: Mapping[str, Any]) -> str:
     words = ["sgsc", "compress", str(report.get("task"))]
     said = mapping(report.get("settings"))
     known = {key: report.get(key) for key in ("target_size", "tolerance", "seed")}
-    known |= {key: value for key, value in mapping(said.get("config")).items() if key not in known}
+    known |= mapping(said.get("config"))
     known |= {"samples": said.get("samples"), "limit": report.get("limit"), "data": report.get("data")}
     for key, value in known.items():
         words += [f"--{str(key).replace('_', '-')}", number(value, "{}")] if value is not None else []

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sgsc.kernels import fragments, run_form, tile_rows
-from sgsc.kernels.fragments import SPAN, UNIT, WORDS, blocks_of, parts_of, pieces, tile_size, unfragment
+from sgsc.kernels.fragments import SPAN, UNIT, WORDS, blocks_of, parts_of, pieces, tile_size, tiles_of, unfragment
 from sgsc.kernels.packed_linear import grid
 from sgsc.kernels.packing import case, shapes
 from tests.checks import assert_same
@@ -41,12 +41,17 @@ def test_a_lane_holds_what_the_tensor_cores_want_of_it():
     assert (int(words[plane, 22]) & 0xFFFFFFFF) == 0xAB << (at + 16)
 
 
-def check(bits, width, area=1, shift=0.0):
+def check(bits, width, area=1, shift=0.0, groups=1):
     levels, rows = case(bits, width)
     scale, offset, _ = grid(bits)
-    t = run_form.FRAGMENTS.lay_out(rows, scale, offset + shift, area, 1)
+    t = run_form.FRAGMENTS.lay_out(rows, scale, offset + shift, area, groups)
     widths, _, slots = parts_of(t.plan, t.grid)
-    size = tile_size(len(bits))
+    size = tile_size(len(bits) // groups)
+    assert tiles_of(t.plan, t.grid.shape[1]) == (len(widths), size if len(widths) else UNIT)
+    assert (widths.diff() >= 0).all()  # programs start with the last, the widest
+    for tile in slots.view(-1, size):
+        assert tile[0] >= 0  # it tells the group
+        assert (tile[tile >= 0] // (len(bits) // groups) == tile[0] // (len(bits) // groups)).all()
     assert t.lines.dtype == torch.int32
     assert t.lines.numel() == int(widths.sum()) * (size // UNIT) * blocks_of(width, area) * WORDS
     assert sorted(slots[slots >= 0].tolist()) == list(range(len(bits)))
@@ -76,6 +81,20 @@ def test_levels_come_back(name, units, monkeypatch):
 @given(st.lists(st.integers(0, 8), max_size=40), st.integers(1, 40), st.sampled_from([1, 2, 9]))
 def test_levels_of_any_shape_come_back(bits, channels, area):
     check(torch.tensor(bits, dtype=torch.uint8), channels * area, area)
+
+
+@pytest.mark.parametrize(("groups", "each"), [(2, 17), (3, 16), (5, 1), (2, 70)])
+@pytest.mark.parametrize("units", [1, 4])
+def test_the_rows_of_a_tile_are_of_one_group(groups, each, units, monkeypatch):
+    monkeypatch.setattr(fragments, "MANY", 10_000 if units == 1 else 0)
+    bits = torch.randint(0, 9, (groups * each,), generator=torch.Generator().manual_seed(each), dtype=torch.uint8)
+    check(bits, 36, 9, 0.5, groups)
+
+
+def test_many_rows_in_small_groups_have_small_tiles():
+    bits = torch.full((1_024,), 4, dtype=torch.uint8)
+    assert tiles_of(check(bits, 9, 9, groups=64).plan, 1_024) == (64, 16)
+    assert tiles_of(check(bits, 9, 9, groups=2).plan, 1_024) == (16, 64)
 
 
 def test_any_width_costs_its_bits():

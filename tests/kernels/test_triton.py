@@ -17,6 +17,8 @@ from sgsc.kernels.op import OPS  # noqa: E402
 from sgsc.kernels.triton_aot import TARGETS, compile_for  # noqa: E402
 from tests.kernels.triton_interpreted import CHECKS, assert_as_good, assert_same  # noqa: E402
 
+# all interpreted checks run while the first is set up: minutes, on a busy machine
+pytestmark = pytest.mark.timeout(1_000)
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE_CHECKS = [name for name in CHECKS if name in {"forward", "backward", "many", "rounding"} or "packed" in name]
 compiles = pytest.mark.skipif(
@@ -28,7 +30,7 @@ def python(*arguments, **environment):
     """Run another Python in the repository's root, on one core."""
     everything = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
-        [sys.executable, *arguments], check=False, cwd=ROOT, env=everything, capture_output=True, text=True, timeout=250
+        [sys.executable, *arguments], check=False, cwd=ROOT, env=everything, capture_output=True, text=True, timeout=900
     )
 
 

@@ -215,7 +215,7 @@ def test_one_width_spills(target, rows, columns, dtype, how):
 def test_what_is_read_in_runs(shape, channels, layout, runs):
     x = torch.empty(shape, dtype=torch.bfloat16).contiguous(memory_format=layout)[:, :channels]
     by = (0 if n == 1 else step for n, step in zip(x.shape, x.stride(), strict=True))
-    g = Geometry._make((channels, channels, 1, *x.shape[2:], *x.shape[2:], 1, 1, 1, 0, 0, 1, 1, *by))
+    g = Geometry._make((channels, channels, 1, *x.shape[2:], *x.shape[2:], 1, 1, 1, 0, 0, 1, 1, *by, 1))
     assert g.in_runs() is runs
 
 

@@ -93,7 +93,7 @@ def stored(table, here=HERE):
 def asks(key=KEY):
     """What a product of this key is told."""
     x, words = torch.empty(0, dtype=key.dtype), torch.empty(64 * key.planes, dtype=torch.int32)
-    return tuned(x, words, key.x, key.most, key.tiles, key.size, key.across)
+    return tuned(x, words, key.x, key.most, key.tiles, key.size, key.across, key.groups)
 
 
 def complaint():
@@ -115,7 +115,7 @@ def test_a_product_runs_as_its_entry_says_and_as_the_heuristic_without(launches)
     heuristic = configure(torch.float32, 3, 3, 16, 11, HERE)
     assert launches.configs == [heuristic]
     key = triton_tuning.key_of(run, words)
-    assert key == (torch.float32, "tokens", 8, 3, 16, 11, len(words) // 64)
+    assert key == (torch.float32, "tokens", 8, 3, 16, 11, len(words) // 64, 1)
     entry = Config(8, 1, 3, "wide", 2, 5)
     stored({key: entry, key._replace(planes=key.planes + 1): Config(8, 1, 1, "wide", 2, 5)})
     triton_tables.forget()
@@ -138,6 +138,7 @@ def test_every_field_of_a_key_counts(field):
     stored({KEY: CONFIG})
     assert asks() == CONFIG
     other = {"dtype": torch.float16, "x": "runs", "most": 32, "tiles": 5, "size": 16, "across": 9, "planes": 641}
+    other["groups"] = 2
     assert asks(KEY._replace(**{field: other[field]})) is None
 
 
@@ -186,7 +187,7 @@ def test_tables_survive_a_round_trip(folder):
             make.choice(list(triton_tables.DTYPES.values())),
             x := make.choice(triton_tables.X),
             bucket(make.randint(1, 4_096), x != "tokens"),
-            *(make.randint(1, 99) for _ in range(4)),
+            *(make.randint(1, 99) for _ in range(5)),
         )
         chosen = {name: make.choice(values) for name, values in triton_tables.VALUES.items()}
         config = Config(parts=make.randint(1, 9), **chosen)
@@ -203,7 +204,7 @@ def test_tables_survive_a_round_trip(folder):
 @pytest.mark.parametrize(
     ("field", "other"),
     [
-        *(("gpu", "interpreter "), ("gpu", None), ("processors", 3), ("processors", 2.0), ("format", 2)),
+        *(("gpu", "interpreter "), ("gpu", None), ("processors", 3), ("processors", 2.0), ("format", 1)),
         *(("format", True), ("triton", "3.4.0"), ("sources", "0" * 64)),
     ],
 )
@@ -580,6 +581,7 @@ def network():
         "again": torch.nn.Linear(300, 24),
         "conv": torch.nn.Conv2d(5, 20, 3, stride=2, padding=1),
         "line": torch.nn.Conv1d(5, 20, 3, dilation=2),
+        "parts": torch.nn.Conv2d(8, 20, 3, groups=2),
         "apart": torch.nn.Conv2d(6, 6, 3, groups=6),
         "words": torch.nn.Embedding(10, 4),
     }
@@ -597,11 +599,13 @@ def test_every_product_of_a_network_is_tuned_once(launches):
         (["first", "again"], "tokens", 16),
         (["conv"], "pixels", 64),
         (["line"], "pixels", 64),
+        (["parts"], "pixels", 64),
     ]
     assert all(r["config"]["stages"] == 5 and r["dtype"] == "float16" and r["failed"] == 0 for r in records)
     assert all(r["microseconds"] == pytest.approx(2e5) for r in records)
-    assert steps == [("tuning", n, 8, {}) for n in range(1, 9)]
-    assert len(read_table(triton_tables.cache_path(HERE), HERE)) == 4
+    assert steps == [("tuning", n, 9, {}) for n in range(1, 10)]
+    table = read_table(triton_tables.cache_path(HERE), HERE)
+    assert sorted(key.groups for key in table) == [1, 1, 1, 1, 2]
     after = dict(model.named_buffers())
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())

@@ -9,9 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from sgsc.kernels import OPS, fragments, run_form, triton_counters, triton_early
+from sgsc.kernels import OPS, fragments, run_form, triton_counters, triton_depthwise_kernels, triton_early
 from sgsc.kernels import triton_packed as ours
 from sgsc.kernels.packed_conv2d import _case as conv2d_case
+from sgsc.kernels.triton_configuration import Sliding
 from tests.checks import assert_agrees, assert_same
 
 LINEAR, CONV2D = OPS["packed_linear"], OPS["packed_conv2d"]
@@ -137,9 +138,20 @@ def check_many_tokens(device="cpu"):
             check_all(LINEAR, cases, device, lambda name: "17-rows" in name or "exact" in name)
 
 
+def refused(*_, **__):
+    raise AssertionError("left to the reference, or to a dense copy of the weights")
+
+
 def check_conv2d(device="cpu"):
-    with with_settings():
-        check_all(CONV2D, exact(CONV2D.cases()), device)
+    """By the kernels alone, groups and depthwise layers too, but for one of more levels than they read."""
+    for many in (10_000, 0):  # rows a tile: 16, 64
+        with with_settings(conv2d_reference=refused, dense=refused, MANY=many):
+            few = {name: case for name, case in exact(CONV2D.cases()).items() if "depthwise-deep" not in name}
+            if not many:
+                some = ("exact-groups-of-a-tile-and-one", "exact-depthwise-multiplier")
+                few = {f"{name}, 64 rows a tile": few[name] for name in some}
+            assert sum(case[10] > 1 for case in few.values()) >= (12 if many else 2)
+            check_all(CONV2D, few, device)
 
 
 def check_channels_in_runs(device="cpu"):
@@ -147,11 +159,13 @@ def check_channels_in_runs(device="cpu"):
     with with_settings(MANY=0):
         for order, parts in (("wide", 1), ("narrow", 2)):
             with mock.patch.object(ours, "configure", configured(order=order, parts=parts)):
-                x, *rest = conv2d_case(channels=20, inputs=32, size=(5, 7), stride=(2, 1))
-                odd = torch.zeros(x.numel() + 1).as_strided(x.shape, (1120, 1, 224, 32), 1).copy_(x)
-                for some in (x.to(memory_format=torch.channels_last), odd):
-                    assert some.stride(1) == 1
-                    assert_agrees(Ours(CONV2D, device), (some, *rest), f"{order}, from {some.data_ptr() % 16}")
+                for groups in (1, 2):
+                    x, *rest = conv2d_case(channels=20, inputs=32, size=(5, 7), stride=(2, 1), groups=groups)
+                    odd = torch.zeros(x.numel() + 1).as_strided(x.shape, (1120, 1, 224, 32), 1).copy_(x)
+                    for some in (x.to(memory_format=torch.channels_last), odd):
+                        assert some.stride(1) == 1
+                        what = f"{order}, {groups} groups, from {some.data_ptr() % 16}"
+                        assert_agrees(Ours(CONV2D, device), (some, *rest), what)
 
 
 def check_many_pixels(device="cpu"):
@@ -183,6 +197,27 @@ def check_every_level(device="cpu"):
                 assert_same(y + 0.0, (levels.float() - centre).to(dtype).t().contiguous() + 0.0, f"{bits}, dense")
 
 
+def check_every_depthwise_level(device="cpu"):
+    """Sums of integers, which are exact, under a kernel of as many places as are read from words."""
+    down, across = 8, 12
+    assert down * across == triton_depthwise_kernels.MOST
+    make = torch.Generator().manual_seed(2)
+    x = torch.randint(-8, 9, (4, 16, down, across), generator=make).float()
+    for bits in range(1, 9):
+        levels = torch.randint(0, 1 << bits, (16, down * across), generator=make, dtype=torch.uint8)
+        levels[0], levels[1] = 0, (1 << bits) - 1
+        plan, planes = fragments.plan_tiles(torch.full((16,), bits, dtype=torch.uint8), 1)
+        words = fragments.fragment(levels, plan, 16, down * across, 1, planes)
+        for offset in (-(2.0 ** (bits - 1)), 0.25)[: 1 + (bits == 5)]:
+            grid = torch.ones(1, 16) if offset < 0 else torch.stack([torch.ones(16), torch.full((16,), offset)])
+            geometry = ([down, across], [1, 1], [0, 0], [1, 1], 16)
+            one = Sliding(32, 16, across // 2, 1)  # program, as they take turns here
+            with with_settings(conv2d_reference=refused, dense=refused, sliding=lambda *_, one=one: one):
+                y = Ours(CONV2D, device)(x, words, plan, grid, None, 16, *geometry, False)
+            expected = ((levels.float() + offset) * x.flatten(2)).sum(2)
+            assert_same(y.flatten(1) + 0.0, expected + 0.0, f"{bits} bits, {offset}")
+
+
 def check_large_floats(device="cpu"):
     """float32 that bfloat16 would round to infinity, and values whose low bits only the last part holds."""
     x = torch.tensor([[3.4e38, 0, 0], [1 + 2.0**-23, 0, 0], [-(1 - 2.0**-24), 2.0**-100, 0], [1e-38, 0, 3e-39]])
@@ -205,5 +240,6 @@ CHECKS = {
     "packed-conv2d-channels-in-runs": check_channels_in_runs,
     "packed-conv2d-of-many-pixels": check_many_pixels,
     "packed-every-level": check_every_level,
+    "packed-every-depthwise-level": check_every_depthwise_level,
     "packed-large-floats": check_large_floats,
 }
