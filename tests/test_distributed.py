@@ -17,8 +17,9 @@ from sgsc.distributed import Ranks, leave_out, quantizer_parameters
 from tests.small import SETTINGS, STEPS, assert_same_model, batch, blobs, start, trained
 
 RANKS = 2
-# Sums of a batch in two parts round in another way; nothing else differs. Some hundred steps of Adam magnify it.
-TOLERANCE = 1e-9
+# Sums of a batch in two parts round in another way, and Adam magnifies that where a gradient is next to nothing.
+# A step of Adam moves a weight by 3e-3.
+TOLERANCE = 1e-7
 
 
 def train(run: SelfCompression, call: nn.Module, steps: int, rank: int = 0, ranks: int = 1, parts: int = 1) -> None:
