@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from .config import CompressionConfig
 from .controller import Controller
-from .cutting import take_shapes
 from .distributed import Ranks
 from .guard import Check, check, restore
 from .layers import quant_layers
@@ -196,7 +195,7 @@ class SelfCompression:
     def finish(self) -> Outcome:
         """End the run: return the model to the best state that held, and say what was reached."""
         if self.best:
-            take_shapes(self.model, self.best)
+            self.control.take_shapes(self.best)
             self.model.load_state_dict(self.best)
             self.control.look_anew()
         self.control.bits.detach()

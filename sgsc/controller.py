@@ -20,7 +20,7 @@ from .artefact import stored_size
 from .bits import BitOptimizer
 from .config import CompressionConfig
 from .coupling import couple
-from .cutting import cut_while_training, take_shapes
+from .cutting import cut_while_training, depthwise_layers, take_shapes
 from .distributed import Ranks
 from .packed import pack
 from .sharding import whole
@@ -56,6 +56,7 @@ class Controller:
         self.float_bytes = float_bytes(model)
         self.bits = BitOptimizer(model, config.bit_rate, config.grid_rate, 1 / (8 * self.float_bytes), ranks)
         self.optimizers = [*optimizers, self.bits.grids]
+        self.depthwise = depthwise_layers(model)
         self.price = 0.0
         self.holding = False
         self.look_anew()
@@ -167,6 +168,10 @@ class Controller:
             self.bits.keep(cut_while_training(self.model, self.coupling, gone, self.optimizers, states))
             self.look_anew()
 
+    def take_shapes(self, state: dict[str, Tensor]) -> None:
+        """Make the model ready to load a state dict from before or after a cut."""
+        take_shapes(self.model, state, self.depthwise)
+
     # ---- checkpoints ----
 
     _VALUES = ("price", "holding", "overhead", "stored", "start_size", "silent")
@@ -177,7 +182,7 @@ class Controller:
 
     def load_state_dict(self, state: dict[str, Any], model: dict[str, Tensor]) -> None:
         """Inverse of `state_dict`; `model` is the state dict of the model, which is loaded too."""
-        take_shapes(self.model, model)
+        self.take_shapes(model)
         self.model.load_state_dict(model)
         self.look_anew()
         self.bits.load_state_dict(state["bits"])

@@ -126,11 +126,18 @@ def cut_while_training(
     return left
 
 
+def depthwise_layers(model: nn.Module) -> set[str]:
+    """Names of the convolutions whose every channel is a group of its own: with one channel left none looks like it."""
+    convolutions = {n: m for n, m in model.named_modules() if isinstance(m, (QuantConv1d, QuantConv2d))}
+    return {name for name, m in convolutions.items() if m.groups == m.in_channels == m.out_channels > 1}
+
+
 @torch.no_grad()
-def take_shapes(model: nn.Module, state: dict[str, Tensor]) -> None:
+def take_shapes(model: nn.Module, state: dict[str, Tensor], depthwise: set[str]) -> None:
     """Give a model whose channels were cut, or were not, the shapes of a state dict of it, so that it can be loaded.
 
-    Parameters stay the same objects; their values are those of the state.
+    Parameters stay the same objects; their values are those of the state. `depthwise`: `depthwise_layers` of the model
+    before any cut.
     """
     for name, value in state.items():
         owner, _, leaf = name.rpartition(".")
@@ -144,6 +151,5 @@ def take_shapes(model: nn.Module, state: dict[str, Tensor]) -> None:
         if leaf == "weight" and isinstance(module, QuantLinear):
             module.out_features, module.in_features = value.shape
         elif leaf == "weight" and isinstance(module, (QuantConv1d, QuantConv2d)):
-            depthwise = module.groups == module.in_channels == module.out_channels > 1
-            module.groups = len(value) if depthwise else module.groups
+            module.groups = len(value) if owner in depthwise else module.groups
             module.out_channels, module.in_channels = len(value), value.shape[1] * module.groups

@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "sgsc/controller": {"artefact", "bits", "config", "coupling", "cutting", "distributed", "packed"}
     | {"sharding", "size"},
     "sgsc/compression": {
-        *("config", "controller", "cutting", "distributed", "guard", "layers", "preservation", "samples", "sharding"),
+        *("config", "controller", "distributed", "guard", "layers", "preservation", "samples", "sharding"),
         "size",
     },
     "sgsc/integrations": {"checkpoint", "compression", "distributed", "preservation"},

@@ -9,7 +9,7 @@ from torch import nn
 
 from sgsc import prepare
 from sgsc.coupling import couple
-from sgsc.cutting import cut_while_training, take_shapes
+from sgsc.cutting import cut_while_training, depthwise_layers, take_shapes
 from sgsc.layers import quant_layers
 
 
@@ -83,14 +83,32 @@ def test_a_state_beside_the_model_is_cut_with_it():
 def test_a_model_takes_its_old_shapes_back():
     model = network().eval()
     want, state = model(X).detach(), {name: value.clone() for name, value in model.state_dict().items()}
+    depthwise = depthwise_layers(model)
+    assert depthwise == {"3"}
     cut(model)
-    take_shapes(model, state)
+    take_shapes(model, state, depthwise)
     model.load_state_dict(state)
     assert torch.equal(model(X), want)
     fresh, small = network(), {}
     cut(model)
     small = model.state_dict()
-    take_shapes(fresh, small)
+    take_shapes(fresh, small, depthwise_layers(fresh))
     fresh.load_state_dict(small)
     assert (fresh[3].groups, fresh[3].in_channels, fresh[5].out_channels, fresh[1].num_features) == (10, 10, 9, 10)
     assert torch.allclose(fresh.eval()(X), want, atol=1e-5)
+
+
+def test_a_depthwise_layer_comes_back_from_its_last_channel():
+    model = network().eval()
+    want, state = model(X).detach(), {name: value.clone() for name, value in model.state_dict().items()}
+    depthwise = depthwise_layers(model)
+    with torch.no_grad():
+        for layer in (model[0], model[3]):
+            layer.weight_quantizer.bit_depth[1:] = 0
+    couple(model).silence(model)
+    cut(model)
+    assert model[3].groups == model[3].in_channels == 1
+    take_shapes(model, state, depthwise)
+    model.load_state_dict(state)
+    assert (model[3].groups, model[3].in_channels, model[0].out_channels) == (16, 16, 16)
+    assert torch.equal(model(X), want)
