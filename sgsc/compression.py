@@ -4,8 +4,8 @@
 
     size          bits that the file will hold for weights, scales, widths, biases and norms (size.py), over those of
                   the float32 model. Its gradient is known without autograd and goes straight to the widths
-    preservation  KL divergence from the float model's outputs, leant towards its right answers, on a random part of the
-                  preservation set (preservation.py, "answers")
+    preservation  KL divergence from the float model's outputs, leant towards its right answers, on a part of the
+                  preservation set, drawn by what each sample lost of its margin (preservation.py)
 
 `size_weight` is a price: it follows from the target size, stored bytes over float32 bytes (bits.py, controller.py).
 Every `guard_every` steps the guard compares with the float model on the whole preservation set: on evidence of harm it

@@ -15,6 +15,15 @@ from .layers import QuantConv1d, QuantConv2d, QuantLinear
 Follow = Callable[[str, Tensor, int, Tensor], None]
 
 
+def spare(coupling: Coupling, gone: Tensor) -> Tensor:
+    """The channels that may go, (ids,) bool on the CPU: each layer keeps one."""
+    gone = gone.clone()
+    for ids in coupling.produced.values():
+        if len(ids) and gone[ids].all():
+            gone[ids[0]] = False
+    return gone
+
+
 @torch.no_grad()
 def remove_channels(
     model: nn.Module, coupling: Coupling | None = None, gone: Tensor | None = None, follow: Follow | None = None
@@ -36,10 +45,7 @@ def remove_channels(
     coupling = couple(model) if coupling is None else coupling
     if coupling.why:
         return {}
-    gone = (coupling.silent(model) if gone is None else gone).cpu()
-    for ids in coupling.produced.values():
-        if len(ids) and gone[ids].all():
-            gone[ids[0]] = False
+    gone = spare(coupling, (coupling.silent(model) if gone is None else gone).cpu())
     if not gone.any():
         return {}
 
@@ -106,7 +112,19 @@ def cut_while_training(
 
     Returns:
         Layer name -> (C,) bool, of the rows before the cut those that are left; layers that keep all are left out.
+
+    Raises:
+        ValueError: If an optimiser keeps state that is not a value a weight; nothing is cut then.
     """
+    for optimizer in optimizers:
+        for parameter, held in optimizer.state.items():
+            for key, one in held.items():
+                if isinstance(one, Tensor) and one.numel() > 1 and one.shape != parameter.shape:
+                    raise ValueError(
+                        f"{type(optimizer).__name__} keeps {key!r} {tuple(one.shape)} for a parameter "
+                        f"{tuple(parameter.shape)}, which cannot be cut with it; leave `cut` off, or use an optimiser "
+                        "with a value a weight, such as Adam or SGD"
+                    )
     left: dict[str, Tensor] = {}
 
     def follow(name: str, value: Tensor, axis: int, index: Tensor) -> None:
