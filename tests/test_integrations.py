@@ -1,6 +1,5 @@
 """Callbacks of other people's trainers: the same run as in a loop of one's own, resumed too."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -9,18 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from sgsc import PreservationSet, SelfCompression, pack, prepare, stored_size
 from sgsc.certificate import compare, outputs
 from tests.small import SETTINGS, assert_same_model, blobs, trained
+from tests.trainers import Tokens, lit
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def needs(library: str) -> None:
-    if importlib.util.find_spec(library) is None:
-        pytest.skip(f"{library} is not installed (pip install 'sgsc[integrations]')")
 
 
 @pytest.mark.parametrize(("module", "library"), [("huggingface", "transformers"), ("lightning", "lightning")])
@@ -33,53 +28,6 @@ def test_without_the_library_the_import_says_what_is_missing(module, library):
 # ---- transformers ----
 
 STEPS = 24
-TOKENS, LENGTH = 20, 6
-
-
-class Tokens(Dataset):
-    """Texts whose class is the token that occurs first; as the Trainer or as a preservation set takes them."""
-
-    def __init__(self, named: bool) -> None:
-        make = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(4, TOKENS, (96, LENGTH), generator=make)
-        self.labels = torch.arange(96) % 3
-        self.ids[:, 0] = self.labels + 1
-        self.named = named
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, i):
-        if self.named:
-            return {"input_ids": self.ids[i], "labels": self.labels[i]}
-        return self.ids[i], self.labels[i]
-
-
-@pytest.fixture(scope="module")
-def hf():
-    needs("transformers")
-    if "kernels" not in sys.modules:
-        sys.modules["kernels"] = None  # transformers looks for a package of this name, and finds this tree's folder
-    import transformers
-
-    return transformers
-
-
-@pytest.fixture(scope="module")
-def bert(hf):
-    torch.manual_seed(0)
-    config = hf.BertConfig(
-        **{"vocab_size": TOKENS, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
-        **{"intermediate_size": 32, "max_position_embeddings": 8, "num_labels": 3},
-    )
-    net = hf.BertForSequenceClassification(config)
-    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
-    data = Tokens(named=False)
-    for _ in range(30):
-        optimizer.zero_grad()
-        F.cross_entropy(net(data.ids).logits, data.labels).backward()
-        optimizer.step()
-    return net.eval()
 
 
 @pytest.fixture(scope="module")
@@ -217,31 +165,6 @@ def test_the_best_model_of_another_kind_is_refused(hf, bert, tmp_path):
 
 
 # ---- Lightning ----
-
-
-@pytest.fixture(scope="module")
-def lightning():
-    needs("lightning")
-    import lightning.pytorch as found
-
-    return found
-
-
-def lit(lightning, net: nn.Module, manual: bool = False, named: bool = False):
-    class Module(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = net
-            self.automatic_optimization = not manual
-
-        def training_step(self, batch, index):
-            loss = F.cross_entropy(self.net(batch[0]), batch[1])
-            return {"loss": loss, "more": 1} if named else loss
-
-        def configure_optimizers(self):
-            return torch.optim.Adam(self.parameters(), 3e-3)
-
-    return Module()
 
 
 def fitted(

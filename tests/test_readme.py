@@ -2,18 +2,23 @@
 
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, TensorDataset
+
+import sgsc
+from tests.trainers import Tokens, lit
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 
 
-TRAINING, EXPORT = re.findall(r"```python\n(.*?)```", README, re.S)
+TRAINING, EXPORT, TRANSFORMERS, LIGHTNING, SHARDED, AVERAGE = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_the_example_has_at_most_twenty_lines():
@@ -46,3 +51,74 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
     if shutil.which("g++"):
         exec(compile(EXPORT, "README.md", "exec"), names)
         assert torch.equal(names["run"](names["x"]), names["packed"](names["x"]))
+
+
+QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+QUIET |= {"enable_model_summary": False}
+
+
+def small() -> dict:
+    """Names that the examples of other people's loops take for granted."""
+    make = torch.Generator().manual_seed(0)
+    y = torch.arange(96) % 3
+    x = torch.eye(3)[y].repeat(1, 8) + 0.4 * torch.randn(96, 24, generator=make)
+    net = nn.Sequential(nn.Linear(24, 64), nn.ReLU(), nn.Linear(64, 3)).eval()
+    keep = sgsc.PreservationSet.select(net, TensorDataset(x, y), 24)
+    model = sgsc.prepare(net).model
+    return {"sgsc": sgsc, "torch": torch, "F": F, "net": net, "keep": keep, "model": model, "x": x, "y": y}
+
+
+def loop(names: dict, steps: int, after: str = "") -> None:
+    for _ in range(steps):
+        loss = names["run"].loss(F.cross_entropy(names["model"](names["x"]), names["y"]))
+        names["optimizer"].zero_grad()
+        loss.backward()
+        names["optimizer"].step()
+        names["run"].step()
+        exec(after, names)
+
+
+def test_the_example_for_transformers_runs(hf, bert, tmp_path):
+    arguments = hf.TrainingArguments(
+        **{"output_dir": str(tmp_path), "max_steps": 12, "use_cpu": True, "report_to": [], "save_strategy": "no"},
+        **{"disable_tqdm": True, "dataloader_pin_memory": False},
+    )
+    names = {"sgsc": sgsc, "bert": bert, "Trainer": hf.Trainer, "args": arguments}
+    exec(TRANSFORMERS, names | {"pairs": Tokens(named=False), "data": Tokens(named=True)})
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+def test_the_example_for_lightning_runs(lightning, tmp_path):
+    names = small()
+    names |= {"module": lit(lightning, names["model"].train()), "Trainer": partial(lightning.Trainer, **QUIET)}
+    names["loader"] = DataLoader(TensorDataset(names["x"], names["y"]), batch_size=96)
+    exec(LIGHTNING, names)
+    assert names["callback"].outcome.target_held
+    assert names["packed"](names["x"]).shape == (96, 3)
+
+
+def test_the_example_for_shards_runs(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        names = small()
+        first, last = SHARDED.split("...  # the loop as above\n")
+        exec(first, names)
+        loop(names, 10)
+        exec(last, names)
+        assert torch.allclose(names["packed"](names["x"]), names["model"].eval()(names["x"]), atol=1e-5)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_the_example_for_averages_runs():
+    names = small() | {"AveragedModel": AveragedModel, "get_ema_multi_avg_fn": get_ema_multi_avg_fn}
+    names["optimizer"] = torch.optim.Adam(names["model"].parameters(), 1e-3)
+    names["run"] = sgsc.SelfCompression(names["model"], names["keep"], target_size=0.3, steps=40)
+    first, comment, last = re.split(r"\.\.\.  # in the loop, after run\.step\(\): (.*)\n", AVERAGE)
+    exec(first, names)
+    loop(names, 40, comment)
+    names["run"].finish()
+    exec(last, names)
+    assert sgsc.stored_size(names["packed"]) < 0.32 * sgsc.float_bytes(names["net"])
