@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from .distributed import Ranks
 from .layers import QuantLayer, quant_layers
+from .quantizers.self_compressing import MAX_BITS
 from .sharding import whole_tensor
 
 AVERAGE = 0.9  # decay of the running mean of worth_c
 BISECTIONS = 40
 LARGEST_PRICE = 1e3  # in units of the largest worth: all that may be sold is sold there
-FULL = 8.0  # bits, the most that a channel may have
 
 
 def clearing_price(worth: Tensor, bytes_a_step: Tensor, wanted: float, room: Tensor | None = None) -> float:
@@ -190,11 +190,13 @@ class BitOptimizer:
         speed = self.bit_rate * ((self.frozen_until <= step) & (depth > 0))
         if not speed.any():
             return price
-        price = clearing_price(self.worth, speed * per, sell, (FULL - depth) * per)
+        price = clearing_price(self.worth, speed * per, sell, (MAX_BITS - depth) * per)
         pace = (1 - self.worth / price).clamp(-1, 1) if price > 0 else torch.ones_like(depth)
-        change = (speed * pace).minimum(depth).maximum(depth - FULL)
+        change = (speed * pace).minimum(depth).maximum(depth - MAX_BITS)
         sold, bought = float(change.clamp_min(0) @ per), float(-change.clamp_max(0) @ per)
-        if sold - bought > sell:  # bits that seem to do harm want to go at any price: not below the schedule
+        if (
+            sold > 0 and sold - bought > sell
+        ):  # bits that seem to do harm want to go at any price: not below the schedule
             change = torch.where(change > 0, change * max(0.0, (sell + bought) / sold), change)
         self._set(depth, depth - change)
         return price
@@ -251,7 +253,7 @@ class BitOptimizer:
         """Buy one bit each for the channels whose bits are worth most, of no more than `size`; whether any was."""
         depth = self.flat(self.depths)
         width = depth.round()
-        may = (width > 0) & (width < FULL) & (self.frozen_until <= step) & (size_gradient <= size)
+        may = (width > 0) & (width < MAX_BITS) & (self.frozen_until <= step) & (size_gradient <= size)
         order = torch.where(may, self.worth, -float("inf")).argsort(descending=True, stable=True)[: int(may.sum())]
         order = order[size_gradient[order].cumsum(0) <= size]
         new = depth.clone()

@@ -4,8 +4,8 @@
 
     size          bits that the file will hold for weights, scales, widths, biases and norms (size.py), over those of
                   the float32 model. Its gradient is known without autograd and goes straight to the widths
-    preservation  KL divergence from the float model's outputs, leant towards its right answers, on a random part of the
-                  preservation set (preservation.py, "answers")
+    preservation  KL divergence from the float model's outputs, leant towards its right answers, on a part of the
+                  preservation set, drawn by what each sample lost of its margin (preservation.py)
 
 `size_weight` is a price: it follows from the target size, stored bytes over float32 bytes (bits.py, controller.py).
 Every `guard_every` steps the guard compares with the float model on the whole preservation set: on evidence of harm it
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from .config import CompressionConfig
 from .controller import Controller
-from .cutting import take_shapes
 from .distributed import Ranks
 from .guard import Check, check, restore
 from .layers import quant_layers
@@ -196,7 +195,7 @@ class SelfCompression:
     def finish(self) -> Outcome:
         """End the run: return the model to the best state that held, and say what was reached."""
         if self.best:
-            take_shapes(self.model, self.best)
+            self.control.take_shapes(self.best)
             self.model.load_state_dict(self.best)
             self.control.look_anew()
         self.control.bits.detach()

@@ -20,7 +20,7 @@ from .artefact import stored_size
 from .bits import BitOptimizer
 from .config import CompressionConfig
 from .coupling import couple
-from .cutting import cut_while_training, take_shapes
+from .cutting import cut_while_training, depthwise_layers, spare, take_shapes
 from .distributed import Ranks
 from .packed import pack
 from .sharding import whole
@@ -56,8 +56,10 @@ class Controller:
         self.float_bytes = float_bytes(model)
         self.bits = BitOptimizer(model, config.bit_rate, config.grid_rate, 1 / (8 * self.float_bytes), ranks)
         self.optimizers = [*optimizers, self.bits.grids]
+        self.depthwise = depthwise_layers(model)
         self.price = 0.0
         self.holding = False
+        self.stuck = False  # whether a landing found nothing left to sell
         self.look_anew()
         self.measure()
         self.start_size = self.size
@@ -118,12 +120,14 @@ class Controller:
         # the size if fractions of bits could be stored: integer widths follow it, a channel at a time
         relaxed = self.size + float((depth - depth.round()).double() @ gradient)
         start, end = config.shrink_share * config.steps, max(config.shrink_share, config.settle_share) * config.steps
+        end = min(end, config.steps - 1)  # the last step lands, the latest
         self.bits.bit_rate = config.bit_rate * min(1.0, max(0.0, (end - step) / max(end - start, 1.0)))
         if step < end:
             self.price = self.bits.step(gradient, self.price, step, relaxed - self.wanted(step))
         else:
             self.bits.step(gradient, self.price, step, None)
-            self._land(step)
+            if not self.stuck or step % config.guard_every == 0:  # each try packs the model
+                self._land(step)
 
     def _land(self, step: int) -> None:
         """Sell the cheapest bits, or buy the dearest, until the stored size is just below the target; then hold."""
@@ -134,13 +138,14 @@ class Controller:
             if excess > 0:
                 done = bought  # what was bought took more than it promised: enough of that
                 if not self.bits.sell_cheapest(self.estimate()[1], step, excess):
-                    return
+                    break
             elif done or -excess <= ROOM * target or not self.bits.buy_dearest(self.estimate()[1], step, -excess):
                 break
             else:
                 bought = True
             self.measure()
-        if self.stored <= target:
+        self.stuck = self.stored > target
+        if not self.stuck:
             self._hold(f"reached {self.stored:.2%} of the float32 bytes; widths are held from here")
 
     def _hold(self, text: str) -> None:
@@ -162,14 +167,18 @@ class Controller:
             return
         silent = self.coupling.silent(self.model).cpu()
         before, self.silent = self.silent, silent
-        gone = silent & before if before is not None else torch.zeros_like(silent)
+        gone = spare(self.coupling, silent & before) if before is not None else torch.zeros_like(silent)
         if int(gone.sum()) >= LEAST_CUT * len(gone):
             self.bits.keep(cut_while_training(self.model, self.coupling, gone, self.optimizers, states))
             self.look_anew()
 
+    def take_shapes(self, state: dict[str, Tensor]) -> None:
+        """Make the model ready to load a state dict from before or after a cut."""
+        take_shapes(self.model, state, self.depthwise)
+
     # ---- checkpoints ----
 
-    _VALUES = ("price", "holding", "overhead", "stored", "start_size", "silent")
+    _VALUES = ("price", "holding", "overhead", "stored", "start_size", "silent", "stuck")
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs, beside the model."""
@@ -177,7 +186,7 @@ class Controller:
 
     def load_state_dict(self, state: dict[str, Any], model: dict[str, Tensor]) -> None:
         """Inverse of `state_dict`; `model` is the state dict of the model, which is loaded too."""
-        take_shapes(self.model, model)
+        self.take_shapes(model)
         self.model.load_state_dict(model)
         self.look_anew()
         self.bits.load_state_dict(state["bits"])

@@ -184,9 +184,11 @@ class _Walk:
         if isinstance(m, (QuantLinear, QuantConv1d, QuantConv2d)):
             return self.visit_layer(str(node.target), m, first)
         if isinstance(m, NORMS) and first and not first.last | first.spread and len(first.ids) == m.num_features:
+            self.pinned.update(self.norms.get(str(node.target), ()))  # where it was called before
             self.norms[str(node.target)] = first.ids
             return first
         if isinstance(m, nn.BatchNorm1d) and first and not first.spread and len(first.ids) == m.num_features:
+            self.pinned.update(self.norms.get(str(node.target), ()))
             self.norms[str(node.target)] = first.ids  # (B, C): the last axis is axis 1, which 2-D inputs alone have
             return first
         if isinstance(m, _KEEP_ZERO_MODULES):
@@ -200,6 +202,9 @@ class _Walk:
         linear = isinstance(layer, QuantLinear)
         inputs = layer.in_features if linear else layer.in_channels
         out = self.new(layer.weight.shape[0])
+        if name in self.produced:  # called before: its channels answer to two places
+            self.pin(first)
+            self.pinned.update(self.produced[name], self.read.get(name, ()))
         self.produced[name] = out
         fits = first is not None and (
             (first.last and inputs % max(len(first.ids), 1) == 0 and (first.spread or inputs == len(first.ids)))

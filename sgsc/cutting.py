@@ -15,6 +15,15 @@ from .layers import QuantConv1d, QuantConv2d, QuantLinear
 Follow = Callable[[str, Tensor, int, Tensor], None]
 
 
+def spare(coupling: Coupling, gone: Tensor) -> Tensor:
+    """The channels that may go, (ids,) bool on the CPU: each layer keeps one."""
+    gone = gone.clone()
+    for ids in coupling.produced.values():
+        if len(ids) and gone[ids].all():
+            gone[ids[0]] = False
+    return gone
+
+
 @torch.no_grad()
 def remove_channels(
     model: nn.Module, coupling: Coupling | None = None, gone: Tensor | None = None, follow: Follow | None = None
@@ -36,10 +45,7 @@ def remove_channels(
     coupling = couple(model) if coupling is None else coupling
     if coupling.why:
         return {}
-    gone = (coupling.silent(model) if gone is None else gone).cpu()
-    for ids in coupling.produced.values():
-        if len(ids) and gone[ids].all():
-            gone[ids[0]] = False
+    gone = spare(coupling, (coupling.silent(model) if gone is None else gone).cpu())
     if not gone.any():
         return {}
 
@@ -106,7 +112,19 @@ def cut_while_training(
 
     Returns:
         Layer name -> (C,) bool, of the rows before the cut those that are left; layers that keep all are left out.
+
+    Raises:
+        ValueError: If an optimiser keeps state that is not a value a weight; nothing is cut then.
     """
+    for optimizer in optimizers:
+        for parameter, held in optimizer.state.items():
+            for key, one in held.items():
+                if isinstance(one, Tensor) and one.numel() > 1 and one.shape != parameter.shape:
+                    raise ValueError(
+                        f"{type(optimizer).__name__} keeps {key!r} {tuple(one.shape)} for a parameter "
+                        f"{tuple(parameter.shape)}, which cannot be cut with it; leave `cut` off, or use an optimiser "
+                        "with a value a weight, such as Adam or SGD"
+                    )
     left: dict[str, Tensor] = {}
 
     def follow(name: str, value: Tensor, axis: int, index: Tensor) -> None:
@@ -126,11 +144,18 @@ def cut_while_training(
     return left
 
 
+def depthwise_layers(model: nn.Module) -> set[str]:
+    """Names of the convolutions whose every channel is a group of its own: with one channel left none looks like it."""
+    convolutions = {n: m for n, m in model.named_modules() if isinstance(m, (QuantConv1d, QuantConv2d))}
+    return {name for name, m in convolutions.items() if m.groups == m.in_channels == m.out_channels > 1}
+
+
 @torch.no_grad()
-def take_shapes(model: nn.Module, state: dict[str, Tensor]) -> None:
+def take_shapes(model: nn.Module, state: dict[str, Tensor], depthwise: set[str]) -> None:
     """Give a model whose channels were cut, or were not, the shapes of a state dict of it, so that it can be loaded.
 
-    Parameters stay the same objects; their values are those of the state.
+    Parameters stay the same objects; their values are those of the state. `depthwise`: `depthwise_layers` of the model
+    before any cut.
     """
     for name, value in state.items():
         owner, _, leaf = name.rpartition(".")
@@ -144,6 +169,5 @@ def take_shapes(model: nn.Module, state: dict[str, Tensor]) -> None:
         if leaf == "weight" and isinstance(module, QuantLinear):
             module.out_features, module.in_features = value.shape
         elif leaf == "weight" and isinstance(module, (QuantConv1d, QuantConv2d)):
-            depthwise = module.groups == module.in_channels == module.out_channels > 1
-            module.groups = len(value) if depthwise else module.groups
+            module.groups = len(value) if owner in depthwise else module.groups
             module.out_channels, module.in_channels = len(value), value.shape[1] * module.groups

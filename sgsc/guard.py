@@ -109,7 +109,7 @@ def revive(model: nn.Module, coupling: Coupling, good: dict[str, Tensor], which:
         for name, ids in coupling.norms.items():
             mask = alive_again[ids]
             norm = model.get_submodule(name)
-            for part in ("bias", "running_mean"):
+            for part in ("weight", "bias", "running_mean", "running_var"):
                 value = getattr(norm, part)
                 if isinstance(value, Tensor):
                     value[mask.to(value.device)] = good[f"{name}.{part}"][mask.to(value.device)]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from itertools import chain
+from types import MethodType
 from typing import Any
 
 import torch
@@ -36,10 +36,11 @@ def as_deployed(model: nn.Module) -> Iterator[None]:
     gradient along their own direction, the statistics follow some steps later, and the two may chase one another until
     the network is lost. The correction is that of Batch Renormalization (Ioffe 2017, arXiv 1702.03275, equation 1).
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    # a norm in evaluation mode is frozen: its statistics do not follow
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.running_mean is not None]
     with evaluating(model):
         for norm in norms:
-            norm.__dict__["forward"] = partial(_renormalized, norm)
+            norm.__dict__["forward"] = MethodType(_renormalized, norm)
         try:
             yield
         finally:
@@ -56,8 +57,7 @@ def _renormalized(norm: _BatchNorm, x: Tensor) -> Tensor:
         var_here, mean_here = torch.var_mean(x.float(), [d for d in range(x.dim()) if d != 1], correction=0)
         step = (var + eps).rsqrt()
         scale, shift = (var_here + eps).sqrt() * step, (mean_here - mean) * step
-        if norm.weight is not None:
-            shift = shift * norm.weight
+    shift = shift if norm.weight is None else shift * norm.weight
     y = F.batch_norm(x, None, None, norm.weight, None, True, 0.0, eps) * scale.to(x.dtype).view(shape)
     return y + (shift if norm.bias is None else shift + norm.bias).to(x.dtype).view(shape)
 

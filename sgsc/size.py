@@ -74,7 +74,9 @@ class SizeModel:
         self.read_id = flat(torch.cat(read_id) if read_id else [], whole)
         self.weights, self.fixed = flat(weights, real), flat(fixed, real)
         beyond = torch.zeros(count - len(made))
-        self.unmade = flat(torch.cat([1 - made, beyond]), real)  # 1 where no layer makes the channel: it is alive
+        # 1 where no layer makes the channel, or it cannot be cut out of the file: readers then hold weights for it
+        present = torch.where(proved.pinned, 1.0, 1 - made) if file else 1 - made
+        self.unmade = flat(torch.cat([present, beyond]), real)
         self.channel_bits = flat(torch.cat([channel_bits * made, beyond]) * file, real)
         self.row_bits = float(SCALE * file)
 

@@ -39,12 +39,12 @@ MAY_IMPORT = {
     "sgsc/averaging": {"coupling", "layers"},
     "sgsc/sharding": set(),
     "sgsc/distributed": {"layers", "samples", "sharding"},
-    "sgsc/bits": {"distributed", "layers", "sharding"},
+    "sgsc/bits": {"distributed", "quantizers", "layers", "sharding"},
     "sgsc/guard": {"bits", "certificate", "coupling", "layers", "preservation", "samples"},
     "sgsc/controller": {"artefact", "bits", "config", "coupling", "cutting", "distributed", "packed"}
     | {"sharding", "size"},
     "sgsc/compression": {
-        *("config", "controller", "cutting", "distributed", "guard", "layers", "preservation", "samples", "sharding"),
+        *("config", "controller", "distributed", "guard", "layers", "preservation", "samples", "sharding"),
         "size",
     },
     "sgsc/integrations": {"checkpoint", "compression", "distributed", "preservation"},

@@ -307,6 +307,13 @@ def test_bits_that_seem_to_do_harm_do_not_leave_faster_than_the_schedule(trained
     assert float((8 - depth).sum() * 3) == pytest.approx(6.0, rel=1e-4)
 
 
+def test_where_nothing_sells_and_too_little_can_be_bought_nothing_breaks(trained):
+    bits = BitOptimizer(prepare(trained).model, bit_rate=0.5, grid_rate=0.0)
+    bits.worth.fill_(1.0)
+    bits.step(torch.ones_like(bits.worth), 0.0, 0, -9.0)  # all have 8 bits
+    assert (bits.flat(bits.depths) == 8).all()
+
+
 def test_what_is_bought_fits_and_is_worth_most(trained):
     model = prepare(trained).model
     bits = BitOptimizer(model, bit_rate=0.5, grid_rate=0.0)
@@ -442,7 +449,12 @@ def test_revival_brings_back_weights_biases_and_batch_norm(trained, keep):
         run.model[0].weight_quantizer.bit_depth[4] = 0
         run.model[0].weight[4] = 9.0
     run.control.coupling.silence(run.model)
+    for _ in range(3):
+        run.model.train()(blobs().tensors[0])  # a dead channel's variance decays
     which = {"0": torch.arange(96) == 4}
+    assert run.model[1].running_var[4] < 0.9 * run.good["1.running_var"][4]
     revive(run.model, run.control.coupling, run.good, which)
-    for name in ("0.weight", "0.bias", "1.bias", "1.running_mean"):
+    assert run.model[1].running_var[4] == run.good["1.running_var"][4]
+    for name in ("0.weight", "0.bias", "1.bias"):
         assert torch.equal(run.model.state_dict()[name], run.good[name]), name
+    assert run.model[1].running_mean[4] == run.good["1.running_mean"][4]

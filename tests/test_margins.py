@@ -236,9 +236,10 @@ def test_a_run_is_judged_by_the_margin_tolerance_of_its_report(tmp_path, monkeyp
     monkeypatch.setattr(certification, "load_artefact", lambda path: Flat(load(path)))
     shortened(monkeypatch)
     in_this_process(monkeypatch)
-    assert main(["compress", "digits", *REACHED, "--out", str(tmp_path), "--json"]) == 0
+    all_of_it = ("--margin-tolerance", "1")
+    assert main(["compress", "digits", *REACHED, *all_of_it, "--out", str(tmp_path), "--json"]) == 0
     report = document(capsys.readouterr().out)
-    assert report["margin_tolerance"] is None
+    assert report["margin_tolerance"] == 1
     assert report["class_names"] == {}
     lost = report["preservation"]["margin_lost"]
     assert 0 < lost < 1

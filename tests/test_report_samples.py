@@ -133,7 +133,7 @@ class Fixed(nn.Module):
 
 
 def test_a_colour_sample_is_recorded_as_rows_of_colours():
-    task = SimpleNamespace(text=False)
+    task = SimpleNamespace(text=False, show=lambda x: x.permute(1, 2, 0).tolist())
     x = torch.tensor([0, 51, 102, 153, 204, 255, 10, 20, 30, 40, 50, 60]).view(1, 3, 1, 4) / 255
     (entry,) = _changed(task, "guard", (x, torch.tensor([1])), (Fixed(1, 3), Fixed(2, 3)), [0])
     assert (entry["target"], entry["float_answer"], entry["packed_answer"]) == ("1", "1", "2")

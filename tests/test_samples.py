@@ -62,13 +62,44 @@ def test_weights_that_a_norm_frees_of_scale_are_not_stretched(spatial):
 
 def test_affine_gradients_are_those_of_evaluation():
     net, x = network(), x_of(True, 1)
+    net[1].running_mean.add_(1.0)
     found = []
     for mode in (evaluating, as_deployed):
         net.zero_grad()
         with mode(net):
             net(x).square().sum().backward()
-        found.append(net[1].bias.grad.clone())
-    assert torch.allclose(*found, rtol=1e-4)
+        found.append((net[1].bias.grad.clone(), net[1].weight.grad.clone()))
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4)
+
+
+def test_a_frozen_norm_stays_a_constant():
+    net, x = network(), x_of(True, 1)
+    net[1].eval()
+    found = []
+    for mode in (evaluating, as_deployed):
+        net.zero_grad()
+        with mode(net):
+            net(x).square().sum().backward()
+        found.append(net[0].weight.grad.clone())
+    assert torch.equal(*found)
+    assert not net[1].training
+
+
+def test_a_compiled_model_is_compiled_once_a_mode():
+    net = network(spatial=False)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(net, backend=backend)
+    for _ in range(4):
+        compiled(x_of(False))
+        with as_deployed(net):
+            compiled(x_of(False))
+    assert len(graphs) == 2
 
 
 def test_one_value_a_channel_has_no_statistics_of_its_own():

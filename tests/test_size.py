@@ -70,6 +70,30 @@ def test_a_model_that_proves_nothing_is_charged_whole():
     assert file_bits(model) == 8 * (12 + 6) + 16 * 5  # a channel that cannot leave costs its width and bias anyway
 
 
+class Shown(nn.Module):
+    """What one layer reads is shown to the caller too: its channels cannot be cut out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 24), nn.Linear(24, 8)
+
+    def forward(self, x):
+        h = self.a(x).relu()
+        return self.b(h), h
+
+
+def test_a_dead_channel_that_must_stay_still_has_readers():
+    torch.manual_seed(0)
+    model = prepare(Shown()).model
+    before = file_bits(model, couple(model)).item(), stored_size(pack(model))
+    with torch.no_grad():
+        model.a.weight_quantizer.bit_depth[:16] = 0
+    couple(model).silence(model)
+    said, held = (before[0] - file_bits(model, couple(model)).item()) / 8, before[1] - stored_size(pack(model))
+    assert said == 16 * (6 + 2)
+    assert abs(held - said) <= 16
+
+
 def test_sizes_are_differentiable_in_the_users_own_loop():
     model = with_widths(0, least=2)
     (nominal_bits(model, couple(model)) * 2.0).backward()
