@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
@@ -34,8 +35,12 @@ def again(key: Hashable, grid: tuple[int, int, int], tensors: tuple[Tensor, ...]
 
 
 def remember(key: Hashable, kernel: Any, tensors: tuple[Tensor, ...], constants: tuple[Any, ...]) -> None:
-    """Keep what a launch returned, and the constants, all of them, in the kernel's order."""
-    if isinstance(kernel, CompiledKernel) and _aligned(tensors):  # the interpreter returns nothing
+    """Keep what a launch returned, and the constants, all of them, in the kernel's order.
+
+    Not on AMD's GPUs, where Triton also specialises on storages below 2 GiB.
+    """
+    known = isinstance(kernel, CompiledKernel) and not torch.version.hip  # the interpreter returns nothing
+    if known and _aligned(tensors):
         _compiled[key] = kernel, constants
 
 

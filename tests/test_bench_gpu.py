@@ -109,7 +109,11 @@ def test_other_sections_are_measured(quick):
         assert len(row["ratio"]) == 3
     layers, _ = of_section(quick, "conv2d")
     assert [(row["batch"], row["groups"], row["bits"]) for row in layers] == [
-        (batch, groups, bits) for batch in (1, 2) for groups in (1, 2, 8) for bits in (4, MIXED)
+        (batch, groups, bits)
+        for some in ((1,), (2, 8))  # what is claimed comes first
+        for batch in (1, 2)
+        for groups in some
+        for bits in (4, MIXED)
     ]
     for row in layers:
         consistent(row)
