@@ -194,9 +194,8 @@ class BitOptimizer:
         pace = (1 - self.worth / price).clamp(-1, 1) if price > 0 else torch.ones_like(depth)
         change = (speed * pace).minimum(depth).maximum(depth - MAX_BITS)
         sold, bought = float(change.clamp_min(0) @ per), float(-change.clamp_max(0) @ per)
-        if (
-            sold > 0 and sold - bought > sell
-        ):  # bits that seem to do harm want to go at any price: not below the schedule
+        # bits that seem to do harm want to go at any price: not below the schedule
+        if sold > 0 and sold - bought > sell:
             change = torch.where(change > 0, change * max(0.0, (sell + bought) / sold), change)
         self._set(depth, depth - change)
         return price
@@ -263,9 +262,7 @@ class BitOptimizer:
 
     def keep(self, left: dict[str, Tensor]) -> None:
         """Forget channels that were cut out; `left`: layer name -> (C,) bool of its channels before."""
-        whole = {n: left.get(n) for n in self.depths}
-        masks = [torch.ones(len(d), dtype=torch.bool) if (m := whole[n]) is None else m for n, d in self.depths.items()]
-        mask = torch.cat([m.to(self.worth.device) for m in masks])
+        mask = self.flat({n: left.get(n, torch.ones_like(d, dtype=torch.bool)) for n, d in self.depths.items()})
         self.worth, self.frozen_until = self.worth[mask], self.frozen_until[mask]
         self.gradient.clear()
 

@@ -215,7 +215,7 @@ class SelfCompression:
     # ---- preservation ----
 
     def _preservation_loss(self) -> Tensor:
-        """On a random part of the set, as it is deployed; what lost most of its margin is drawn most often.
+        """On a part of the set, as it is deployed; what lost most of its margin is drawn most often.
 
         One part a step, so that a batch in several parts, each with a loss, is the same batch. Ranks share it.
         """

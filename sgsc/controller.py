@@ -81,8 +81,8 @@ class Controller:
         now = tuple((id(d), d._version) for d in self.bits.depths.values())
         if not self._known or self._known[0] != now:
             bits, gradient = self.sizes(self.bits.widths())
-            whole = 8 * self.float_bytes
-            self._known = now, bits / whole, gradient / whole
+            float_bits = 8 * self.float_bytes
+            self._known = now, bits / float_bits, gradient / float_bits
         return self._known[1], self._known[2]
 
     def measure(self) -> None:

@@ -68,7 +68,7 @@ class Coupling:
     def alive(self, widths: dict[str, Tensor]) -> Tensor:
         """(ids,) 1 where some row that produces the channel has a bit, 0 where none has; 1 where nothing is known.
 
-        `widths`: layer name -> (C,) bits; the result is differentiable in them, where they are at most 1.
+        `widths`: layer name -> (C,) bits.
         """
         count = len(self.pinned)
         some = next(iter(widths.values()), None)

@@ -70,8 +70,8 @@ def check(model: nn.Module, keep: PreservationSet, tolerance: float, margin_tole
     """Compare the model as it stands with the float model on the preservation set."""
     now = outputs(model, keep.inputs)
     right = answers(keep.outputs) == (keep.targets[:, -1] if keep.targets.dim() == 2 else keep.targets)
-    wrong = right & (margins(now, keep.targets) <= 0)
-    before, lost = margins(keep.outputs, keep.targets), margins(keep.outputs, keep.targets) - margins(now, keep.targets)
+    before, after = margins(keep.outputs, keep.targets), margins(now, keep.targets)
+    wrong, lost = right & (after <= 0), before - after
     count, mean = int(right.sum()), float(before[right].mean()) if right.any() else 0.0
     share = float(lost[right].mean()) / mean if mean > 0 else 0.0
     error = float(lost[right].std()) / mean / math.sqrt(count) if mean > 0 and count > 1 else 0.0

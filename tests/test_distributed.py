@@ -1,19 +1,18 @@
 """Several ranks give what one process gives, stop together, and say what they cannot do."""
 
 import copy
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sgsc import SelfCompression, load_checkpoint, pack, prepare, save_checkpoint
+from sgsc import SelfCompression, pack, prepare, save_checkpoint
 from sgsc.distributed import Ranks, leave_out, quantizer_parameters
+from tests.ranks import what_ranks_wrote
 from tests.small import SETTINGS, STEPS, assert_same_model, batch, blobs, start, trained
 
 RANKS = 2
@@ -117,17 +116,7 @@ def work(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("ranks")
-    context = mp.start_processes(work, args=(folder,), nprocs=RANKS, join=False, start_method="spawn")
-    assert context is not None
-    end = time.monotonic() + 120
-    try:
-        while not context.join(timeout=5):
-            assert time.monotonic() < end, "the ranks hang"
-    finally:
-        for process in context.processes:
-            process.kill()
-    return [load_checkpoint(folder / f"{rank}") for rank in range(RANKS)]
+    return what_ranks_wrote(work, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 def assert_same_history(a: dict, b: dict) -> None:

@@ -1,20 +1,19 @@
 """Weights sharded by FSDP2: the same run as in one process, packed whole, resumed, and what is refused."""
 
 import copy
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from sgsc import SelfCompression, load_checkpoint, pack, prepare, save_checkpoint
+from sgsc import SelfCompression, pack, prepare, save_checkpoint
 from sgsc.distributed import quantizer_parameters, whole
 from sgsc.sharding import whole_tensor
+from tests.ranks import what_ranks_wrote
 from tests.small import SETTINGS, STEPS, assert_same_model, batch, blobs, trained
 
 RANKS = 2
@@ -120,17 +119,7 @@ def pack_answers(packed: nn.Module) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("shards")
-    context = mp.start_processes(work, args=(folder,), nprocs=RANKS, join=False, start_method="spawn")
-    assert context is not None
-    end = time.monotonic() + 120
-    try:
-        while not context.join(timeout=5):
-            assert time.monotonic() < end, "the ranks hang"
-    finally:
-        for process in context.processes:
-            process.kill()
-    return [load_checkpoint(folder / f"{rank}") for rank in range(RANKS)]
+    return what_ranks_wrote(work, RANKS, tmp_path_factory.mktemp("shards"))
 
 
 def test_sharded_weights_give_what_one_process_gives(ranks):

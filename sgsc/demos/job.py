@@ -209,7 +209,7 @@ def _train_compressed(
     data = batches(task.train, task.batch_size, order, augmentation(task))
     look = TensorDataset(*task.validation[:LOOK])
     while run.steps < config.steps:
-        rate = TUNING * task.learning_rate * _schedule(run.steps / config.steps)
+        rate = TUNING * task.learning_rate * schedule(run.steps / config.steps)
         for group in optimiser.param_groups:
             group["lr"] = rate
         model.train()
@@ -239,7 +239,7 @@ def _select(task: Task, network: nn.Module, samples: int, seed: int) -> Preserva
     return replace(keep, indices=part.to(keep.indices.device)[keep.indices])
 
 
-def _schedule(share: float) -> float:
+def schedule(share: float) -> float:
     """Share of the peak learning rate: linear over the first tenth, then a cosine to 0."""
     return min((share + 0.01) / 0.1, 0.5 * (1 + math.cos(math.pi * max(share - 0.1, 0) / 0.9)))
 
