@@ -1,6 +1,6 @@
 """Compression of real tasks: targets, uniform training at equal bytes, what the preservation set does, other libraries.
 
-    python -m bench.sgsc [mnist] [names] [cifar10] [resnet20] [shakespeare] [ablation] [peers] --data PATH
+    python -m bench.sgsc [mnist] [names] [cifar10] [resnet20] [shakespeare] [quantizers] [ablation] [peers] --data PATH
                          [--reduced] [--seconds N] [--seeds N] [--targets T,T] [--device cuda]
 
 Each run is `sgsc compress` in a process of its own, and reads its test split once. `--reduced` is a schedule for a CPU;
@@ -24,14 +24,17 @@ from sgsc.demos.training import usable
 
 from . import record
 from .runs import OutOfTime, Row, Section, Settings
-from .sgsc_claims import ablated, ahead, loss_claims, mnist_claims, named, near_float
+from .sgsc_claims import ablated, ahead, default_form, loss_claims, mnist_claims, named, near_float
 from .sgsc_peers import measure_peers, peer_claims
 
-SEEDS = {"mnist": 5, "names": 5, "cifar10": 3, "resnet20": 3, "shakespeare": 3, "ablation": 5, "peers": 1}
+SEEDS = {"mnist": 5, "names": 5, "cifar10": 3, "resnet20": 3, "shakespeare": 3, "quantizers": 3, "ablation": 5}
+SEEDS |= {"peers": 1}
 # the first ones are what is claimed
 TARGETS = {"mnist": (0.02, 0.01, 0.05, 0.005), "names": (0.10, 0.20, 0.05), "cifar10": (0.025, 0.01, 0.05)}
 UNIFORM = {"resnet20": (4, 3, 2), "shakespeare": (4, 3, 2, 8)}  # widths
 RESNET20 = 0.10
+FORMS = ("integer", "half-steps", "ternary", "interpolated")  # of learned widths; the first is the default
+FORMS_AT = (0.05, 0.02, 0.01, 0.007)  # on digits
 ABLATED = {"mnist": 0.01, "names": 0.10, "resnet20": 0.05}  # task -> target size
 WITHOUT = ("--preservation-weight", "0", "--tolerance", "0.999")  # neither a loss on the set nor a guard that acts
 # task -> steps of the float training and of the compression, for two CPU cores
@@ -60,6 +63,14 @@ def against_uniform(section: Section, seeds: Sequence[int], targets: Sequence[fl
             section.sgsc(section.name, point["stored_ratio"], seed, against=point["method"])
 
 
+def quantizers(section: Section, seeds: Sequence[int], targets: Sequence[float]) -> None:
+    """Each form of the grids over target sizes: a curve a form, on digits."""
+    for target in targets or FORMS_AT:
+        for seed in seeds:
+            for form in FORMS:
+                section.sgsc("digits", target, seed, method=form, rest=("--quantizer", form))
+
+
 def ablation(section: Section, seeds: Sequence[int], targets: Sequence[float]) -> None:
     """With and without the preservation set: equal size, steps, seeds and samples, which are compared in both."""
     for task, target in ABLATED.items():
@@ -79,6 +90,7 @@ SECTIONS = {
         lambda rows: near_float(rows, "resnet20", RESNET20, SEEDS["resnet20"]) + ahead(rows, SEEDS["resnet20"]),
     ),
     "shakespeare": (against_uniform, lambda rows: ahead(rows, SEEDS["shakespeare"])),
+    "quantizers": (quantizers, lambda rows: default_form(rows, FORMS, SEEDS["quantizers"])),
     "ablation": (ablation, ablated),
     "peers": (measure_peers, peer_claims),
 }

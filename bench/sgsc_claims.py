@@ -111,6 +111,21 @@ def _lead(text: str, pairs: Sequence[tuple[Row, Row]], need: int) -> Row:
     return over_seeds(text, leads, lambda row: row["lead"], need, 0.0, unit, True)
 
 
+def default_form(rows: list[Row], forms: Sequence[str], need: int) -> list[Row]:
+    """How far the default form of the grids leads each other one, over all sizes, seed by seed."""
+    found = []
+    for schedule in schedules(rows):
+        of = pick(rows, schedule=schedule)
+        for form in forms[1:]:
+            pairs = []
+            for row in pick(of, method=form):
+                pairs += [
+                    (mine, row) for mine in pick(of, method=forms[0], seed=row["seed"], target_size=row["target_size"])
+                ]
+            found.append(_lead(f"digits: ahead of {form} grids over all sizes{says(schedule)}", pairs, need))
+    return found
+
+
 def ablated(rows: list[Row]) -> list[Row]:
     """Held-out regressions with the preservation set, against those without it, at equal size and seed."""
     found = []

@@ -83,7 +83,7 @@ def _name(row: Row) -> str:
     if row.get("against"):
         width = str(row["against"]).removeprefix("lsq")
         return f"sgsc, bytes of {width} bits" if " bits" not in width else f"sgsc, bytes of {width}"
-    return f"sgsc at {100 * row['target_size']:g} %"
+    return f"{method}{'' if method == 'sgsc' else ' grids'} at {100 * row['target_size']:g} %"
 
 
 def _seconds(group: Sequence[Row]) -> str:
@@ -147,7 +147,7 @@ def _both(group: Sequence[Row]) -> list[str]:
 
 
 LAYOUTS: dict[str, Callable[[Sequence[Row]], str]] = {
-    **dict.fromkeys(("mnist", "names", "cifar10", "resnet20", "shakespeare"), curve),
+    **dict.fromkeys(("mnist", "names", "cifar10", "resnet20", "shakespeare", "quantizers"), curve),
     "ablation": ablation,
     "peers": peers,
 }

@@ -74,7 +74,7 @@ class BitOptimizer:
 
     Attributes:
         depths: Layer name -> its (C,) learned widths.
-        worth, frozen_until: (C,) of all channels: what a bit is worth, and the step up to which it may not trade.
+        worth: (C,) of all channels: what a bit is worth.
     """
 
     def __init__(
@@ -103,7 +103,6 @@ class BitOptimizer:
         self.gradient: dict[nn.Parameter, Tensor] = {}
         self._handles = [p.register_post_accumulate_grad_hook(self._collect) for p in [*self.depths.values(), *grids]]
         self.worth = torch.zeros_like(self.flat(self.depths).detach())
-        self.frozen_until = torch.zeros_like(self.worth, dtype=torch.long)
 
     def _collect(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
@@ -155,13 +154,12 @@ class BitOptimizer:
         return torch.cat([layer.weight_quantizer.bit_cost() for layer in self.layers.values()])
 
     @torch.no_grad()
-    def step(self, size_gradient: Tensor, price: float, step: int, sell: float | None) -> float:
+    def step(self, size_gradient: Tensor, price: float, sell: float | None) -> float:
         """Move the ranges and, unless `sell` is None, the widths.
 
         Args:
             size_gradient: (C,) gradient of the size by each channel's depth, 0 or more.
             price: That of the step before.
-            step: Number of this step; channels frozen beyond it stay.
             sell: Size to sell in this step, net.
 
         Returns:
@@ -187,7 +185,7 @@ class BitOptimizer:
             return price
         depth = self.flat(self.depths)
         # a removed channel has nothing left to sell, and only the guard brings it back
-        speed = self.bit_rate * ((self.frozen_until <= step) & (depth > 0))
+        speed = self.bit_rate * (depth > 0)
         if not speed.any():
             return price
         price = clearing_price(self.worth, speed * per, sell, (MAX_BITS - depth) * per)
@@ -235,11 +233,11 @@ class BitOptimizer:
                 self.layers[name].weight_quantizer.fit(weight.flatten(1), which)
 
     @torch.no_grad()
-    def sell_cheapest(self, size_gradient: Tensor, step: int, size: float) -> bool:
+    def sell_cheapest(self, size_gradient: Tensor, size: float) -> bool:
         """Sell one bit each of the channels whose bits are worth least, until `size` is sold; whether any was."""
         depth = self.flat(self.depths)
         width = depth.round()
-        may = (width > 0) & (self.frozen_until <= step)
+        may = width > 0
         order = torch.where(may, self.worth, float("inf")).argsort(stable=True)[: int(may.sum())]
         count = int((size_gradient[order].cumsum(0) < size).sum()) + 1
         new = depth.clone()
@@ -248,11 +246,11 @@ class BitOptimizer:
         return bool(len(order))
 
     @torch.no_grad()
-    def buy_dearest(self, size_gradient: Tensor, step: int, size: float) -> bool:
+    def buy_dearest(self, size_gradient: Tensor, size: float) -> bool:
         """Buy one bit each for the channels whose bits are worth most, of no more than `size`; whether any was."""
         depth = self.flat(self.depths)
         width = depth.round()
-        may = (width > 0) & (width < MAX_BITS) & (self.frozen_until <= step) & (size_gradient <= size)
+        may = (width > 0) & (width < MAX_BITS) & (size_gradient <= size)
         order = torch.where(may, self.worth, -float("inf")).argsort(descending=True, stable=True)[: int(may.sum())]
         order = order[size_gradient[order].cumsum(0) <= size]
         new = depth.clone()
@@ -263,16 +261,15 @@ class BitOptimizer:
     def keep(self, left: dict[str, Tensor]) -> None:
         """Forget channels that were cut out; `left`: layer name -> (C,) bool of its channels before."""
         mask = self.flat({n: left.get(n, torch.ones_like(d, dtype=torch.bool)) for n, d in self.depths.items()})
-        self.worth, self.frozen_until = self.worth[mask], self.frozen_until[mask]
+        self.worth = self.worth[mask]
         self.gradient.clear()
 
     def state_dict(self) -> dict:
         """What a checkpoint needs."""
-        return {"worth": self.worth, "frozen_until": self.frozen_until, "grids": self.grids.state_dict()}
+        return {"worth": self.worth, "grids": self.grids.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Inverse of `state_dict`."""
         self.worth = state["worth"].to(self.worth)
-        self.frozen_until = state["frozen_until"].to(self.frozen_until)
         self.grids.load_state_dict(state["grids"])
         self.gradient.clear()

@@ -74,22 +74,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, default=None, help="run folder (default: runs/TASK)")
     sub.add_argument("--data", type=Path, default=None, help="file or folder of the data, where the task needs one")
     sub.add_argument("--limit", type=int, default=None, help="at most so many samples a split")
-    sub.add_argument("--samples", type=int, default=200, help="size of the preservation set (default: 200)")
+    sub.add_argument("--samples", type=int, default=None, help="size of the preservation set (default: the task's)")
     sub.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint")
     sub.add_argument("--float-steps", type=int, default=None, help="steps of the float training (default: the task's)")
     sub.add_argument("--start", type=Path, default=None, help="float.safetensors of another run, instead of training")
     sub.add_argument("--device", default="cpu", help="where to train: cpu (default), cuda, cuda:1, auto")
+    sub.add_argument("--quantizer", default="integer", help="integer (default), half-steps, ternary or interpolated")
     add_settings(sub, CompressionConfig, {"steps": None, "tolerance": None, "cut": True})
 
-    sub = command("certify", _certify, "compare a run's packed network with its float network")
-    sub.add_argument("folder", type=Path, help="a run folder of `sgsc compress`")
+    compare = "compare a run's packed network with its float network"
+    for name, run, help in (("certify", _certify, compare), ("report", _report, "write report.html again")):
+        command(name, run, help).add_argument("folder", type=Path, help="a run folder of `sgsc compress`")
 
     for name, run, help in (("inspect", _inspect, "what a file holds"), ("verify", _verify, "whether a file is whole")):
         sub = command(name, run, help)
         sub.add_argument("file", type=Path)
-
-    sub = command("report", _report, "write report.html again from report.json")
-    sub.add_argument("folder", type=Path, help="a run folder of `sgsc compress`")
 
     sub = command("bench", _bench, "throughput of the kernels on this machine")
     sub.add_argument("--op", default=None, help="one operation only, such as packed_linear")
@@ -138,8 +137,8 @@ def _compress(options: argparse.Namespace) -> int:
     folder = options.out or Path("runs") / options.task
     folder.mkdir(parents=True, exist_ok=True)
     with _Progress(quiet=options.json) as progress:
-        how = {"samples": options.samples, "resume": options.resume, "device": device, "progress": progress}
-        done = compress(task, config, folder, **how)
+        how = {k: vars(options)[k] for k in ("samples", "resume", "quantizer")}
+        done = compress(task, config, folder, **how, device=device, progress=progress)
     report = {**done.report, "data": None if options.data is None else str(options.data), "limit": options.limit}
     report |= {"device": device, "float_steps": 0 if task.start else task.float_steps}
     write_atomically(folder / REPORT, reports.to_json(report).encode())

@@ -8,9 +8,11 @@
                   preservation set, drawn by what each sample lost of its margin (preservation.py)
 
 `size_weight` is a price: it follows from the target size, stored bytes over float32 bytes (bits.py, controller.py).
-Every `guard_every` steps the guard compares with the float model on the whole preservation set: on evidence of harm it
-gives bits back where their loss cost most (guard.py), freezes these channels for a while and halves the price; any
-excess raises `preservation_weight`. The last model that held everything is kept; `finish` returns to it.
+Every `guard_every` steps the guard compares with the float model on the whole preservation set. While the size still
+shrinks it only looks: what is lost then, training mends as a rule, and what is given back is sold again. Once
+widths are settled any excess raises `preservation_weight`, and where nothing at the target held, evidence of harm that
+training does not mend gives bits back where their loss cost most (guard.py): the target gives way to the tolerance. The
+smallest model that held everything is kept; `finish` returns to it.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from .config import CompressionConfig
 from .controller import Controller
 from .distributed import Ranks
-from .guard import Check, check, restore
+from .guard import GIVE_BACK, MOST_GENEROUS, Check, check, mends, restore
 from .layers import quant_layers
 from .preservation import PreservationSet
 from .samples import as_deployed, device_of
@@ -33,7 +35,7 @@ from .sharding import is_sharded, shard_of, whole, whole_tensor, zero_rows
 from .size import weight_count
 
 WAY_OUT = "lower the learning rate, or load the last checkpoint"
-FREEZE_CHECKS = 3  # checks for which a restored channel keeps its bits
+LATE = 0.85  # share of the steps after which any excess counts, not evidence alone: what does not hold is not returned
 INSIST, RELAX, INSIST_MOST = 1.25, 0.8, 8.0  # how the preservation weight follows violations, and its limit
 
 
@@ -91,6 +93,7 @@ class SelfCompression:
         self.good: dict[str, Tensor] = {}  # state dict of the last model that held the tolerance …
         self.best: dict[str, Tensor] = {}  # … and of the smallest such one, once at the target the latest
         self.best_size = math.inf
+        self.concessions = 0  # each gives back twice as much as the one before: few checks are left
         self.last: dict[str, float] = {}
         self.risk: Tensor | None = None
         self.drawn: Tensor | None = None  # of the preservation set, in this step
@@ -238,7 +241,6 @@ class SelfCompression:
         self.ranks.follow(b for b in self.model.buffers() if b.is_floating_point())
         self.control.measure()
         size = self.size
-        self.control.settle_for(size)  # removed channels or restored ones may have moved the stored size
         found = self._look()
         self.risk = found.risk
         if found.held:
@@ -246,10 +248,10 @@ class SelfCompression:
             if size <= max(self.best_size, self.config.target_size):
                 self.best, self.best_size = dict(self.good), size  # a dict of its own, that no cut follows
             self.preservation_weight = max(self.config.preservation_weight, self.preservation_weight * RELAX)
-        else:
+        elif self.steps >= self.control.settled:
             most = INSIST_MOST * self.config.preservation_weight
             self.preservation_weight = min(most, self.preservation_weight * INSIST)
-            if found.fires:
+            if self._insists(found):
                 self._restore(found)
         self.history.append(
             {
@@ -266,6 +268,16 @@ class SelfCompression:
         if self.config.cut:
             self.control.cut([self.good])
 
+    @property
+    def _late(self) -> bool:
+        return self.steps >= LATE * self.config.steps
+
+    def _insists(self, found: Check) -> bool:
+        """Whether the target must give way: nothing there held, and training will not mend what was lost."""
+        checks_left = (self.config.steps - self.steps) / self.config.guard_every
+        nothing_held = self.best_size > self.config.target_size
+        return nothing_held and (self._late or found.fires) and not mends(found, self.history, checks_left)
+
     def _restore(self, found: Check) -> None:
         if not self.good or self.keep is None:
             return
@@ -275,19 +287,16 @@ class SelfCompression:
         }
         good = {name: whole_tensor(value) for name, value in self.good.items()}
         with whole(self.model):
-            given = restore(self.model, self.control.coupling, self.keep, good, before)
+            share = GIVE_BACK * min(2**self.concessions, MOST_GENEROUS)
+            given = restore(self.model, self.control.coupling, self.keep, good, before, share)
             self.ranks.follow([*self.model.state_dict().values(), *given.values()])
         channels = sum(int(mask.sum()) for mask in given.values())
         if not channels:
             return
-        mask = bits.flat(given)
-        bits.frozen_until[mask] = self.steps + FREEZE_CHECKS * self.config.guard_every
-        bits.worth[mask] = 0.0
         for name, rows in given.items():
             self._forget_moments(bits.layers[name].weight, rows)
-        self.control.price /= 2
-        self.control.measure()
-        self.control.settle_for(self.size)
+        self.concessions += self._late
+        self.control.give_way()
         self._event("guard", f"{found.violation()}: gave bits back to {channels} channels")
 
     def _forget_moments(self, weight: Tensor, rows: Tensor) -> None:
@@ -316,7 +325,7 @@ class SelfCompression:
             "values": {name: getattr(self, name) for name in self._VALUES},
         }
 
-    _VALUES = ("preservation_weight", "steps", "history", "events", "best_size")
+    _VALUES = ("preservation_weight", "steps", "history", "events", "best_size", "concessions")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`, for a run made from the same model, set and settings; before the optimiser's own.

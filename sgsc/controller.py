@@ -5,6 +5,9 @@
              much, at the target; ever more slowly, since each change of a width costs the weights some steps
     settled  widths stay, weights and ranges go on; the size is at most the target, and less than one bit's room below
 
+What the guard gives back once widths are settled is not sold again: a run that does not hold its tolerance at the
+target ends with the smallest model that does.
+
 Nothing depends on how many steps a bit takes to sell: the clearing price of bits.py sells what the schedule asks for.
 """
 
@@ -58,6 +61,9 @@ class Controller:
         self.optimizers = [*optimizers, self.bits.grids]
         self.depthwise = depthwise_layers(model)
         self.price = 0.0
+        self.target = config.target_size  # grows by what the guard gives back
+        self.settled = max(config.shrink_share, config.settle_share) * config.steps
+        self.settled = min(self.settled, config.steps - 1)  # the last step lands, the latest
         self.holding = False
         self.stuck = False  # whether a landing found nothing left to sell
         self.look_anew()
@@ -114,32 +120,33 @@ class Controller:
         config = self.config
         gradient = self.estimate()[1]
         if self.holding:
-            self.bits.step(gradient, self.price, step, None)
+            self.bits.step(gradient, self.price, None)
             return
         depth = self.bits.flat(self.bits.depths).detach()
         # the size if fractions of bits could be stored: integer widths follow it, a channel at a time
         relaxed = self.size + float((depth - depth.round()).double() @ gradient)
-        start, end = config.shrink_share * config.steps, max(config.shrink_share, config.settle_share) * config.steps
-        end = min(end, config.steps - 1)  # the last step lands, the latest
+        start, end = config.shrink_share * config.steps, self.settled
         self.bits.bit_rate = config.bit_rate * min(1.0, max(0.0, (end - step) / max(end - start, 1.0)))
         if step < end:
-            self.price = self.bits.step(gradient, self.price, step, relaxed - self.wanted(step))
+            self.price = self.bits.step(gradient, self.price, relaxed - self.wanted(step))
         else:
-            self.bits.step(gradient, self.price, step, None)
+            self.bits.step(gradient, self.price, None)
             if not self.stuck or step % config.guard_every == 0:  # each try packs the model
-                self._land(step)
+                self._land()
 
-    def _land(self, step: int) -> None:
+    def _land(self) -> None:
         """Sell the cheapest bits, or buy the dearest, until the stored size is just below the target; then hold."""
-        target, bought, done = self.config.target_size, False, False
+        target, bought, done = self.target, False, False
+        for depth in self.bits.depths.values():
+            depth.data.round_()  # no more of it will be traded: what is between two widths has no use
         self.measure()
         for _ in range(LANDINGS):
             excess = self.stored - target
             if excess > 0:
                 done = bought  # what was bought took more than it promised: enough of that
-                if not self.bits.sell_cheapest(self.estimate()[1], step, excess):
+                if not self.bits.sell_cheapest(self.estimate()[1], excess):
                     break
-            elif done or -excess <= ROOM * target or not self.bits.buy_dearest(self.estimate()[1], step, -excess):
+            elif done or -excess <= ROOM * target or not self.bits.buy_dearest(self.estimate()[1], -excess):
                 break
             else:
                 bought = True
@@ -152,9 +159,10 @@ class Controller:
         self.holding = True
         self.say("target", text)
 
-    def settle_for(self, size: float) -> None:
-        """Hold where the size is at most the target; else go on selling."""
-        self.holding = self.holding and size <= self.config.target_size
+    def give_way(self) -> None:
+        """Let what was given back stay given."""
+        self.measure()
+        self.target = max(self.target, self.size)
 
     # ---- channels that leave ----
 
@@ -178,7 +186,7 @@ class Controller:
 
     # ---- checkpoints ----
 
-    _VALUES = ("price", "holding", "overhead", "stored", "start_size", "silent", "stuck")
+    _VALUES = ("price", "target", "holding", "overhead", "stored", "start_size", "silent", "stuck")
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs, beside the model."""

@@ -1,4 +1,4 @@
-"""The guard: it checks the preservation set and gives bits back where losing them cost most.
+"""The guard: it checks the preservation set and gives bits back where losing them cost most, for their size.
 
 What a change of widths cost is estimated to first order: the gradient of the preservation loss with respect to the
 quantized weight, times the change of the quantized weight. The gradient is the mean of those before and after the
@@ -8,7 +8,9 @@ change, since a removed channel behind a ReLU has no gradient of its own.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,9 @@ from .samples import as_deployed, outputs
 
 SAMPLES = 512  # of the preservation set that a cost estimate uses at most
 GIVE_BACK = 0.03  # share of the present bits that one restoration returns
+MOST_GENEROUS = 8  # times that share, where one restoration after another did not suffice
+PATIENCE = 3  # checks over which the guard looks whether training mends by itself what was lost
+AT_ONCE = 2  # bits that a channel gets back at most: the estimate is one of first order
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,22 @@ class Check:
             lost = f"{self.margin_lost:.0%} of the mean margin is lost"
             parts.append(f"{lost}, {self.margin_allowed:.0%} allowed")
         return "; ".join(parts)
+
+
+def mends(found: Check, history: Sequence[Mapping[str, Any]], checks_left: float) -> bool:
+    """Whether all will hold in the end if training goes on as in the last checks.
+
+    Args:
+        found: The present look.
+        history: Of earlier ones, each with `regressions` and `margin_lost`; the last is last.
+        checks_left: Until the end.
+    """
+    for before in history[-PATIENCE:][:1]:
+        times = checks_left / PATIENCE
+        broken = found.regressions - times * (before["regressions"] - found.regressions)
+        lost = found.margin_lost - times * (before["margin_lost"] - found.margin_lost)
+        return broken <= found.allowed and lost <= found.margin_allowed
+    return False
 
 
 def check(model: nn.Module, keep: PreservationSet, tolerance: float, margin_tolerance: float = 1.0) -> Check:
@@ -137,9 +158,14 @@ def _weight_gradients(model: nn.Module, keep: PreservationSet) -> dict[str, tupl
 
 
 def restore(
-    model: nn.Module, coupling: Coupling, keep: PreservationSet, good: dict[str, Tensor], before: dict[str, Tensor]
+    model: nn.Module,
+    coupling: Coupling,
+    keep: PreservationSet,
+    good: dict[str, Tensor],
+    before: dict[str, Tensor],
+    share: float = GIVE_BACK,
 ) -> dict[str, Tensor]:
-    """Give bits back to the channels whose last changes cost most; in place.
+    """Give bits back to the channels whose loss of them cost most a bit; in place.
 
     Args:
         model: The model that violates the tolerance.
@@ -147,13 +173,14 @@ def restore(
         keep: The preservation set.
         good: State dict of the last model that held the tolerance.
         before: Its widths, by layer name.
+        share: Of the present bits, to give back.
 
     Returns:
         Layer name -> (C,) bool: the channels that got bits; empty if no channel lost any since.
     """
     layers = quant_layers(model)
     now = widths(model)
-    full = {name: torch.maximum(now[name], before[name].to(now[name])) for name in now}
+    full = {n: torch.maximum(now[n], torch.minimum(before[n].to(now[n]), now[n] + AT_ONCE)) for n in now}
     lost = {name: full[name] - now[name] for name in now}
     if not any(bool((x > 0).any()) for x in lost.values()):
         return {}
@@ -166,11 +193,11 @@ def restore(
     costs = []
     for name in after:
         (q_now, g_now), (q_full, g_full) = after[name], earlier[name]
-        cost = ((g_now + g_full) / 2 * (q_now - q_full)).sum(1)
+        cost = ((g_now + g_full) / 2 * (q_now - q_full)).sum(1) / (lost[name] * q_now.shape[1]).clamp_min(1)
         costs += [(float(cost[i]), name, int(i)) for i in (lost[name] > 0).nonzero().flatten()]
     costs.sort(key=lambda c: (-c[0], c[1], c[2]))
     width = {name: layer.rows().shape[1] for name, layer in layers.items()}
-    budget = GIVE_BACK * sum(float(now[name].sum()) * width[name] for name in now)
+    budget = share * sum(float(now[name].sum()) * width[name] for name in now)
     given = {name: torch.zeros_like(now[name], dtype=torch.bool) for name in now}
     for cost, name, i in costs:
         if (cost <= 0 and any(bool(g.any()) for g in given.values())) or budget <= 0:

@@ -34,8 +34,9 @@ def prepare(model: nn.Module, *, quantizer: str = "integer", skip: Iterable[str]
 
     Args:
         model: Any module; a single layer too.
-        quantizer: "integer" (default: what trains is what is stored), "published" (arXiv 2301.13142 as it is), or
-            "lsq2" to "lsq8" (arXiv 1902.08153: one fixed width for all, the steps are learned).
+        quantizer: "integer" (default: what trains is what is stored), "half-steps", "ternary" and
+            "interpolated" (variants of it), "published" (arXiv 2301.13142 as it is), or "lsq2" to "lsq8" (arXiv
+            1902.08153: one fixed width for all, the steps are learned).
         skip: Names of layers to leave float; regular expressions that must match the whole name.
 
     Raises:

@@ -181,7 +181,7 @@ def case(request):
     return CASES[request.param]()
 
 
-@pytest.mark.parametrize("quantizer", ["integer", "published", "lsq3"])
+@pytest.mark.parametrize("quantizer", ["integer", "half-steps", "ternary", "published", "lsq3"])
 def test_a_loaded_model_answers_as_the_saved_one_and_saves_to_the_same_bytes(case, quantizer, tmp_path):
     model, inputs = case
     packed = compressed(model, quantizer=quantizer)

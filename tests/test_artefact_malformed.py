@@ -510,7 +510,7 @@ RULES = {
     "layer-object": (key("layers", [{}]), "an entry of layers is not"),
     "layer-name-null": (layer(0, name=None), "an entry of layers is not"),
     "layer-shift-true": (layer(0, shift=True), "an entry of layers is not"),
-    "layer-shift-2": (layer(0, shift=2), "layer '0': rows and width .* or shift 2 out of range"),
+    "layer-shift-9": (layer(0, shift=9), "layer '0': rows and width .* or shift 9 out of range"),
     "layer-shift-negative": (layer(0, shift=-1), "layer '0': .* shift -1 out of range"),
     "layer-type-unknown": (
         layer(0, type="LSTM"),

@@ -15,7 +15,7 @@ from tests.checks import assert_same
 def rows_and(name: str, channels: int = 12, width: int = 40, seed: int = 0):
     make = torch.Generator().manual_seed(seed)
     rows = torch.randn(channels, width, generator=make)
-    quantizer = make_quantizer(name, channels)
+    quantizer = make_quantizer(name, channels).eval()  # as it will be stored
     with torch.no_grad():
         quantizer.get_parameter("bit_depth").copy_(torch.rand(channels, generator=make) * 9 - 0.5)
     if name == "published":
@@ -74,13 +74,15 @@ class TestEveryQuantizer:
         rows, quantizer = rows_and(name)
         with torch.no_grad():
             quantizer.get_parameter("bit_depth").fill_(4.0)
-            quantizer.get_parameter({"integer": "range", "published": "exponent"}.get(name, "step"))[2] = float("nan")
+            next(p for n, p in quantizer.named_parameters() if n != "bit_depth")[2] = float("nan")
         with pytest.raises(ValueError, match="scale is not positive and finite"):
             quantizer.codes(rows)
 
 
 def test_a_name_that_is_not_known_is_refused():
-    with pytest.raises(ValueError, match=r"quantizer .int4. is not known; choose one of integer, .*lsq8, published"):
+    with pytest.raises(
+        ValueError, match=r"quantizer .int4. is not known; choose one of half-steps, integer, .*lsq8, published"
+    ):
         make_quantizer("int4", 3)
 
 
@@ -301,3 +303,45 @@ def test_the_table_of_widths_is_the_formula():
     for found, expected in zip(quantizer.by_width[:3], quantizer.grid()[1:], strict=True):
         assert_same(found, expected.detach())
     assert "by_width" not in quantizer.state_dict()
+
+
+# ---- variants of learned widths ----
+
+
+@pytest.mark.parametrize(
+    ("name", "levels"),
+    [
+        ("integer", {1: [-0.5, 0.5], 2: [-2, -1, 0, 1]}),
+        ("half-steps", {1: [-0.5, 0.5], 2: [-1.5, -0.5, 0.5, 1.5], 3: [-4, -3, -2, -1, 0, 1, 2, 3]}),
+        ("ternary", {1: [-0.5, 0.5], 2: [-1, 0, 1], 3: [-3, -2, -1, 0, 1, 2, 3]}),
+    ],
+)
+def test_levels_of_narrow_widths(name, levels):
+    for bits, want in levels.items():
+        quantizer = make_quantizer(name, 1)
+        with torch.no_grad():
+            quantizer.bit_depth.fill_(bits)
+            quantizer.range.fill_(bits - 1)  # a step of 1
+        rows = torch.linspace(-20, 20, 4001)[None]
+        assert quantizer(rows).unique().tolist() == want
+        assert int(quantizer.bits()) == bits
+
+
+def test_interpolated_rows_lie_between_the_neighbouring_widths():
+    rows, quantizer = rows_and("interpolated", channels=2)
+    whole = make_quantizer("integer", 2)
+    with torch.no_grad():
+        quantizer.bit_depth.copy_(torch.tensor([2.25, 3.0]))
+        whole.range.copy_(quantizer.range)
+    at = {}
+    for bits in (2.0, 3.0):
+        whole.bit_depth.data.fill_(bits)
+        at[bits] = whole(rows).detach()
+    assert torch.equal(quantizer(rows)[0], at[2.0][0])  # in evaluation what will be stored
+    made = quantizer.train()(rows)
+    assert torch.allclose(made[0], 0.75 * at[2.0][0] + 0.25 * at[3.0][0])
+    assert torch.equal(made[1], at[3.0][1])
+    towards = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1))
+    (made * towards).sum().backward()
+    change = (towards * (at[3.0] - at[2.0]))[0].sum()  # of the loss, from two bits to three
+    assert torch.allclose(quantizer.bit_depth.grad[0], change, rtol=1e-4)

@@ -204,7 +204,7 @@ def test_a_quantizer_with_a_forward_of_its_own_is_not_passed_over():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("quantizer", sorted(QUANTIZERS))
+@pytest.mark.parametrize("quantizer", sorted(set(QUANTIZERS) - {"interpolated"}))  # which asks for two a layer
 def test_a_model_answers_and_learns_as_before_in_one_call(quantizer, dtype, ran):
     torch.manual_seed(1)
     model = prepare(Network(), quantizer=quantizer).model.to(dtype)

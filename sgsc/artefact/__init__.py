@@ -19,12 +19,13 @@ The header's only metadata is "sgsc", the manifest, JSON again:
     format        1
     sha256        of the whole file, these 64 digits read as zeros
     architecture  [name, arguments] of a builder in ARCHITECTURES, or null
-    layers        [name, type, [rows, width], shift, settings] each; type is a key of packed.PACKED; shift is 1 where a
-                  row of one bit means -1/2 and +1/2 steps, else 0; settings are those that differ from the usual
+    layers        [name, type, [rows, width], shift, settings] each; type is a key of packed.PACKED; rows of at most
+                  shift bits have their levels at half steps (1: a bit means -1/2 or +1/2); settings are those that
+                  differ from the usual
     values        {DTYPE: [[name, shape], …]}, biases of packed layers among them
     notes         free JSON of the writer
 
-A row of b bits stands for (level + offset) * scale with offset = -2^(b-1), plus 1/2 where b = 1 and shift = 1.
+A row of b bits stands for (level + offset) * scale with offset = -2^(b-1), plus 1/2 where b <= shift.
 
 A reader trusts nothing: every length is checked against the bytes that are there before a tensor is made, the header
 may have 16 MiB, and whatever does not fit exactly is refused with an `ArtefactError` that names it. The digest finds

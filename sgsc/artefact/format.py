@@ -23,4 +23,4 @@ class ArtefactError(ValueError):
 
 def offsets(bits: Tensor, shift: int) -> Tensor:
     """(C,) float32 offset of each row of `bits` (C,) uint8, as the format defines it; 0 for rows without bits."""
-    return torch.where(bits > 0, -torch.exp2(bits.float() - 1), 0.0) + (bits == 1) * (0.5 * shift)
+    return torch.where(bits > 0, 0.5 * (bits <= shift) - torch.exp2(bits.float() - 1), 0.0)

@@ -139,7 +139,7 @@ def parse_manifest(header: dict[str, Any]) -> dict[str, Any]:
         name, kind, shape, shift, _ = entry
         if kind not in PACKED:
             raise ArtefactError(f"layer {name!r}: type {kind!r} is not one of {', '.join(sorted(PACKED))}")
-        if not _is_shape(shape, 2) or shift not in (0, 1):
+        if not _is_shape(shape, 2) or not 0 <= shift <= 8:
             raise ArtefactError(f"layer {name!r}: rows and width {shape} or shift {shift} out of range")
     names = [entry[0] for entry in manifest["layers"]]
     for dtype, listed in manifest["values"].items():

@@ -39,7 +39,8 @@ def to_bytes(
         raise ValueError("the model holds no packed layer; call pack(model) first")
     layers, tensors = [], {}
     for name, m in packed.items():
-        shift = int(((m.bits == 1) & (m.offset == -0.5)).any())
+        halves = m.bits[(m.bits > 0) & (m.offset != offsets(m.bits, 0).to(m.offset))]
+        shift = int(halves.max()) if len(halves) else 0
         _check_grid(name, m, shift)
         layers.append([name, m.type_name, [len(m.bits), m.width], shift, _unusual(m)])
     parts = list(packed.values())
@@ -101,7 +102,7 @@ def _check_grid(name: str, layer: PackedLayer, shift: int) -> None:
     if not (torch.isfinite(scale) & (scale > 0)).all() or not torch.equal(scale.float().to(scale.dtype), scale):
         raise ValueError(f"layer {name!r}: a scale is not a positive and finite float32, as a file holds them")
     if not torch.equal(offset.float(), offsets(layer.bits, shift)[alive]):
-        raise ValueError(f"layer {name!r}: its offsets are not those of its widths, with one shift for all of one bit")
+        raise ValueError(f"layer {name!r}: its offsets are not those of its widths, half a step more up to one width")
 
 
 def _values(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -39,6 +39,7 @@ from .training import augmentation, batches, evaluate, train
 MODEL, FLOAT, KEPT, CHECKPOINT = "model.sgsc", "float.safetensors", "preservation.safetensors", "checkpoint.safetensors"
 REPORTS = ("report.json", "certificate.json", "report.html")  # written last: those of an older run must not stay
 TUNING = 1 / 3  # peak learning rate of the compression, over that of the float training: it starts from a good network
+LEARNED = ("integer", "half-steps", "ternary", "interpolated")  # quantizers whose widths a run can learn
 CHECKPOINT_EVERY = 4  # checks of the guard
 CANDIDATES = 5000  # training samples that the preservation set is chosen from, at most: each costs a backward pass
 LOOK = 2000  # validation samples that the curve over steps is measured on, at most
@@ -98,8 +99,9 @@ def compress(
     config: CompressionConfig,
     folder: Path,
     *,
-    samples: int = 200,
+    samples: int | None = None,
     resume: bool = False,
+    quantizer: str = "integer",
     device: str = "cpu",
     progress: Progress = lambda phase, step, steps, values: None,
 ) -> Compressed:
@@ -109,19 +111,25 @@ def compress(
         task: Data, network and schedule.
         config: Of the compression; its seed seeds all.
         folder: The run folder; it exists.
-        samples: Size of the preservation set.
+        samples: Size of the preservation set; the task's own if None.
         resume: Go on from the folder's checkpoint.
+        quantizer: One whose widths are learned; see `prepare`.
         device: Where to train; the splits are drawn on the CPU, whichever it is.
         progress: Called as progress(phase, step, steps, values).
 
     Raises:
-        ValueError: If there are not so many samples, or `resume` finds a checkpoint of other settings or data.
+        ValueError: If there are not so many samples, the quantizer is not one of LEARNED, or `resume` finds a
+            checkpoint of other settings or data.
         FileNotFoundError: If `resume` finds no checkpoint.
     """
     clock = _Clock()
+    samples = min(task.samples, len(task.train)) if samples is None else samples
     if not 1 <= samples <= len(task.train):  # before the float training, not after it
         raise ValueError(f"samples={samples}: want 1 to {len(task.train)}, the number of training samples")
+    if quantizer not in LEARNED:
+        raise ValueError(f"quantizer={quantizer!r}: want one whose widths are learned: {', '.join(LEARNED)}")
     settings = {"config": config.as_dict(), "task": task.name, "samples": samples, "data": _data_hash(task)}
+    settings["quantizer"] = quantizer
     saved = load_checkpoint(folder / CHECKPOINT) if resume else None
     if saved is not None and (found := _settings(saved)) != settings:
         other = ", ".join(k for k in settings if found.get(k) != settings[k])
@@ -142,7 +150,7 @@ def compress(
     else:
         keep = PreservationSet.from_state(*load_checkpoint(folder / KEPT)).to(device)
     clock.lap("selection")
-    model = prepare(network).model
+    model = prepare(network, quantizer=quantizer).model
     file: dict[str, Any] = {"architecture": task.architecture}
     file["notes"] = {"task": task.name, "seed": config.seed, "float_bytes": float_bytes(network)}
     run, outcome = _train_compressed(there, config, model, keep, folder, settings, saved, progress, file)

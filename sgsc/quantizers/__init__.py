@@ -1,7 +1,19 @@
 """Quantizers: formulas on one value a channel in front of the one primitive `fake_quantize`."""
 
 from .base import QUANTIZERS, Codes, Quantizer, make_quantizer
+from .grids import HalfSteps, Interpolated, Ternary
 from .lsq import LSQ
 from .self_compressing import PublishedSelfCompressing, SelfCompressing
 
-__all__ = ["LSQ", "QUANTIZERS", "Codes", "PublishedSelfCompressing", "Quantizer", "SelfCompressing", "make_quantizer"]
+__all__ = [
+    "LSQ",
+    "QUANTIZERS",
+    "Codes",
+    "HalfSteps",
+    "Interpolated",
+    "PublishedSelfCompressing",
+    "Quantizer",
+    "SelfCompressing",
+    "Ternary",
+    "make_quantizer",
+]

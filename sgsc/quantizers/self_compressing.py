@@ -134,13 +134,18 @@ class SelfCompressing(Quantizer, name="integer"):
     """
 
     by_width: Tensor
+    half_steps = 1  # widths up to which levels lie at half steps: no 0, and as many on either side of it
+    balanced = False  # whether wider grids leave their lowest code out, for as many on either side of 0
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.bit_depth = nn.Parameter(torch.full((channels,), float(MAX_BITS)))
         self.range = nn.Parameter(torch.zeros(channels))
-        half = [0.0, *(2.0 ** (n - 1) for n in range(1, MAX_BITS + 1))]
-        by_width = [[-h for h in half], [max(h - 1, 0.0) for h in half], [0.5 * (h == 1) for h in half], half]
+        widths = range(MAX_BITS + 1)
+        half = [2.0 ** (n - 1) if n else 0.0 for n in widths]
+        low = [h - 1 if self.balanced and n > self.half_steps else h for n, h in zip(widths, half, strict=True)]
+        shift = [0.5 * (0 < n <= self.half_steps) for n in widths]
+        by_width = [[-h for h in low], [max(h - 1, 0.0) for h in half], shift, half]
         self.register_buffer("by_width", torch.tensor(by_width) + 0.0, persistent=False)  # lo, hi, shift, half: (4, 9)
 
     def width(self) -> Tensor:
@@ -153,10 +158,10 @@ class SelfCompressing(Quantizer, name="integer"):
         n = self.width()
         exact = torch.exp2(self.range + 1 - n)
         scale = straight_through(exact.bfloat16().to(exact.dtype), exact)
-        half = torch.exp2(n - 1)
-        alive = n > 0
-        one_bit = (n == 1).to(scale.dtype).detach() / 2
-        return scale, torch.where(alive, -half, 0.0), torch.where(alive, half - 1, 0.0), one_bit
+        lo, hi, shift, _ = self.by_width.index_select(1, n.detach().nan_to_num().int()).unbind()
+        grows = torch.exp2(n - 1)
+        grows = torch.where(n > 0, grows - grows.detach(), 0.0)  # 0, with the gradient of half
+        return scale, lo - grows, hi + grows, shift
 
     def forward(self, rows: Tensor) -> Tensor:
         """(C, K) -> (C, K), differentiable in `rows` and in the learned parameters."""
