@@ -127,7 +127,7 @@ def _product(
         partial, counters = t.grid, t.plan  # not looked at where one part is all
         if c.parts > 1:
             partial = x.new_empty(many * t.count * c.parts * t.size * c.columns, dtype=torch.float32)
-            counters = triton_counters.zeros(t.plan, many * t.count, early)
+            counters = triton_counters.zeros(t.plan, many * t.count)
         per = ceil_div(ceil_div(across, c.blocks), c.parts) * c.blocks
         tensors = x, t.words, t.plan, t.grid, t.grid if bias is None else bias, y, partial, counters
         if g is None:

@@ -126,6 +126,31 @@ def test_graphs_do_not_disturb_each_other():
             assert_same(y.cpu(), right)
 
 
+def test_forks_of_a_graph_do_not_disturb_each_other(monkeypatch):
+    """Streams that fork within a capture run side by side in its replays; and nothing is launched to make zeros."""
+    layers = [deep().cuda() for _ in range(3)]
+    x = torch.randn(1, 4_096, device="cuda")
+    want = [layer(x).cpu() for layer in layers]
+    streams, found = [torch.cuda.Stream() for _ in layers], [[] for _ in layers]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", lambda *_, **__: pytest.fail("a launch more"))
+        for stream, layer, mine in zip(streams, layers, found, strict=True):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                mine += [layer(x) for _ in range(8)]
+        for stream in streams:
+            torch.cuda.current_stream().wait_stream(stream)
+    for _ in range(20):
+        for y in (y for mine in found for y in mine):
+            y.zero_()
+        graph.replay()
+        graph.replay()  # twice: each leaves zeros
+        for mine, right in zip(found, want, strict=True):
+            for y in mine:
+                assert_same(y.cpu(), right)
+
+
 @pytest.mark.parametrize("captured", [True, False])
 def test_a_chain_has_the_same_bits_with_and_without_starting_early(captured, monkeypatch):
     """Each layer reads what the one before has just written, into memory that others have just read."""
