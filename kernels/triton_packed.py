@@ -16,6 +16,12 @@ are exact, so that sums have float32's error at three times the operations; of m
 own layers (`allow_tf32`). int8 numerics bound the error, they ask for no rounding: up to DENSE columns, where bytes
 bind and not operations, x stays as it is, and what is not finite gives what it does in exact numerics.
 
+Workspaces (sums in parts, dense weights, codes) are plain tensors. torch's allocator is the cache: a call after the
+first gets the same blocks in a microsecond, without a wait for the GPU; the memory is a stream's own until its work is
+done, others may have it between two layers, and a capture takes it from its graph's pool. A buffer of ours would be
+none of that, and would stay at the size of the largest layer. Only counters are kept (triton_counters.py), for their
+zeros.
+
 What the kernels do not take (float64) goes to the reference; depthwise layers of more than MOST levels a row take the
 dense route. Importing needs triton but no GPU.
 """
