@@ -4,6 +4,8 @@
 # status is 1 if a check or a bench does. Where there is no .git, SGSC_COMMIT names the commit.
 #
 #     bench/gpu.sh [SECTION ...]      checks, ceilings, linear, fake_quantize, training, conv2d
+#     bench/gpu.sh choices            both sides of each threshold of the dispatch; or variants (int8, other dtypes and
+#                                     convolutions), tokens (the other shapes at every M): by name alone, a call each
 #     bench/gpu.sh cifar10            or resnet20, shakespeare: compression of real tasks, by name alone, a call each
 #
 # A call for a task measures what fits into it; repeated, it goes on with what bench/results or $OUT holds of the same
@@ -18,7 +20,7 @@ status=0
 for section; do
   left=$((all - SECONDS))
   case $section in
-    cifar10 | resnet20 | shakespeare) ;;
+    cifar10 | resnet20 | shakespeare | choices | variants | tokens) ;;
     *) [ $left -lt $each ] || left=$each ;;
   esac
   if [ $left -lt 5 ]; then
