@@ -36,6 +36,7 @@ from bench.peer_problem import MIXED, TRAINED
 from bench.training import FLOAT
 from sgsc.kernels import OPS, triton_packed
 from sgsc.kernels.run_form import tiled_weight
+from tests.kernels import test_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -693,6 +694,9 @@ def test_every_check_of_the_device_is_a_job():
     assert any("packed-linear, part 1 of" in title for title in jobs)
     assert "removed-rows-are-not-read" not in gpu_check.ON_DEVICE  # it would end the process
     assert [title for title in jobs if title.startswith("compile")]
+    more = [title.split(", ")[1] for title in jobs if title.startswith("test_gpu.py")]
+    assert more == [name for name in vars(test_gpu) if name.startswith("test_")]
+    assert list(jobs).index(f"test_gpu.py, {more[-1]}") < list(jobs).index("compile a chain, 1 of 1")
 
 
 def test_parts_of_a_check_are_the_whole(monkeypatch):
@@ -801,6 +805,26 @@ def test_the_script_runs_everything_and_says_what_failed(out, tmp_path):
     log.unlink()
     assert subprocess.run([*command, "linear", "checks"], check=False, env=everything, cwd=tmp_path).returncode == 0
     assert log.read_text().splitlines() == [expected[2], expected[0]]
+
+
+def test_the_checks_alone_have_nearly_all_of_the_time(tmp_path):
+    log, folder = tmp_path / "log", tmp_path / "bin"
+    folder.mkdir()
+    fake = folder / "timeout"
+    fake.write_text(f'#!/bin/sh\necho "$*" >>{log}\n')
+    fake.chmod(0o755)
+    found = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "OUT": "/o"}
+    for sections, most in (["checks"], 530), (["checks", "linear"], 190):
+        command = ["bash", str(ROOT / "bench/gpu.sh"), *sections]
+        assert subprocess.run(command, check=False, env=found, cwd=tmp_path).returncode == 0
+        first = log.read_text().splitlines()[-len(sections)].split()
+        assert first[3:6] == ["python3", "-m", "bench.gpu_check"]
+        assert most - 10 <= int(first[2]) <= most
+        if len(sections) == 1:
+            assert first[6] == "--seconds"
+            assert int(first[7]) == int(first[2]) - 15
+        else:
+            assert first[6:] == ["--results", "/o"]
 
 
 @pytest.mark.parametrize("section", ["cifar10", "resnet20", "shakespeare"])

@@ -58,6 +58,18 @@ def test_every_regime_answers_as_on_the_cpu(tokens):
     assert_close_to(layer.cuda()(x.cuda()).cpu(), want, 1e-5)
 
 
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_x_that_is_not_aligned(tokens):
+    """What is compiled, and kept, for addresses that are multiples of 16 bytes is not run for others."""
+    layer, x = deep(), torch.randn(tokens, 4_096).to(torch.bfloat16)
+    want = layer(x.float()).double()
+    layer, there = layer.cuda().to(torch.bfloat16), x.cuda()
+    for offset in (0, 1, 0, 8, 3):  # elements
+        odd = torch.zeros(x.numel() + offset, dtype=x.dtype, device="cuda")[offset:].view_as(x).copy_(there)
+        assert odd.data_ptr() % 16 == 2 * offset % 16
+        assert_close_to(layer(odd).cpu(), want, ALLOWED[x.dtype], f"from {offset}", x.dtype)
+
+
 def test_there_and_back():
     layer, x = linear(), torch.randn(3, 40)
     want = layer(x)
