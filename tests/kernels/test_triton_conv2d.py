@@ -13,6 +13,7 @@ from sgsc.kernels import triton_depthwise_kernels as depthwise  # noqa: E402
 from sgsc.kernels.packed_conv2d import _case, slides  # noqa: E402
 from sgsc.kernels.triton_aot import TARGETS, compile_for, variant_of  # noqa: E402
 from sgsc.kernels.triton_configuration import Config, Gpu, sliding  # noqa: E402
+from tests.kernels.test_triton_packed import BUDGETS  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1: the interpreter replaces the compiler"
@@ -168,6 +169,7 @@ def complaints(code, c, dtype, registers, most):
     return found
 
 
+@BUDGETS
 @pytest.mark.parametrize(("target", "dtype", "across", "full", "shifted", "registers", "most"), CODE)
 def test_depthwise_machine_code(target, dtype, across, full, shifted, registers, most):
     code, c = compiled(target, dtype, across, full, shifted)
@@ -175,6 +177,7 @@ def test_depthwise_machine_code(target, dtype, across, full, shifted, registers,
     assert complaints(code, c, dtype, registers, most) == []
 
 
+@BUDGETS
 def test_instructions_and_loads_are_noticed():
     code, c = compiled("sm_90", "bf16", 3, True, False)
     fewer = c._replace(across=2)

