@@ -5,7 +5,7 @@ cache; the time of an eager call stands beside. Nothing is timed whose result wa
 run. Each section has its seconds and is written as it grows, so that a run cut off leaves what it measured; a claim
 that lacks a row does not hold.
 
-bench/gpu.sh runs it all, with the checks of the kernels on the device (bench/gpu_check.py) first.
+bench/gpu.sh runs the first five, with the checks of the kernels on the device (bench/gpu_check.py) first.
 
 python -m bench.gpu [--only SECTION] [--results FOLDER]
 TRITON_INTERPRET=1 python -m bench.gpu --quick --results FOLDER      proves the bench itself where there is no GPU
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from . import gpu_chain, gpu_conv2d, gpu_linear, gpu_training
+from . import gpu_chain, gpu_choices, gpu_conv2d, gpu_linear, gpu_training, gpu_variants
 from .gpu_device import Gpu, Interpreted, Run, copy_bandwidth, find
 from .record import write
 
@@ -61,12 +61,18 @@ SECTIONS: dict[str, tuple[Callable[[Run], None], float]] = {
     "training": (gpu_training.measure_steps, 50),
     "conv2d": (gpu_conv2d.measure, 50),
 }
+# a call of bench/gpu.sh each: what no claim of speed rests on
+APART: dict[str, tuple[Callable[[Run], None], float]] = {
+    "choices": (gpu_choices.measure, 440),
+    "variants": (gpu_variants.measure, 440),
+    "tokens": (gpu_linear.measure_rest, 440),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write the sections of gpu_kernels.json; 1 if one broke or a result was wrong."""
     parser = argparse.ArgumentParser(description="The kernels on a GPU.")
-    parser.add_argument("--only", choices=SECTIONS, help="one section (default: all)")
+    parser.add_argument("--only", choices=[*SECTIONS, *APART], help=f"one section (default: {', '.join(SECTIONS)})")
     parser.add_argument("--quick", action="store_true", help="one small case of each, once; needs --results")
     parser.add_argument("--results", type=Path, default=None, help="folder of the results (default: bench/results)")
     chosen = parser.parse_args(arguments)
@@ -77,13 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"bench.gpu: {error}", file=sys.stderr)
         return 2
-    done = [measure(device, section, chosen) for section in ([chosen.only] if chosen.only else SECTIONS)]
+    every = [*SECTIONS, *APART] if chosen.quick else SECTIONS
+    done = [measure(device, section, chosen) for section in ([chosen.only] if chosen.only else every)]
     return 0 if all(done) else 1
 
 
 def measure(device: Gpu | Interpreted, section: str, chosen: argparse.Namespace) -> bool:
     """Measure a section and write it; whether it came to its end, and no result was wrong."""
-    fill, budget = SECTIONS[section]
+    fill, budget = {**SECTIONS, **APART}[section]
     until = float("inf") if chosen.quick else time.monotonic() + budget  # a slow machine proves the bench as well
 
     def put(rows: Iterable[Mapping[str, Any]], claims: Iterable[Mapping[str, Any]], where: str = section) -> None:

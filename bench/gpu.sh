@@ -4,6 +4,9 @@
 # status is 1 if a check or a bench does. Where there is no .git, SGSC_COMMIT names the commit.
 #
 #     bench/gpu.sh [SECTION ...]      checks, ceilings, linear, fake_quantize, training, conv2d
+#     bench/gpu.sh checks             the checks alone, which then have nearly all of the time
+#     bench/gpu.sh choices            both sides of each threshold of the dispatch; or variants (int8, other dtypes and
+#                                     convolutions), tokens (the other shapes at every M): by name alone, a call each
 #     bench/gpu.sh cifar10            or resnet20, shakespeare: compression of real tasks, by name alone, a call each
 #
 # A call for a task measures what fits into it; repeated, it goes on with what bench/results or $OUT holds of the same
@@ -18,8 +21,8 @@ status=0
 for section; do
   left=$((all - SECONDS))
   case $section in
-    cifar10 | resnet20 | shakespeare) ;;
-    *) [ $left -lt $each ] || left=$each ;;
+    cifar10 | resnet20 | shakespeare | choices | variants | tokens) ;;
+    *) [ $# -eq 1 ] || [ $left -lt $each ] || left=$each ;;
   esac
   if [ $left -lt 5 ]; then
     echo "gpu.sh: no time left for $section" >&2
@@ -27,7 +30,10 @@ for section; do
     continue
   fi
   case $section in
-    checks) job=(bench.gpu_check) ;;
+    checks)
+      job=(bench.gpu_check)
+      [ $# -gt 1 ] || job+=(--seconds $((left - 15)))
+      ;;
     cifar10 | resnet20 | shakespeare)
       [ -e "$results/sgsc.json" ] || [ ! -e bench/results/sgsc.json ] ||
         { mkdir -p "$results" && cp bench/results/sgsc.json "$results/"; }

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from sgsc.kernels import OPS, TiledRows, packed_linear, triton_packed
 from sgsc.kernels.triton_configuration import configure, gpu
 from tests.checks import in_double
 
+from .gpu_choices import forced
 from .gpu_device import Device, Run, judge, race, size_of
 from .gpu_linear import FEW_WIDTHS, random_tiles, widths_of
 
@@ -50,26 +50,6 @@ def through(x: Tensor, layers: Sequence[TiledRows], widths: Sequence[int], produ
     return x
 
 
-@contextmanager
-def never_early() -> Iterator[None]:
-    """While it lasts, no product starts beside the kernel before."""
-    before, triton_packed.EARLY = triton_packed.EARLY, 0
-    try:
-        yield
-    finally:
-        triton_packed.EARLY = before
-
-
-def without(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call, launched by itself; in a graph that was captured so too."""
-
-    def one() -> Any:
-        with never_early():
-            return call()
-
-    return one
-
-
 def reference(x: Tensor, tiles: TiledRows, bias: None, width: int) -> Tensor:
     """The layer in plain PyTorch, in the dtype of x."""
     arguments = (x, *tiles[:3], bias, tiles.rows, width, False)
@@ -84,12 +64,13 @@ def measure_chain(run: Run, name: str, shapes: Sequence[tuple[int, int]], bits: 
     chains = chains_of(shapes, bits, run.device)
     plain, exact = (through(start, chains[0], widths, reference) for start in (x, x.double()))
     calls = [functools.partial(through, x, layers, widths, packed_linear) for layers in chains]
-    contenders = {"ours": calls, f"ours, {OFF}": [without(call) for call in calls]}
+    contenders = {"ours": calls, f"ours, {OFF}": [forced(call, EARLY=0) for call in calls]}
     for variant, (call, *_) in contenders.items():
-        _, wrong = judge(call(), plain, exact)
-        if wrong:
-            run.wrong.append(f"{SECTION}, {bits} bits, {variant}: {wrong}")
-            return []
+        for how, y in (("", call()), (", replayed", run.device.replayed(call))):
+            _, wrong = judge(y, plain, exact)
+            if wrong:
+                run.wrong.append(f"{SECTION}, {bits} bits, {variant}{how}: {wrong}")
+                return []
     times, _ = race(run, contenders)
     here, rows = gpu(x.device.index), []
     early = triton_packed.starts_early(configure(x.dtype, 1, 1, 64, 1, here), here)
@@ -110,4 +91,4 @@ def compile_one(device: Device, index: int) -> None:
     n, k = shapes[1]
     x = torch.ones(1, k, dtype=torch.bfloat16, device=device.type)
     layer = random_tiles(widths_of(n, 4), k, 1, device)
-    without(functools.partial(packed_linear, x, layer, None, k))()
+    forced(functools.partial(packed_linear, x, layer, None, k), EARLY=0)()

@@ -34,6 +34,11 @@ ROUNDING = 0.02  # of the RMS: the largest error that float16 may bring cuDNN, w
 GEOMETRY = ([3, 3], [1, 1], [1, 1], [1, 1])  # kernel, stride, padding, dilation
 
 
+def geometry_of(size: int, stride: int) -> tuple[list[int], ...]:
+    """As GEOMETRY, of a square kernel that keeps the size where the stride is one."""
+    return [size, size], [stride, stride], [size // 2, size // 2], [1, 1]
+
+
 @torch.no_grad()
 def measure(run: Run) -> None:
     """Write the section as it grows."""
@@ -49,22 +54,26 @@ def measure(run: Run) -> None:
         run.put(rows, claims(rows, len(LAYERS)))
 
 
-def tiles_of(channels: int, groups: int, bits: int | str, device: Device) -> TiledRows:
+def tiles_of(channels: int, groups: int, bits: int | str, device: Device, taps: int = 9) -> TiledRows:
     """A layer of random words, as `tile_kernel` lays it out."""
     if slides(channels, groups):
-        return random_tiles(widths_of(channels, bits), 9 * channels // groups, 1, device)
-    return random_tiles(widths_of(channels, bits), 9 * channels // groups, 9, device, groups)
+        return random_tiles(widths_of(channels, bits), taps * channels // groups, 1, device)
+    return random_tiles(widths_of(channels, bits), taps * channels // groups, taps, device, groups)
 
 
 def measure_layer(
-    run: Run, channels: int, side: int, batch: int, bits: int | str, groups: int = 1
+    run: Run, channels: int, side: int, batch: int, bits: int | str, groups: int = 1, size: int = 3, stride: int = 1
 ) -> list[dict[str, Any]]:
     """A row; none where a result of ours is wrong."""
+    taps = size * size
     make = torch.Generator(run.device.type).manual_seed(channels + batch)
     x = torch.randn(batch, channels, side, side, generator=make, device=run.device.type).half()
-    tiles, geometry, inputs = tiles_of(channels, groups, bits, run.device), (*GEOMETRY, groups), channels // groups
+    tiles, inputs = tiles_of(channels, groups, bits, run.device, taps), channels // groups
+    geometry = (*geometry_of(size, stride), groups)
     kind = "" if groups == 1 else ", depthwise" if groups == channels else f", {groups} groups"
-    case = f"3x3, {channels} channels{kind}, {side} px, {bits if bits == MIXED else f'{bits} bits'}, batch {batch}"
+    kind += "" if stride == 1 else f", stride {stride}"
+    wide = bits if bits == MIXED else f"{bits} bits"
+    case = f"{size}x{size}, {channels} channels{kind}, {side} px, {wide}, batch {batch}"
     op, arguments = OPS["packed_conv2d"], (x, *tiles[:3], None, channels, *geometry, False)
     plain, exact = op.reference(*arguments), op.reference(*in_double(arguments))
     contenders, error = {}, 0.0
@@ -76,13 +85,13 @@ def measure_layer(
         error = max(error, off)
         copies = copies_of(tiles, run.device)
         contenders[name] = [functools.partial(packed_conv2d, some, t, None, *geometry) for t in copies]
-    weight = tiled_weight(*tiles, 9 * inputs, 1 if slides(channels, groups) else 9, x.dtype)[0]
-    weight = weight.view(channels, inputs, 3, 3)
+    weight = tiled_weight(*tiles, taps * inputs, 1 if slides(channels, groups) else taps, x.dtype)[0]
+    weight = weight.view(channels, inputs, size, size)
     missing = {}
     for name, layout in LAYOUTS.items():
         there = x.contiguous(memory_format=layout)
         copies = [weight.clone(memory_format=layout) for _ in range(run.device.copies(size_of(weight)))]
-        calls = [functools.partial(F.conv2d, there, w, padding=1, groups=groups) for w in copies]
+        calls = [functools.partial(F.conv2d, there, w, None, *geometry[1:]) for w in copies]
         if judge(calls[0](), plain, exact)[0] <= ROUNDING:
             contenders[name] = calls
         else:
@@ -90,10 +99,19 @@ def measure_layer(
     times, failed = race(run, contenders)
     ours, last = times.pop("ours"), times.pop(LAST)
     moved = size_of(*tiles[:3], x) + x.element_size() * exact.numel()
-    row = {"op": "packed_conv2d", "case": case, "channels": channels, "batch": batch, "bits": bits, "error": error}
+    row = {
+        "op": "packed_conv2d",
+        "case": case,
+        "channels": channels,
+        "batch": batch,
+        "bits": bits,
+        "error": error,
+        "kernel": size,
+        "stride": stride,
+    }
     row |= part_of_row(run, ours, moved, times, missing | failed) | {"groups": groups}
     row |= {"channels_last_microseconds": last.median, "channels_last_eager_microseconds": last.eager}
-    row["teraflops"] = 2 * exact.numel() * 9 * inputs / ours.median / 1e6
+    row["teraflops"] = 2 * exact.numel() * taps * inputs / ours.median / 1e6
     shown = ", ".join(f"{name} {t.median / ours.median:.2f}x" for name, t in {LAST: last, **times}.items())
     print(f"{case}: {ours.median:,.1f} µs ({ours.eager:,.1f} eager); {shown}", file=sys.stderr)
     return [row]

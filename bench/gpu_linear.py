@@ -7,7 +7,7 @@ import functools
 import gc
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,10 @@ class Plan:
 
 EVERYTHING = Plan(SHAPES, FULL, TOKENS, WIDTHS, FEW_WIDTHS)
 LITTLE = Plan({"32x256": (32, 256), "16x128": (16, 128)}, ("32x256",), (1, 17, 257), (3, 4, MIXED), FEW_WIDTHS)
+
+OTHERS = tuple(shape for shape in SHAPES if shape not in FULL)
+REST = Plan({shape: SHAPES[shape] for shape in OTHERS}, OTHERS, TOKENS, FEW_WIDTHS, FEW_WIDTHS)
+LITTLE_REST = Plan({"16x128": (16, 128)}, ("16x128",), (1, 2), FEW_WIDTHS, (4,))
 
 
 # ---- layers ----
@@ -144,17 +148,27 @@ def admitted(x: Tensor, sample: Tensor, n: int, k: int, device: Device) -> tuple
 # ---- the section ----
 
 
-@torch.no_grad()
 def measure(run: Run) -> None:
     """Write the section as it grows, case by case, until its time is over."""
     plan = LITTLE if run.quick else EVERYTHING
+    measure_plan(run, plan, lambda rows: claims(rows, plan))
+
+
+def measure_rest(run: Run) -> None:
+    """The shapes of which `measure` has one token alone, at every number of tokens; nothing is claimed of them."""
+    measure_plan(run, LITTLE_REST if run.quick else REST, lambda rows: [])
+
+
+@torch.no_grad()
+def measure_plan(run: Run, plan: Plan, judged: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+    """Write rows of a plan as they come, and what is claimed of them."""
     rows: list[dict[str, Any]] = []
     for case in plan.cases():
         if run.left() < 0:
             print(f"linear: no time left for {case} and what follows", file=sys.stderr)
             break
         rows += measure_case(run, plan, case)
-        run.put(rows, claims(rows, plan))
+        run.put(rows, judged(rows))
     peers_of.cache_clear()
 
 

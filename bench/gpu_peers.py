@@ -107,6 +107,31 @@ def gemlite(weight: Tensor, bits: int) -> Product:
     return layer
 
 
+def humming(weight: Tensor, bits: int) -> Product:
+    """humming's kernels, as its front page shows them."""
+    from humming.layer import HummingLayer
+
+    config = {"dtype": f"int{bits}", "group_size": GROUP if bits == 4 else 0}
+    layer = HummingLayer(
+        shape_n=weight.shape[0], shape_k=weight.shape[1], weight_config=config, torch_dtype=torch.bfloat16
+    )
+    layer = layer.to(weight.device)
+    layer.load_from_unquantized(weight)
+    layer.transform()
+    return layer
+
+
+def marlin(weight: Tensor) -> Product:
+    """Not there: named, so that nobody takes it for beaten.
+
+    Raises:
+        ModuleNotFoundError: Always.
+    """
+    raise ModuleNotFoundError(
+        "no wheel carries Marlin but vLLM's and GPTQModel's, which bring or build a torch of theirs"
+    )
+
+
 # (bits, how to make it), by name
 PEERS: dict[str, tuple[int, Callable[[Tensor], Product]]] = {
     CUBLAS: (16, cublas),
@@ -118,4 +143,7 @@ PEERS: dict[str, tuple[int, Callable[[Tensor], Product]]] = {
     "gemlite 8 bits": (8, partial(gemlite, bits=8)),
     "bitsandbytes NF4": (4, bitsandbytes),
     "hqq 4 bits": (4, hqq),
+    "humming 4 bits": (4, partial(humming, bits=4)),
+    "humming 8 bits": (8, partial(humming, bits=8)),
+    "Marlin 4 bits": (4, marlin),
 }

@@ -49,6 +49,31 @@ def linear(rows: Sequence[Row]) -> str:
     )
 
 
+def choices(rows: Sequence[Row]) -> str:
+    """Both sides of a choice, a line a case and number of columns; the side that is chosen in bold."""
+    lines = []
+    for constant, case, columns in dict.fromkeys((row["constant"], row["case"], row["columns"]) for row in rows):
+        sides = [row for row in rows if (row["case"], row["columns"]) == (case, columns)]
+        shown = [f"{row['microseconds']:,.1f}" for row in sides]
+        shown = [f"**{t}**" if row["chosen"] else t for t, row in zip(shown, sides, strict=True)]
+        lines.append([constant, case, f"{columns:,}", *shown])
+    return table(["constant", "case", "columns", *(f"{row['variant']}, µs" for row in rows[:2])], lines, text=2)
+
+
+def crossovers(rows: Sequence[Row]) -> str:
+    """From how many columns on the dense side is faster, beside the number that decides."""
+    lines = [
+        [
+            row["constant"],
+            row["case"],
+            f"{row['value']:,}",
+            "never" if row["dense_from"] is None else f"{row['dense_from']:,}",
+        ]
+        for row in rows
+    ]
+    return table(["constant", "case", "value", "dense is faster from"], lines, text=2)
+
+
 def share(row: Row | None) -> str:
     """Time and share of the copy's bandwidth."""
     return "" if row is None else f"{row['microseconds']:,.1f}, {row['share_of_copy']:.0%}"

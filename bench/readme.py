@@ -22,7 +22,7 @@ from sgsc.files import write_atomically
 from .cells import cell, microseconds, plain, spread, table, times
 from .deployment_memory import LOAD
 from .deployment_timing import OURS
-from .gpu_tables import checks, linear
+from .gpu_tables import checks, choices, crossovers, linear
 from .peer_claims import best_peer, groups, ours
 from .peer_problem import EXACT, INT8, WIDTHS
 from .record import RESULTS, read
@@ -300,7 +300,11 @@ LAYOUTS: dict[str, Callable[[Rows], str]] = {
     "overhead": functools.partial(turns, pick=max, which="ours"),
     "checks": checks,
     "linear": linear,
+    "tokens": linear,
     "conv2d": peers,
+    "variants": peers,
+    "choices": choices,
+    "crossovers": crossovers,
     **SGSC,
 }
 

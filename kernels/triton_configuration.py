@@ -71,10 +71,18 @@ def gpu(index: int | None) -> Gpu:
     return Gpu(found.name, found.multi_processor_count, shared, capability)
 
 
+def warps_of(size: int) -> int:
+    """Warps of a program of `size` rows."""
+    return 1 if size == UNIT else 4
+
+
 def most_columns(dtype: torch.dtype, size: int, here: Gpu, x: str) -> int:
-    """Columns that a program of `size` rows has registers for; float32 x is three operands."""
+    """Columns that a program of `size` rows has registers for; float32 x is three operands.
+
+    Of `warps_of` warps; tuning keeps to it too where x is "pixels", in proportion to its warps.
+    """
     if x == "pixels":
-        return 16 if size > UNIT else 8
+        return 16 if size > UNIT or not here.capability else 8  # AMD's matrix cores take no fewer
     if dtype == torch.float32:
         return 16
     if size == UNIT:
@@ -105,7 +113,7 @@ def configure(
     programs, steps = tiles * ceil_div(columns, some), ceil_div(across, blocks)
     parts = max(1, min(FILL * here.processors // max(programs, 1), steps // LEAST))
     each = max(1, ceil_div(steps, parts))  # no part without a step
-    c = Config(some, blocks, max(1, ceil_div(steps, each)), order, 1 if size == UNIT else 4, STAGES)
+    c = Config(some, blocks, max(1, ceil_div(steps, each)), order, warps_of(size), STAGES)
     while c.stages > 1 and shared(dtype, size, c) > here.shared:
         c = c._replace(stages=c.stages - 1)
     return c

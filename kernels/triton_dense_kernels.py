@@ -25,11 +25,12 @@ def _dense(words, row, block, across, BITS: tl.constexpr, DTYPE: tl.constexpr, R
 @triton.jit(do_not_specialize=["tiles", "channels", "padded", "taps"])
 def weight_kernel(
     words, plan, grid, out, tiles, across, channels, padded, taps, stride,
-    DTYPE: tl.constexpr, ROWS: tl.constexpr, SHIFTED: tl.constexpr, LEVELS: tl.constexpr,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, SHIFTED: tl.constexpr, LEVELS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """A program: one block of one tile, as rows of `out`, (C, stride), K in the order of the words less padding.
 
-    Real values; where LEVELS the levels less their centre. Removed rows are zeros.
+    Unless LAST, taps are neighbours there, not channels. Real values; where LEVELS the levels less their centre.
+    Removed rows are zeros.
     """
     tile = tl.program_id(0)
     block = tl.program_id(1)
@@ -51,7 +52,8 @@ def weight_kernel(
     tap = k // padded
     slot = tl.load(plan + 2 * tiles + place)
     here = (slot >= 0)[:, None] & ((channel < channels) & (tap < taps))[None, :]
-    at = slot.to(tl.int64)[:, None] * stride + (tap * channels + channel)[None, :]
+    column = tap * channels + channel if LAST else channel * taps + tap
+    at = slot.to(tl.int64)[:, None] * stride + column[None, :]
     tl.store(out + at, narrow(value, out.dtype.element_ty), mask=here)
 
 

@@ -67,12 +67,3 @@ def start_early(words, plan, planes, tiles, tile):
     _fetch(words + first.to(tl.int64) * WORDS, count * (4 * WORDS))
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit(do_not_specialize=["count"])
-def zero_kernel(counters, count, BLOCK: tl.constexpr):
-    """Zeros, by a kernel: the memset of `zeros` would be no kernel to start beside."""
-    tl.extra.cuda.gdc_launch_dependents()  # the one after does nothing before our end, which is after our wait
-    tl.extra.cuda.gdc_wait()
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(counters + place, tl.zeros((BLOCK,), tl.int32), mask=place < count)

@@ -12,6 +12,8 @@ Division and rounding are IEEE, so that values equal the reference's bit for bit
 Each row sum has one writer and an order that no race decides: the same bits in every run. Few and long rows (a whole
 tensor as one row) are cut into parts, by their shape alone; a second launch adds up the sums of the parts in order.
 
+The size term is not among their sums: sgsc/size.py says why.
+
 What the kernels do not take (float64 above all) goes to the reference. Importing needs triton but no GPU.
 """
 

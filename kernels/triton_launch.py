@@ -19,7 +19,7 @@ _compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
 
 
 def again(key: Hashable, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], numbers: tuple[int, ...]) -> bool:
-    """Launch on the current device and stream what `remember` was given; False if there is nothing, or it does not fit.
+    """Launch on the current device and stream what `first` compiled; False if there is nothing, or it does not fit.
 
     Args:
         key: All that decides what is compiled, but for the addresses' alignment: the device, types, constants, options.
@@ -34,14 +34,29 @@ def again(key: Hashable, grid: tuple[int, int, int], tensors: tuple[Tensor, ...]
     return True
 
 
-def remember(key: Hashable, kernel: Any, tensors: tuple[Tensor, ...], constants: tuple[Any, ...]) -> None:
-    """Keep what a launch returned, and the constants, all of them, in the kernel's order.
+def first(
+    key: Hashable,
+    kernel: Any,
+    grid: tuple[int, int, int],
+    tensors: tuple[Tensor, ...],
+    numbers: tuple[int, ...],
+    constants: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    """Launch by Triton, and keep what it compiled for `again`; not where the interpreter runs.
 
-    Not on AMD's GPUs, where Triton also specialises on storages below 2 GiB.
+    Not on AMD's GPUs either, where Triton also specialises on storages below 2 GiB.
+
+    Args:
+        key, grid, tensors, numbers: As of `again`.
+        kernel: The function that Triton compiles.
+        constants: By name, all of them, in the kernel's order.
+        options: Of the launch.
     """
-    known = isinstance(kernel, CompiledKernel) and not torch.version.hip  # the interpreter returns nothing
+    compiled = kernel[grid](*tensors, *numbers, **constants, **options)
+    known = isinstance(compiled, CompiledKernel) and not torch.version.hip  # the interpreter returns nothing
     if known and _aligned(tensors):
-        _compiled[key] = kernel, constants
+        _compiled[key] = compiled, tuple(constants.values())
 
 
 def _aligned(tensors: tuple[Tensor, ...]) -> bool:

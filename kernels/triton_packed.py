@@ -16,6 +16,12 @@ are exact, so that sums have float32's error at three times the operations; of m
 own layers (`allow_tf32`). int8 numerics bound the error, they ask for no rounding: up to DENSE columns, where bytes
 bind and not operations, x stays as it is, and what is not finite gives what it does in exact numerics.
 
+Workspaces (sums in parts, dense weights, codes) are plain tensors. torch's allocator is the cache: a call after the
+first gets the same blocks in a microsecond, without a wait for the GPU; the memory is a stream's own until its work is
+done, others may have it between two layers, and a capture takes it from its graph's pool. A buffer of ours would be
+none of that, and would stay at the size of the largest layer. Only counters are kept (triton_counters.py), for their
+zeros.
+
 What the kernels do not take (float64) goes to the reference; depthwise layers of more than MOST levels a row take the
 dense route. Importing needs triton but no GPU.
 """
@@ -127,30 +133,28 @@ def _product(
         partial, counters = t.grid, t.plan  # not looked at where one part is all
         if c.parts > 1:
             partial = x.new_empty(many * t.count * c.parts * t.size * c.columns, dtype=torch.float32)
-            counters = triton_counters.zeros(t.plan, many * t.count, early)
+            counters = triton_counters.zeros(t.plan, many * t.count)
         per = ceil_div(ceil_div(across, c.blocks), c.parts) * c.blocks
         tensors = x, t.words, t.plan, t.grid, t.grid if bias is None else bias, y, partial, counters
+        on = t.count * c.parts, many, 1
+        key = x.device.index, _types(x, t, bias), lies, c, t.size, t.shifted
         if g is None:
             numbers = columns, t.rows, width, t.count, across, c.parts, per, t.words.numel() // fragments.WORDS
-            types = x.dtype, t.plan.dtype, t.grid.dtype, bias is not None and bias.dtype
-            key = x.device.index, types, c, t.size, t.shifted, early, width % 16 == 0, width == 1
-            if not triton_launch.again(key, (t.count * c.parts, many, 1), tensors, numbers):
-                constants = {
-                    "DTYPE": LEVELS[x.dtype], "ROWS": t.size, "COLUMNS": c.columns, "BLOCKS": c.blocks,
-                    "ORDER": c.order, "SHIFTED": t.shifted, "BIASED": bias is not None, "EARLY": early,
-                }  # fmt: skip
-                options = {"num_warps": c.warps, "num_stages": c.stages} | ({"launch_pdl": True} if early else {})
-                launched = _products.linear_kernel[t.count * c.parts, many](
-                    *tensors, *numbers[:-1], planes=numbers[-1], **constants, **options
-                )
-                triton_launch.remember(key, launched, tensors, tuple(constants.values()))
-            return y
-        how = t.count, across, c.parts, per, g.out_height * g.out_width, *g
-        _products.conv2d_kernel[t.count * c.parts, many](
-            *tensors, columns, t.rows, *how, DTYPE=LEVELS[x.dtype], ROWS=t.size, COLUMNS=c.columns, BLOCKS=c.blocks,
-            ORDER=c.order, X=lies, SHIFTED=t.shifted, BIASED=bias is not None, num_warps=c.warps, num_stages=c.stages,
-        )  # fmt: skip
+            key = *key, early, width % 16 == 0, width == 1
+        else:
+            numbers = columns, t.rows, t.count, across, c.parts, per, g.out_height * g.out_width, *g
+        if not triton_launch.again(key, on, tensors, numbers):
+            constants = {"DTYPE": LEVELS[x.dtype], "ROWS": t.size, "COLUMNS": c.columns, "BLOCKS": c.blocks}
+            constants |= {"ORDER": c.order} | ({} if g is None else {"X": lies})
+            constants |= {"SHIFTED": t.shifted, "BIASED": bias is not None} | ({"EARLY": early} if g is None else {})
+            options = {"num_warps": c.warps, "num_stages": c.stages} | ({"launch_pdl": True} if early else {})
+            kernel = _products.linear_kernel if g is None else _products.conv2d_kernel
+            triton_launch.first(key, kernel, on, tensors, numbers, constants, options)
     return y
+
+
+def _types(x: Tensor, t: _Tiles, bias: Tensor | None) -> tuple:
+    return x.dtype, t.plan.dtype, t.grid.dtype, bias is not None and bias.dtype
 
 
 def _depthwise(x: Tensor, t: _Tiles, bias: Tensor | None, y: Tensor, columns: int, g: Geometry) -> Tensor:
@@ -160,16 +164,24 @@ def _depthwise(x: Tensor, t: _Tiles, bias: Tensor | None, y: Tensor, columns: in
     with torch.cuda.device_of(x):
         places = t.count * t.size
         c = sliding(columns, places, g.kernel_width, gpu(x.device.index))
-        _slides.depthwise_kernel[places // c.each * ceil_div(columns, c.columns),](
-            x, t.words, t.plan, t.grid, t.grid if bias is None else bias, y, columns, t.rows, t.count, *g,
-            ROWS=t.size, COLUMNS=c.columns, EACH=c.each, ACROSS=c.across, DILATION=g.dilation_across,
-            SHIFTED=t.shifted, BIASED=bias is not None, num_warps=c.warps,
-        )  # fmt: skip
+        on = places // c.each * ceil_div(columns, c.columns), 1, 1
+        tensors = x, t.words, t.plan, t.grid, t.grid if bias is None else bias, y
+        numbers = columns, t.rows, t.count, *g
+        key = x.device.index, _types(x, t, bias), "alone", c, t.size, t.shifted, g.dilation_across
+        if not triton_launch.again(key, on, tensors, numbers):
+            constants = {"ROWS": t.size, "COLUMNS": c.columns, "EACH": c.each, "ACROSS": c.across}
+            constants |= {"DILATION": g.dilation_across, "SHIFTED": t.shifted, "BIASED": bias is not None}
+            options = {"num_warps": c.warps}
+            triton_launch.first(key, _slides.depthwise_kernel, on, tensors, numbers, constants, options)
     return y
 
 
-def dense(t: _Tiles, channels: int, taps: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def dense(
+    t: _Tiles, channels: int, taps: int, like: Tensor, dtype: torch.dtype | None = None, *, last: bool = True
+) -> Tensor:
     """The weights, (C, taps * channels), the channels of each tap together; with `dtype` int8 the centred levels.
+
+    Unless `last`, the taps of each channel are together.
 
     Rows are padded with zeros to a multiple of 16 elements in int8, as the product wants it.
     """
@@ -183,7 +195,7 @@ def dense(t: _Tiles, channels: int, taps: int, like: Tensor, dtype: torch.dtype 
             _passes.weight_kernel[t.count, across](
                 t.words, t.plan, t.grid, out, t.count, across, channels, fragments.channels_of(width, taps), taps,
                 out.shape[1], DTYPE=LEVELS.get(out.dtype, tl.float16), ROWS=t.size, SHIFTED=t.shifted,
-                LEVELS=levels, num_warps=1 if t.size == fragments.UNIT else 4,
+                LEVELS=levels, LAST=last, num_warps=1 if t.size == fragments.UNIT else 4,
             )  # fmt: skip
     return out
 
@@ -276,7 +288,9 @@ def convolution(
         return _product(x, t, bias, y, pixels, inputs * taps, fragments.blocks_of(inputs * taps, taps), g)
     if alone:
         weight = dense(t, inputs * taps, 1, x).view(rows, inputs, *kernel)
-    else:
+    elif x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        weight = dense(t, inputs, taps, x, last=False).view(rows, inputs, *kernel)
+    else:  # as x lies: torch brings both into the layout that either has, and x is the larger
         weight = dense(t, inputs, taps, x).view(rows, *kernel, inputs).permute(0, 3, 1, 2)
     with torch.autocast(x.device.type, enabled=False):
         y = F.conv2d(x, weight, bias, stride, padding, dilation, groups).contiguous()

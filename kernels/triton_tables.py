@@ -31,7 +31,7 @@ import triton
 from torch import Tensor
 
 from . import fragments
-from .triton_configuration import COLUMNS, Config, Gpu, ceil_div, gpu, shared
+from .triton_configuration import COLUMNS, Config, Gpu, ceil_div, gpu, most_columns, shared, warps_of
 
 FORMAT = 2
 MOST_BYTES = 2**22  # of a file: some ten thousand entries
@@ -259,13 +259,15 @@ def _entry(entry: Any, here: Gpu) -> tuple[Key, Config] | None:
 
 
 def allowed(key: Key, config: Config, here: Gpu) -> bool:
-    """Whether a product may run so: its programs fit the GPU, and their sums in parts a modest memory."""
+    """Whether a product may run so: programs fit the GPU and its registers, their sums in parts a modest memory."""
     if any(getattr(config, name) not in values for name, values in VALUES.items()):
         return False
     steps = ceil_div(key.across, config.blocks)
     programs = config.parts * key.tiles * ceil_div(key.most, config.columns)
+    times = config.warps / warps_of(key.size)  # the registers that most_columns counts on
     return (
         config.columns <= key.most
+        and (key.x != "pixels" or config.columns <= most_columns(key.dtype, key.size, here, key.x) * times)
         and 1 <= config.parts <= steps
         and (config.parts == 1 or programs <= MOST_PROGRAMS * here.processors)
         and shared(key.dtype, key.size, config) <= here.shared

@@ -3,6 +3,11 @@
 The search starts from the heuristic and changes one field at a time to its neighbours, as long as that gains: a tenth
 of all combinations, each of which has to be compiled. A candidate is timed only once its results agree with the
 heuristic's, and kept only where it gains more than noise could.
+
+Three choices stay as they are written. Depthwise products have other fields (`Sliding`), and none of them changes the
+bytes of x and y that bind. Where a dense copy of the weights pays (DENSE, DENSE_PIXELS) is one number for all layers,
+between times that are mostly cuBLAS's and cuDNN's; whether to start early (EARLY) shows between kernels only, and a
+product is timed here among copies of itself. bench/gpu.sh times each of the latter on both sides of the choice.
 """
 
 from __future__ import annotations

@@ -23,7 +23,13 @@ SCALE, WIDTH, VALUE = 16, 4, 32  # bits of a scale, of a row's width, of anythin
 class SizeModel:
     """Bits of a model and their gradient by each channel's width, as functions of the widths of all channels.
 
-    Both cost one pass over the channels: a constant number of operations, whatever the number of layers.
+    Both cost one pass over the channels: a constant number of operations (32), whatever the number of layers.
+
+    It is a pass of its own, not a part of the quantizer's launch. What a row costs depends on which channels of other
+    layers live, and the gradient of those on the rows of all layers that read them: two sums over the whole network
+    come first, between which the programs of a launch, each with a row, would have to wait for one another. And it
+    would save little: some 450 bytes a channel, of a ResNet-20 0.4 MB beside 7.7 MB of weights that the quantizer moves
+    forward and backward, of a transformer of 12 layers 12 MB beside 266 MB.
 
     Args:
         model: A prepared model; its shapes are read once, here.

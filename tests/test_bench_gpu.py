@@ -17,12 +17,26 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="triton is not installed: there is nothing to bench on a GPU")
 
-from bench import gpu, gpu_chain, gpu_check, gpu_conv2d, gpu_device, gpu_linear, gpu_peers, gpu_training, readme, record
+from bench import (
+    gpu,
+    gpu_chain,
+    gpu_check,
+    gpu_choices,
+    gpu_conv2d,
+    gpu_device,
+    gpu_linear,
+    gpu_peers,
+    gpu_training,
+    gpu_variants,
+    readme,
+    record,
+)
 from bench.kernels import LARGE
 from bench.peer_problem import MIXED, TRAINED
 from bench.training import FLOAT
 from sgsc.kernels import OPS, triton_packed
 from sgsc.kernels.run_form import tiled_weight
+from tests.kernels import test_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -62,13 +76,14 @@ def consistent(row):
 
 def test_every_section_is_written(quick):
     found = record.read("gpu_kernels", quick)
-    more = {"launches of a training step", gpu_chain.SECTION}
-    assert {row["section"] for row in found["rows"]} == {*gpu.SECTIONS, *more}
+    more = {"launches of a training step", gpu_chain.SECTION, gpu_choices.CROSSOVERS}
+    assert {row["section"] for row in found["rows"]} == {*gpu.SECTIONS, *gpu.APART, *more}
     (copied, product), _ = of_section(quick, "ceilings")
     assert copied["unit"] == "GB/s"
     assert product["unit"] == "TFLOP/s"
     for claim in found["claims"]:
-        assert claim["command"] == f"python -m bench.gpu --only {claim['section']}"
+        section = claim["section"].replace(gpu_choices.CROSSOVERS, "choices")
+        assert claim["command"] == f"python -m bench.gpu --only {section}"
         assert claim["device"] == "Triton's interpreter"
 
 
@@ -98,6 +113,113 @@ def test_a_chain_is_measured_with_and_without_starting_early(quick):
         ratio = off["microseconds_a_layer"] / with_it["microseconds_a_layer"]
         assert with_it["over PDL off"] == pytest.approx(ratio)
         assert off["over PDL off"] == 1
+
+
+def test_both_sides_of_a_choice_are_measured(quick):
+    rows, _ = of_section(quick, "choices")
+    layouts = [f"3x3, 16 channels, 5 px, {layout}" for layout in gpu_choices.LAYOUTS]
+    cases = [("32x256, 4 bits", 1), ("32x256, 4 bits", 17), *((layout, 25) for layout in layouts)]
+    expected = [(*case, side) for case in cases for side in gpu_choices.SIDES]
+    assert [(row["case"], row["columns"], row["variant"]) for row in rows] == expected
+    assert [row["chosen"] for row in rows] == 4 * [True, False]
+    found, claims = of_section(quick, gpu_choices.CROSSOVERS)
+    assert [(row["constant"], row["value"]) for row in found] == [("DENSE", 256), *2 * [("DENSE_PIXELS", 4096)]]
+    assert [claim["claim"].split(" = ")[0] for claim in claims] == ["DENSE", "DENSE_PIXELS"]
+
+
+def test_a_side_is_forced_while_its_call_lasts():
+    """Were it not, both contenders would be the same."""
+    seen, before = [], triton_packed.DENSE
+
+    def call():
+        seen.append(triton_packed.DENSE)
+        if len(seen) == 3:
+            raise RuntimeError("stopped")
+
+    for value in gpu_choices.SIDES.values():
+        gpu_choices.forced(call, DENSE=value)()
+    with pytest.raises(RuntimeError, match="stopped"):
+        gpu_choices.forced(call, DENSE=7)()
+    assert seen == [*gpu_choices.SIDES.values(), 7]
+    assert before == triton_packed.DENSE
+
+
+def sides(**dense_over_packed):
+    """Rows of one layer, whose packed side always takes 2 µs."""
+    rows = []
+    for columns, ratio in dense_over_packed.items():
+        times = {gpu_choices.PACKED: 2.0, gpu_choices.DENSE: 2.0 * ratio}
+        for side, t in times.items():
+            row = {"constant": "DENSE", "value": 256, "case": "a", "columns": int(columns[1:]), "variant": side}
+            chosen = (int(columns[1:]) > 256) is (side == gpu_choices.DENSE)
+            rows.append(row | {"microseconds": t, "over_fastest": t / min(times.values()), "chosen": chosen})
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("ratios", "first"),
+    [
+        ({"m64": 2.0, "m256": 1.1, "m512": 0.9, "m1024": 0.8}, 512),
+        ({"m64": 0.9, "m256": 1.1, "m512": 0.9}, 512),
+        ({"m64": 0.9, "m256": 0.9}, 64),
+        ({"m64": 0.9, "m256": 1.0}, None),
+    ],
+)
+def test_a_crossover_is_where_the_faster_side_changes(ratios, first):
+    (row,) = gpu_choices.crossovers(sides(**ratios))
+    assert row["dense_from"] == first
+    assert list(row["dense_over_packed"].values()) == list(ratios.values())
+
+
+def test_a_choice_that_costs_much_does_not_hold():
+    for ratios, worst in (({"m64": 2.0, "m512": 0.5}, 1.0), ({"m64": 0.8, "m512": 0.5}, 1.25), ({"m512": 1.2}, 1.2)):
+        (claim,) = gpu_choices.claims(sides(**ratios))
+        assert claim["measured"] == pytest.approx(worst)
+        assert claim["holds"] is (worst <= gpu_choices.SLOWER)
+
+
+def test_a_wrong_side_is_not_timed():
+    for wrong_side in gpu_choices.SIDES.values():
+
+        def call(wrong_side=wrong_side):
+            return wrong_side == triton_packed.DENSE
+
+        run = a_run()
+        case = gpu_choices.Case("DENSE", "a", 3, [call], lambda wrong: (1.0, "error 1" if wrong else ""))
+        assert gpu_choices.measure_case(run, case) == []
+        assert len(run.wrong) == 1
+
+
+def test_variants_are_measured(quick):
+    rows, claims = of_section(quick, "variants")
+    kinds = [row["kind"] for row in rows if row["op"] == "packed_linear"]
+    assert kinds == [kind for kind in gpu_variants.TOKENS for _ in gpu_linear.FEW_WIDTHS]
+    assert [(row["kernel"], row["stride"]) for row in rows if row["op"] == "packed_conv2d"] == [(1, 1), (3, 2)]
+    assert claims == []
+    for row in rows:
+        consistent(row)
+    assert list(rows[0]["ratio"]) == [gpu_variants.EXACT, gpu_variants.PRODUCT, "F.linear bfloat16"]
+    assert rows[0]["error"] > 5e-3 > rows[-3]["error"], "int8 activations were not rounded"
+    rows, claims = of_section(quick, "tokens")
+    assert [(row["tokens"], row["bits"]) for row in rows] == [(1, 4), (1, MIXED), (2, 4)]
+    assert claims == []
+
+
+def test_a_wrong_variant_is_not_timed(monkeypatch):
+    monkeypatch.setattr(gpu_variants, "packed_linear", lambda x, *rest: torch.zeros(len(x), 16))
+    for kind in gpu_variants.TOKENS:
+        run = a_run()
+        assert gpu_variants.measure_linear(run, "16x128", 16, 128, kind, 2) == []
+        assert len(run.wrong) == len(gpu_linear.FEW_WIDTHS)
+
+
+def test_every_shape_has_every_number_of_tokens():
+    """Between the section of the claims and the one apart."""
+    cases = [*gpu_linear.EVERYTHING.cases(), *gpu_linear.REST.cases()]
+    for shape in gpu_linear.SHAPES:
+        for tokens in gpu_linear.TOKENS:
+            widths = {width for name, m, some in cases if (name, m) == (shape, tokens) for width in some}
+            assert widths >= set(gpu_linear.FEW_WIDTHS), (shape, tokens)
 
 
 def test_other_sections_are_measured(quick):
@@ -132,6 +254,8 @@ def test_the_tables_show_it(quick, tmp_path):
     shown = readme.filled(page, quick)
     assert "\n| N x K | 3 bits | 4 bits | mixed |\n" in shown
     assert "\n| N x K | bits | M = 1 | M = 17 | M = 257 | eager call at M = 1 |\n" in shown
+    assert "\n| constant | case | columns | ours, packed, µs | ours, dense, µs |\n" in shown
+    assert "\n| DENSE | 32x256, 4 bits | 256 |" in shown
     for case in ("packed_conv2d 3x3, 16 channels, 5 px, 4 bits, batch 1", "fake_quantize one-past-a-block backward"):
         assert f"\n| {case} |" in shown
     assert "Measured on Triton's interpreter, commit" in shown
@@ -306,6 +430,10 @@ def test_a_wrong_chain_is_not_timed(monkeypatch):
         assert rows == []
         assert what.startswith(f"a chain of layers, 4 bits, {variant}: error")
     assert triton_packed.EARLY > 0
+    monkeypatch.setattr(gpu_device.Interpreted, "replayed", lambda self, call: 1.1 * call())
+    rows, (what,) = a_chain(monkeypatch, by_reference(1.0))
+    assert rows == []
+    assert what.startswith("a chain of layers, 4 bits, ours, replayed: error")
 
 
 def test_a_layer_of_a_chain_takes_the_one_before(monkeypatch):
@@ -566,6 +694,9 @@ def test_every_check_of_the_device_is_a_job():
     assert any("packed-linear, part 1 of" in title for title in jobs)
     assert "removed-rows-are-not-read" not in gpu_check.ON_DEVICE  # it would end the process
     assert [title for title in jobs if title.startswith("compile")]
+    more = [title.split(", ")[1] for title in jobs if title.startswith("test_gpu.py")]
+    assert more == [name for name in vars(test_gpu) if name.startswith("test_")]
+    assert list(jobs).index(f"test_gpu.py, {more[-1]}") < list(jobs).index("compile a chain, 1 of 1")
 
 
 def test_parts_of_a_check_are_the_whole(monkeypatch):
@@ -630,6 +761,7 @@ def test_a_section_that_breaks_does_not_stop_the_others(monkeypatch, tmp_path, c
     monkeypatch.setattr(
         gpu, "SECTIONS", {"a": (breaks, 1.0), "b": (is_wrong, 1.0), "c": (lambda run: run.put([{"n": 3}], []), 1.0)}
     )
+    monkeypatch.setattr(gpu, "APART", {})
     arguments = ["--quick", "--results", str(tmp_path)]
     assert gpu.main(arguments) == 1
     assert [row["n"] for row in record.read("gpu_kernels", tmp_path)["rows"]] == [1, 2, 3]
@@ -675,6 +807,26 @@ def test_the_script_runs_everything_and_says_what_failed(out, tmp_path):
     assert log.read_text().splitlines() == [expected[2], expected[0]]
 
 
+def test_the_checks_alone_have_nearly_all_of_the_time(tmp_path):
+    log, folder = tmp_path / "log", tmp_path / "bin"
+    folder.mkdir()
+    fake = folder / "timeout"
+    fake.write_text(f'#!/bin/sh\necho "$*" >>{log}\n')
+    fake.chmod(0o755)
+    found = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "OUT": "/o"}
+    for sections, most in (["checks"], 530), (["checks", "linear"], 190):
+        command = ["bash", str(ROOT / "bench/gpu.sh"), *sections]
+        assert subprocess.run(command, check=False, env=found, cwd=tmp_path).returncode == 0
+        first = log.read_text().splitlines()[-len(sections)].split()
+        assert first[3:6] == ["python3", "-m", "bench.gpu_check"]
+        assert most - 10 <= int(first[2]) <= most
+        if len(sections) == 1:
+            assert first[6] == "--seconds"
+            assert int(first[7]) == int(first[2]) - 15
+        else:
+            assert first[6:] == ["--results", "/o"]
+
+
 @pytest.mark.parametrize("section", ["cifar10", "resnet20", "shakespeare"])
 def test_a_task_is_a_call_of_its_own_with_nearly_all_of_the_time(section, tmp_path):
     """It is among no other call's sections, and ends itself before it would be ended."""
@@ -696,7 +848,23 @@ def test_a_task_is_a_call_of_its_own_with_nearly_all_of_the_time(section, tmp_pa
     assert section not in (ROOT / "bench/gpu.sh").read_text().split("set -- ")[1].splitlines()[0]
 
 
+def test_what_is_apart_has_a_call_of_its_own(tmp_path):
+    log, folder = tmp_path / "log", tmp_path / "bin"
+    folder.mkdir()
+    fake = folder / "timeout"
+    fake.write_text(f'#!/bin/sh\necho "$*" >>{log}\n')
+    fake.chmod(0o755)
+    found = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "OUT": str(tmp_path / "out")}
+    for section, (_, budget) in gpu.APART.items():
+        command = ["bash", str(ROOT / "bench/gpu.sh"), section]
+        assert subprocess.run(command, check=False, env=found, cwd=tmp_path).returncode == 0
+        _, _, limit, *called = log.read_text().splitlines()[-1].split()
+        assert called == f"python3 -m bench.gpu --only {section} --results {tmp_path / 'out'}".split()
+        assert int(limit) >= budget + 20
+
+
 def test_the_budgets_fit_into_nine_minutes():
+    assert all(budget + 10.0 <= 530 for _, budget in gpu.APART.values())
     start = 10.0  # of a process, before its section begins
     budgets = [gpu_check.SECONDS, *(budget for _, budget in gpu.SECTIONS.values())]
     assert sum(budgets) + start * len(budgets) <= 540

@@ -58,6 +58,18 @@ def test_every_regime_answers_as_on_the_cpu(tokens):
     assert_close_to(layer.cuda()(x.cuda()).cpu(), want, 1e-5)
 
 
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_x_that_is_not_aligned(tokens):
+    """What is compiled, and kept, for addresses that are multiples of 16 bytes is not run for others."""
+    layer, x = deep(), torch.randn(tokens, 4_096).to(torch.bfloat16)
+    want = layer(x.float()).double()
+    layer, there = layer.cuda().to(torch.bfloat16), x.cuda()
+    for offset in (0, 1, 0, 8, 3):  # elements
+        odd = torch.zeros(x.numel() + offset, dtype=x.dtype, device="cuda")[offset:].view_as(x).copy_(there)
+        assert odd.data_ptr() % 16 == 2 * offset % 16
+        assert_close_to(layer(odd).cpu(), want, ALLOWED[x.dtype], f"from {offset}", x.dtype)
+
+
 def test_there_and_back():
     layer, x = linear(), torch.randn(3, 40)
     want = layer(x)
@@ -124,6 +136,31 @@ def test_graphs_do_not_disturb_each_other():
     for mine, right in zip(found, want[:2], strict=True):
         for y in mine:
             assert_same(y.cpu(), right)
+
+
+def test_forks_of_a_graph_do_not_disturb_each_other(monkeypatch):
+    """Streams that fork within a capture run side by side in its replays; and nothing is launched to make zeros."""
+    layers = [deep().cuda() for _ in range(3)]
+    x = torch.randn(1, 4_096, device="cuda")
+    want = [layer(x).cpu() for layer in layers]
+    streams, found = [torch.cuda.Stream() for _ in layers], [[] for _ in layers]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", lambda *_, **__: pytest.fail("a launch more"))
+        for stream, layer, mine in zip(streams, layers, found, strict=True):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                mine += [layer(x) for _ in range(8)]
+        for stream in streams:
+            torch.cuda.current_stream().wait_stream(stream)
+    for _ in range(20):
+        for y in (y for mine in found for y in mine):
+            y.zero_()
+        graph.replay()
+        graph.replay()  # twice: each leaves zeros
+        for mine, right in zip(found, want, strict=True):
+            for y in mine:
+                assert_same(y.cpu(), right)
 
 
 @pytest.mark.parametrize("captured", [True, False])

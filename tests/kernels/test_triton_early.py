@@ -8,8 +8,8 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is not installed: its kernels are not checked")
 tl = triton.language
 
-from sgsc.kernels import triton_early, triton_packed, triton_packed_kernels  # noqa: E402
-from sgsc.kernels.triton_aot import MachineCode, compile_for  # noqa: E402
+from sgsc.kernels import triton_packed, triton_packed_kernels  # noqa: E402
+from sgsc.kernels.triton_aot import MachineCode  # noqa: E402
 from sgsc.kernels.triton_configuration import configure  # noqa: E402
 from tests.kernels.test_triton_packed import GPUS, compiled  # noqa: E402
 
@@ -57,16 +57,6 @@ def test_the_product_touches_no_memory_before_the_wait():
 def test_a_product_that_is_not_launched_so_has_none_of_it():
     code = of_linear(early=False)
     assert code.complaints(88, [], [WAIT, START, *FETCHES]) == []
-
-
-@compiles
-def test_zeros_are_written_after_the_wait():
-    types = {"counters": "*i32", "count": "i32"}
-    code = compile_for(triton_early.zero_kernel, "sm_90", types, {"BLOCK": 1_024}, ["counters"])
-    assert complaints(code, dict.fromkeys(FETCHES, 0)) == []
-    names = [re.sub(r"^@\S+\s+", "", line).split()[0] for line in code.code]
-    assert names.index(START) < names.index(WAIT)
-    assert code.count(r"STG\.E.*") >= 1
 
 
 @pytest.mark.parametrize(

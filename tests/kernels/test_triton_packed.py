@@ -21,11 +21,18 @@ from sgsc.kernels.triton_aot import TARGETS, compile_for  # noqa: E402
 from sgsc.kernels.triton_configuration import Gpu, configure  # noqa: E402
 from sgsc.kernels.triton_packed import Geometry  # noqa: E402
 from sgsc.kernels.triton_packed_kernels import _sums  # noqa: E402
+from sgsc.kernels.triton_tables import Key, allowed  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1: the interpreter replaces the compiler"
 )
 
+# Triton 3.6 takes up to 40 % more registers and a third more instructions, and waits between products of wgmma: results
+# are the same, the promise of speed is made for 3.7.
+BUDGETS = pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7),
+    reason="budgets of machine code are those of Triton 3.7",
+)
 GPUS = {"sm_80": Gpu("", 132, 166_912, 80), "sm_90": Gpu("", 132, 232_448, 90), "gfx942": Gpu("", 132, 65_536, 0)}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ITEM = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -139,13 +146,18 @@ def complaints(code, c, rows, dtype, registers, budget, stored=0):
 
 # ---- what is promised ----
 
-# Of all widths together (13 s each to compile; the convolution stands for both on the other GPUs): largest number of
-# registers, and for each width from 1 to 8 instructions a weight, both as measured with some per cent on top.
+# Of all widths together (13 s each to compile; the convolution stands for both at 64 rows on sm_80): largest number of
+# registers, and for each width from 1 to 8 instructions a weight, both as measured with some per cent on top. On AMD,
+# whose loops lie within one another, one number: instructions of the whole kernel.
 GROUPED = [
     ("linear", "sm_90", 64, 1, "bf16", "tokens", 88, (2.05, 2.05, 2.35, 2.35, 2.65, 2.7, 2.75, 2.8)),
     ("conv2d", "sm_90", 64, 16, "bf16", "runs", 136, (3.15, 3.15, 3.45, 3.45, 3.75, 3.8, 3.85, 3.95)),
     ("conv2d", "sm_80", 64, 16, "bf16", "runs", 80, (4.25, 4.25, 4.5, 4.6, 5.0, 5.1, 5.2, 5.25)),
-    ("conv2d", "gfx942", 16, 16, "bf16", "runs", 184, None),
+    ("linear", "sm_90", 16, 1, "bf16", "tokens", 120, (2.3, 2.4, 2.7, 2.7, 2.95, 3.05, 3.1, 3.1)),
+    ("linear", "sm_80", 16, 1, "bf16", "tokens", 128, (2.35, 2.4, 2.65, 2.65, 2.95, 3.0, 3.1, 3.1)),
+    ("conv2d", "sm_90", 64, 16, "bf16", "pixels", 152, (25.5, 25.5, 25.6, 25.7, 25.7, 26.0, 26.1, 26.2)),
+    ("conv2d", "gfx942", 16, 16, "bf16", "runs", 184, 16_000),
+    ("linear", "gfx942", 16, 16, "bf16", "tokens", 216, 21_600),
 ]
 AMD = (15.4, 14.0, 12.4, 9.6, 10.1, 10.0, 10.3, 12.0)
 # Of one width (5 bits where it is not said): registers, instructions a weight, bytes of x stored to shared memory.
@@ -170,21 +182,28 @@ SINGLE = [
     *(("gfx942", 64, 16, "bf16", {"bits": b}, 136, n, 16 * 256 * 2) for b, n in zip(WIDTHS, AMD, strict=True)),
 ]
 # What does not keep it yet: registers spill.
-TOO_MUCH = [("sm_80", 16, 16, "bf16", {"x": "pixels", "columns": 16})]
+TOO_MUCH = [(target, 16, 16, "bf16", {"x": "pixels", "columns": 16}) for target in ("sm_80", "sm_90")]
 KERNELS = {"linear": triton_packed_kernels.linear_kernel, "conv2d": triton_packed_kernels.conv2d_kernel}
 
 
+@BUDGETS
 @pytest.mark.parametrize(
     ("name", "target", "rows", "columns", "dtype", "x", "registers", "budget"),
     GROUPED,
     ids=lambda v: "" if v.__class__ is tuple else str(v),
 )
 def test_all_widths_in_one_launch(name, target, rows, columns, dtype, x, registers, budget):
-    code, c = compiled(KERNELS[name], target, rows, columns, dtype, x=x, early=name == "linear")
-    widths = dict(zip(WIDTHS, budget, strict=True)) if budget else {}
-    assert complaints(code, c, rows, dtype, registers, widths) == []
+    early = (name, target) == ("linear", "sm_90")
+    code, c = compiled(KERNELS[name], target, rows, columns, dtype, x=x, early=early)
+    if target == "gfx942":
+        assert complaints(code, c, rows, dtype, registers, {}) == []
+        assert budget * 0.9 < len(code.code) <= budget
+        return
+    stored = 16 * 128 * 2 if x == "pixels" else 0
+    assert complaints(code, c, rows, dtype, registers, dict(zip(WIDTHS, budget, strict=True)), stored) == []
 
 
+@BUDGETS
 @pytest.mark.parametrize(
     ("target", "rows", "columns", "dtype", "how", "registers", "most", "stored"), SINGLE, ids=lambda v: str(v)[:16]
 )
@@ -198,6 +217,19 @@ def test_one_width(target, rows, columns, dtype, how, registers, most, stored):
 def test_one_width_spills(target, rows, columns, dtype, how):
     code, _ = one_width(target, rows, columns, dtype, **how)
     assert not code.spilled
+
+
+@pytest.mark.parametrize(("target", "rows", "columns", "dtype", "how"), TOO_MUCH, ids=lambda v: str(v)[:16])
+def test_what_spills_is_chosen_by_nobody(target, rows, columns, dtype, how):
+    """Neither by the heuristic, whatever the columns, nor by tuning, nor from a file."""
+    here, asked = GPUS[target], {}
+    for most in (1, columns, 1_000):
+        c = configure(DTYPES[dtype], most, 64, rows, 32, here, how["x"])
+        key = Key(DTYPES[dtype], how["x"], 1_024, 64, rows, 32, 1)
+        spilling = c._replace(columns=how["columns"], parts=1)
+        assert c.columns < how["columns"]
+        asked |= {c._replace(parts=1): True, spilling: False}
+    assert {config: allowed(key, config, here) for config in asked} == asked
 
 
 @pytest.mark.parametrize(
@@ -229,6 +261,7 @@ def wide():
     return code, c, 64, "bf16"
 
 
+@BUDGETS
 def test_registers_and_instructions_are_noticed(wide):
     (loop,) = products(wide[0])
     used, registers = len(loop) / (16 * 8), wide[0].registers  # 16 products a step, each with 8 weights a thread

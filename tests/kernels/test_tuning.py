@@ -51,7 +51,7 @@ class Launches:
         return self.launch
 
     def launch(self, x, words, plan, grid, bias, y, partial, counters, columns, rows, *how, **options):
-        linear = len(how) == 5
+        linear = len(how) == 6
         names = ("COLUMNS", "BLOCKS", "ORDER", "num_warps", "num_stages")
         sizes, blocks, *rest = (options[name] for name in names)
         config = Config(sizes, blocks, how[3 if linear else 2], *rest)

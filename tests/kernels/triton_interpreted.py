@@ -22,6 +22,7 @@ from sgsc.kernels import triton_fake_quantize as ours
 from sgsc.kernels import triton_fake_quantize_kernels as programs
 from sgsc.kernels.fake_quantize import backward_cases, cases, reference, reference_backward
 from sgsc.kernels.triton_compat import narrow, rint
+from tests.kernels import triton_interpreted_drawn as drawn
 from tests.kernels import triton_interpreted_packed as packed
 
 PROT_NONE = 0  # of mprotect(2)
@@ -239,6 +240,7 @@ CHECKS = {
     "many": check_many,
     "rounding": check_rounding,
     **packed.CHECKS,
+    **drawn.CHECKS,
     "rows-beyond-32-bits": check_rows_beyond_32_bits,
     "removed-rows-are-not-read": check_removed_rows_are_not_read,  # last, since it ends the process where it fails
 }

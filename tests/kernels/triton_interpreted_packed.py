@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import triton
 import triton.language as tl
+from torch.nn import functional as F
 
 from sgsc.kernels import OPS, fragments, run_form, triton_counters, triton_depthwise_kernels, triton_early
 from sgsc.kernels import triton_packed as ours
@@ -176,8 +178,20 @@ def check_channels_in_runs(device="cpu"):
 
 
 def check_many_pixels(device="cpu"):
-    with with_settings(DENSE_PIXELS=-1):
+    """Torch's own convolution of x as it lies, by weights that lie so too: it converts x where weights ask for it."""
+
+    def conv2d(x, weight, *rest):
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        assert weight.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        layouts.add(last)
+        return F.conv2d(x, weight, *rest)
+
+    layouts = set()
+    with with_settings(DENSE_PIXELS=-1, F=SimpleNamespace(conv2d=conv2d)):
         check_all(CONV2D, exact(CONV2D.cases()), device)
+        some = conv2d_case(channels=20, inputs=32, size=(5, 7), groups=2)
+        assert_agrees(Ours(CONV2D, device), (some[0].to(memory_format=torch.channels_last), *some[1:]), "in runs")
+    assert layouts == {True, False}
 
 
 def check_every_level(device="cpu"):
