@@ -20,8 +20,8 @@ class CompressionConfig:
     tolerance: float = setting(0.0, "share of the preservation samples that may regress")
     margin_tolerance: float = setting(0.2, "share of the mean margin of the preservation samples that may be lost")
     steps: int = setting(1000, "optimiser steps of the compression")
-    shrink_share: float = setting(0.6, "share of the steps after which the target size shall be reached")
-    settle_share: float = setting(0.75, "share of the steps after which widths stay as they are")
+    shrink_share: float = setting(0.4, "share of the steps after which the target size shall be reached")
+    settle_share: float = setting(0.6, "share of the steps after which widths stay as they are")
     preservation_weight: float = setting(0.25, "weight of the preservation loss; grows while the tolerance is violated")
     preservation_batch: int = setting(32, "preservation samples a step")
     sparsity_weight: float = setting(0.0, "weight of the mean magnitude of the weights")
@@ -38,8 +38,8 @@ class CompressionConfig:
                 wants = {int: "a whole number", bool: "True or False"}.get(kind, "a number")
                 raise ValueError(f"{name}={value!r}: want {wants}")
         _between("target_size", self.target_size, 0, 1, "a share of the float32 bytes, such as 0.05")
-        _between("shrink_share", self.shrink_share, 0, 1, "a share of the steps, such as 0.6")
-        _between("settle_share", self.settle_share, 0, 1, "a share of the steps, such as 0.75")
+        _between("shrink_share", self.shrink_share, 0, 1, "a share of the steps, such as 0.4")
+        _between("settle_share", self.settle_share, 0, 1, "a share of the steps, such as 0.6")
         if not 0 <= self.margin_tolerance <= 1:
             raise ValueError(f"margin_tolerance={self.margin_tolerance}: want a share of the margin from 0 to 1")
         if not 0 <= self.tolerance < 1:

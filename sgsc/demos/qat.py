@@ -19,7 +19,7 @@ from sgsc.packed import pack
 from sgsc.preparation import prepare
 from sgsc.size import float_bytes
 
-from .job import TUNING, schedule
+from .job import schedule
 from .task import Task
 from .training import augmentation, batches, evaluate
 
@@ -57,7 +57,7 @@ def train_uniform(task: Task, network: nn.Module, bits: int, steps: int, seed: i
     data = batches(task.train, task.batch_size, torch.Generator().manual_seed(seed), augmentation(task))
     model.train()
     for done in range(steps):
-        rate = TUNING * task.learning_rate * schedule(done / steps)
+        rate = task.learning_rate * schedule(done / steps)
         for group in optimiser.param_groups:
             group["lr"] = rate * group["of"]
         x, y = next(data)
