@@ -28,11 +28,13 @@ from .sharding import whole_tensor
 
 AVERAGE = 0.9  # decay of the running mean of worth_c
 BISECTIONS = 40
-LARGEST_PRICE = 1e3  # in units of the largest worth: all that may be sold is sold there
+SMALLEST_PRICE, LARGEST_PRICE = 1e-9, 2.0  # in units of the largest worth: there the dearest bits sell at half speed
 
 
 def clearing_price(worth: Tensor, bytes_a_step: Tensor, wanted: float, room: Tensor | None = None) -> float:
     """The least price at which the net sale is at least `wanted`, or the largest one where even that is not.
+
+    Above that one all would leave alike, the dearest with the cheapest: what the schedule wants beyond it waits.
 
     Args:
         worth: (C,) loss per unit of size.
@@ -49,7 +51,7 @@ def clearing_price(worth: Tensor, bytes_a_step: Tensor, wanted: float, room: Ten
     def sold(price: float) -> float:
         return float((bytes_a_step * (1 - worth / price).clamp(-1, 1)).maximum(least).sum())
 
-    low, high = top / LARGEST_PRICE**3, top * LARGEST_PRICE
+    low, high = top * SMALLEST_PRICE, top * LARGEST_PRICE
     for _ in range(BISECTIONS):
         middle = (low * high) ** 0.5
         low, high = (low, middle) if sold(middle) >= wanted else (middle, high)
@@ -75,6 +77,7 @@ class BitOptimizer:
     Attributes:
         depths: Layer name -> its (C,) learned widths.
         worth: (C,) of all channels: what a bit is worth.
+        least: (C,) bits that a channel keeps at any price.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class BitOptimizer:
         self.gradient: dict[nn.Parameter, Tensor] = {}
         self._handles = [p.register_post_accumulate_grad_hook(self._collect) for p in [*self.depths.values(), *grids]]
         self.worth = torch.zeros_like(self.flat(self.depths).detach())
+        self.least = torch.zeros_like(self.worth)
 
     def _collect(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
@@ -184,13 +188,13 @@ class BitOptimizer:
         if sell is None:
             return price
         depth = self.flat(self.depths)
-        # a removed channel has nothing left to sell, and only the guard brings it back
-        speed = self.bit_rate * (depth > 0)
+        # a removed channel has nothing left to sell, and only the guard brings it back; an answer is never sold
+        speed = self.bit_rate * (depth > self.least)
         if not speed.any():
             return price
         price = clearing_price(self.worth, speed * per, sell, (MAX_BITS - depth) * per)
         pace = (1 - self.worth / price).clamp(-1, 1) if price > 0 else torch.ones_like(depth)
-        change = (speed * pace).minimum(depth).maximum(depth - MAX_BITS)
+        change = (speed * pace).minimum(depth - self.least).maximum(depth - MAX_BITS)
         sold, bought = float(change.clamp_min(0) @ per), float(-change.clamp_max(0) @ per)
         # bits that seem to do harm want to go at any price: not below the schedule
         if sold > 0 and sold - bought > sell:
@@ -237,7 +241,7 @@ class BitOptimizer:
         """Sell one bit each of the channels whose bits are worth least, until `size` is sold; whether any was."""
         depth = self.flat(self.depths)
         width = depth.round()
-        may = width > 0
+        may = width > self.least
         order = torch.where(may, self.worth, float("inf")).argsort(stable=True)[: int(may.sum())]
         count = int((size_gradient[order].cumsum(0) < size).sum()) + 1
         new = depth.clone()
@@ -261,7 +265,7 @@ class BitOptimizer:
     def keep(self, left: dict[str, Tensor]) -> None:
         """Forget channels that were cut out; `left`: layer name -> (C,) bool of its channels before."""
         mask = self.flat({n: left.get(n, torch.ones_like(d, dtype=torch.bool)) for n, d in self.depths.items()})
-        self.worth = self.worth[mask]
+        self.worth, self.least = self.worth[mask], self.least[mask]
         self.gradient.clear()
 
     def state_dict(self) -> dict:

@@ -77,6 +77,9 @@ class Controller:
         with whole(self.model):
             self.coupling = couple(self.model)
             self.sizes = SizeModel(self.model, self.coupling, file=True)
+        answers = self.coupling.answers()  # a class without a bit would never be answered again
+        none = {n: torch.zeros(len(d), dtype=torch.bool) for n, d in self.bits.depths.items()}
+        self.bits.least = self.bits.flat(none | answers).to(self.bits.worth)
         self.silent: Tensor | None = None  # (ids,) channels that were dead at the last call of `cut`
         self._known: tuple[Any, ...] = ()
 

@@ -57,6 +57,7 @@ class Coupling:
         read: Layer name -> (I,) id of each of its input channels, where that is known.
         norms: Batch-norm name -> (C,) id of each of its channels.
         pinned: (ids,) bool: the channel must keep its place.
+        returned: (ids,) bool: what the model returns is made of it alone, such as the score of one class.
     """
 
     why: str = ""
@@ -64,6 +65,7 @@ class Coupling:
     read: dict[str, Tensor] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
     pinned: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    returned: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
     def alive(self, widths: dict[str, Tensor]) -> Tensor:
         """(ids,) 1 where some row that produces the channel has a bit, 0 where none has; 1 where nothing is known.
@@ -79,6 +81,14 @@ class Coupling:
             result = result.scatter_reduce(0, ids, widths[name].clamp(0, 1), "amax")
             made[ids] = True
         return torch.where(made, result, 1.0)
+
+    def answers(self) -> dict[str, Tensor]:
+        """Layer name -> (C,) bool: rows without which something that the model returns would be lost for good."""
+        if not self.produced:
+            return {}
+        makers = torch.bincount(torch.cat(list(self.produced.values())), minlength=len(self.pinned))
+        alone = self.returned & (makers == 1)
+        return {name: alone[ids] for name, ids in self.produced.items() if alone[ids].any()}
 
     def dead(self, model: nn.Module) -> Tensor:
         """(ids,) bool: no row that produces the channel has a bit, and it is not pinned."""
@@ -139,6 +149,7 @@ class _Walk:
         self.shared: set[str] = set()
         self.called: set[str] = set()
         self.space: dict[fx.Node, Space | None] = {}
+        self.returned: set[int] = set()
         seen: dict[int, str] = {}
         for node in graph.nodes:
             if node.op == "call_module":
@@ -178,7 +189,17 @@ class _Walk:
             return self.visit_call(node, first, inputs)
         if node.op == "output":
             self.pin(*inputs)
+            self.follow_back(node)
         return None
+
+    def follow_back(self, node: fx.Node) -> None:
+        """Find the channels that a node is made of, back through calls that nothing is known of (log_softmax)."""
+        for before in node.all_input_nodes:
+            space = self.space[before]
+            if space is not None:
+                self.returned.update(space.ids)
+            elif len(before.all_input_nodes) == 1:
+                self.follow_back(before)
 
     def visit_module(self, node: fx.Node, m: nn.Module, first: Space | None, inputs: list) -> Space | None:
         if isinstance(m, (QuantLinear, QuantConv1d, QuantConv2d)):
@@ -276,9 +297,9 @@ def couple(model: nn.Module) -> Coupling:
     if unseen:
         return Coupling(why=f"layer {min(unseen)!r} is not reached when the model is traced with its default arguments")
     roots = [walk.find(i) for i in range(len(walk.parent))]
-    pinned = torch.zeros(len(roots), dtype=torch.bool)
-    for i in walk.pinned:
-        pinned[roots[i]] = True
+    pinned, returned = (torch.zeros(len(roots), dtype=torch.bool) for _ in range(2))
+    for mask, found in ((pinned, walk.pinned), (returned, walk.returned)):
+        mask[[roots[i] for i in found]] = True
     for table in (walk.produced, walk.read, walk.norms):
         for name in walk.shared & set(table):  # called twice: its channels answer to two places
             pinned[[roots[i] for i in table[name]]] = True
@@ -286,7 +307,7 @@ def couple(model: nn.Module) -> Coupling:
     def tensors(table: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         return {name: torch.tensor([roots[i] for i in ids], dtype=torch.long) for name, ids in table.items()}
 
-    return Coupling("", tensors(walk.produced), tensors(walk.read), tensors(walk.norms), pinned)
+    return Coupling("", tensors(walk.produced), tensors(walk.read), tensors(walk.norms), pinned, returned)
 
 
 def module_of(model: nn.Module, name: str) -> Any:

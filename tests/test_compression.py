@@ -327,11 +327,27 @@ def test_what_is_bought_fits_and_is_worth_most(trained):
     assert not bits.buy_dearest(size, 2.9)
 
 
-def test_where_all_must_be_sold_the_price_says_so():
-    worth, speed = torch.rand(50) + 0.1, torch.ones(50)
+def test_no_price_sells_the_dearest_bits_like_the_cheapest():
+    worth, speed = torch.rand(50, generator=torch.Generator().manual_seed(0)) + 0.1, torch.ones(50)
     price = clearing_price(worth, speed, 1e9)
-    assert sold(worth, speed, price) > 0.99 * 50
+    assert price == pytest.approx(2 * float(worth.max()))
+    assert clearing_price(torch.full((3,), 0.7), torch.ones(3), 1e9) == pytest.approx(1.4)  # where all are alike all go
     assert clearing_price(torch.zeros(3), torch.ones(3), 1.0) == 0.0
+
+
+def test_a_row_that_alone_gives_an_answer_keeps_a_bit(trained):
+    run = started(trained, None, target_size=0.02, steps=60, bit_rate=1.0)
+    bits = run.control.bits
+    assert {n: int(m.sum()) for n, m in bits.by_layer(bits.least).items()} == {"0": 0, "3": 0, "5": 4}
+    size = run.control.estimate()[1]
+    bits.worth.copy_(1 - bits.least)  # what is to stay seems to be worth nothing
+    for _ in range(9):
+        bits.step(size, 0.0, 1.0)
+        bits.worth.copy_(1 - bits.least)
+    while bits.sell_cheapest(size, 1e9):
+        pass
+    assert {n: d.round().tolist() for n, d in bits.depths.items()}["5"] == [1.0] * 4
+    assert all((bits.depths[n].round() == 0).all() for n in ("0", "3"))
 
 
 def test_a_channel_that_is_worth_more_keeps_more_bits():

@@ -261,3 +261,30 @@ def test_the_last_bit_of_a_channel_is_worth_what_its_readers_store():
         model[0].weight_quantizer.bit_depth.copy_(torch.tensor([1.0, 2.0, 2.0, 2.0]))
     nominal_bits(model, couple(model)).backward()
     assert model[0].weight_quantizer.bit_depth.grad.tolist() == [5 + 24, 5, 5, 5]
+
+
+class Scores(nn.Module):
+    def __init__(self, end):
+        super().__init__()
+        self.inner, self.skip, self.head, self.end = nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(5, 3), end
+
+    def forward(self, x):
+        return self.end(self.head(F.relu(self.inner(x) + self.skip(x))))
+
+
+@pytest.mark.parametrize("end", [nn.Identity(), nn.LogSoftmax(-1), nn.Softmax(-1)])
+def test_rows_that_alone_give_an_answer(end):
+    answers = couple(prepare(Scores(end)).model).answers()
+    assert {name: mask.tolist() for name, mask in answers.items()} == {"head": [True] * 3}
+
+
+def test_a_sum_is_an_answer_of_no_row_alone():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 5), nn.Linear(6, 5)
+
+        def forward(self, x):
+            return self.a(x) + self.b(x)
+
+    assert couple(prepare(Sum()).model).answers() == {}
