@@ -5,10 +5,11 @@ speaks for neither: two thresholds that follow the values, where TPE (Bergstra e
 quantile. The clusters are few at first and more later, so that "good" becomes stricter. With l and g the densities of
 the good and the bad, each a product over parameters of kernel densities on ordered choices,
 
-    proposal = the candidate drawn from l with the largest  sum over parameters of  log l - log g
+    proposal = of a few candidates drawn from l the one with the largest  sum over parameters of  log l - log g
 
 among those that are within the budget and not proposed before. It stays a distribution over whole configurations:
-choosing the best ratio a parameter at a time proposes the same few points again and again.
+choosing the best ratio a parameter at a time proposes the same few points again and again. How many candidates there
+are, and so how greedy the choice is, changes from trial to trial.
 
 The generator of a trial is made of the seed and the trial's number alone. A study that is interrupted and resumed
 therefore proposes what an uninterrupted one does, bit for bit, as long as trials run one after another.
@@ -34,7 +35,7 @@ from .axes import Axis
 from .clusters import kmeans_1d
 
 START = 8  # random trials before the first model
-CANDIDATES = 128
+CANDIDATES = (8, 32, 128)  # one of these a trial: always the many, and some studies never leave a poor valley
 FIRST_CLUSTERS, MOST_CLUSTERS, TRIALS_A_CLUSTER = 2, 6, 15
 GOOD = (0.10, 0.20)  # least and largest share of the observations that are good
 BAD = (0.50, 0.70)  # and bad: what to avoid is told apart by many
@@ -212,7 +213,7 @@ class KMeansTPESampler(BaseSampler):
 def candidates(
     observed: NDArray[np.int16], losses: NDArray[np.float64], axes: Sequence[Axis], rng: np.random.Generator
 ) -> NDArray[np.int16]:
-    """(CANDIDATES, P) choices drawn from the density of the good observations, the most promising first.
+    """(one of CANDIDATES, P) choices drawn from the density of the good observations, the most promising first.
 
     Args:
         observed: (N, P) choices.
@@ -222,15 +223,16 @@ def candidates(
     """
     good, bad = split(losses)
     bandwidth = NARROW + (WIDE - NARROW) * np.exp(-len(losses) / NARROWED)
-    drawn = np.empty((CANDIDATES, len(axes)), dtype=np.int16)
-    score = np.zeros(CANDIDATES)
+    count = CANDIDATES[int(rng.integers(len(CANDIDATES)))]
+    drawn = np.empty((count, len(axes)), dtype=np.int16)
+    score = np.zeros(count)
     for p, axis in enumerate(axes):
         kernel, uniform = axis.kernel(bandwidth), PRIOR / axis.count
         counts = (np.bincount(rows, minlength=axis.count) for rows in (observed[:good, p], observed[-bad:, p]))
         likely, unlikely = (
             (seen @ kernel + uniform) / (n + PRIOR) for seen, n in zip(counts, (good, bad), strict=True)
         )
-        choices = np.searchsorted(np.cumsum(likely)[:-1], rng.random(CANDIDATES), side="right")
+        choices = np.searchsorted(np.cumsum(likely)[:-1], rng.random(count), side="right")
         drawn[:, p] = choices
         score += (np.log(likely) - np.log(unlikely))[choices]
     return drawn[np.argsort(-score, kind="stable")]
