@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,11 @@ MOST = 16  # choices of a numeric range; a larger one is cut into so many interv
 class Axis:
     """One parameter: `count` choices, numbered from 0.
 
-    Numeric choices are ordered, those of a CategoricalDistribution too where they are all numbers that ascend, such as
-    bit widths; an interval of a range stands for all values in it.
+    Numeric choices are ordered, those of a CategoricalDistribution too where they are numbers that ascend, such as bit
+    widths; an interval of a range stands for all values in it. A window leaves only some choices.
     """
 
-    def __init__(self, distribution: BaseDistribution) -> None:
+    def __init__(self, distribution: BaseDistribution, window: Sequence[Any] | None = None) -> None:
         self.distribution = distribution
         self.values: list[Any] | None = None
         if isinstance(distribution, CategoricalDistribution):
@@ -41,6 +42,12 @@ class Axis:
                 f"a {type(distribution).__name__} cannot be searched; "
                 "use suggest_categorical, suggest_int or suggest_float"
             )
+        if window is not None and self.values is not None:
+            self.values = [v for v in self.values if v in window]
+            if not self.values:
+                raise ValueError(
+                    f"the window {list(window)} holds no choice of {distribution}; give some of its choices"
+                )
         self.count = MOST if self.values is None else len(self.values)
         self._index = None if self.values is None else {v: i for i, v in enumerate(self.values)}
 

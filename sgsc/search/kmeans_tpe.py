@@ -59,6 +59,7 @@ class KMeansTPESampler(BaseSampler):
             to cost no less the higher they are. Parameters that are not in the relative search space do not see it.
         space: The search space, where it is known: then the first trial has it too. Otherwise it is found as Optuna's
             own samplers do, from what all completed trials have in common.
+        windows: Parameter -> the choices that may be proposed, where these are not all; other trials may have others.
         start: Random trials before the first model, stratified: over `start` trials each parameter takes values of all
             of its range.
     """
@@ -68,11 +69,13 @@ class KMeansTPESampler(BaseSampler):
         seed: int = 0,
         feasible: Callable[[Mapping[str, Any]], bool] | None = None,
         space: Mapping[str, BaseDistribution] | None = None,
+        windows: Mapping[str, Sequence[Any]] | None = None,
         start: int = START,
     ) -> None:
         if start < 2:
             raise ValueError(f"start={start}: two clusters need at least 2 trials; give 2 or more")
         self._seed, self._feasible, self._start = seed, feasible, start
+        self._windows = dict(windows or {})
         self._space = None if space is None else dict(sorted(space.items()))
         self._found = IntersectionSearchSpace(include_pruned=True)
         self._rows: dict[
@@ -100,7 +103,7 @@ class KMeansTPESampler(BaseSampler):
         if not search_space:
             return {}
         rng = self._rng(trial.number, 0)
-        axes = {name: Axis(d) for name, d in search_space.items()}
+        axes = {name: Axis(d, self._windows.get(name)) for name, d in search_space.items()}
         observed, losses, chosen, seen = self._observations(study, trial, axes)
         if chosen < self._start or len(losses) < 2 * LEAST or losses[0] == losses[-1]:  # nothing to learn from
             return self._random(axes, rng, trial.number, seen)
@@ -118,7 +121,7 @@ class KMeansTPESampler(BaseSampler):
         """A parameter that other trials do not all have: stratified at random."""
         _refuse_several_objectives(study)
         rng = self._rng(trial.number, *param_name.encode())
-        axis = Axis(param_distribution)
+        axis = Axis(param_distribution, self._windows.get(param_name))
         return axis.value(self._stratum(axis, param_name, trial.number, rng), rng.random())
 
     def _observations(

@@ -1,9 +1,9 @@
 """Which channels of a network can change in number, and how every shape follows from their counts.
 
 Channels that the same layers produce, such as those of a residual stream, form one *group*: they exist in all of these
-layers or in none, so they share one width. `coupling` finds this from the graph. A layer may produce channels of several
-groups, where streams are concatenated. Channels that are pinned (outputs, attention, what cannot be traced) keep their
-number.
+layers or in none, so they share one width. `coupling` finds this from the graph. A layer may produce channels of
+several groups, where streams are concatenated. Channels that are pinned (outputs, attention, what cannot be traced)
+keep their number.
 """
 
 from __future__ import annotations
