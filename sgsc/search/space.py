@@ -86,7 +86,7 @@ def make_space(structure: Structure, sensitivity: Mapping[str, float], *, widths
     labels = kmeans_1d(list(logs.values()), len(WINDOWS))
     cluster = dict(zip(structure.layers, labels.tolist(), strict=True))
     count = max(cluster.values()) + 1
-    windows = WINDOWS[-count:] if count > 1 else (BITS,)  # fewer clusters: the stricter windows go first
+    windows = list(WINDOWS[-count:]) if count > 1 else [BITS]  # fewer clusters: the stricter windows go first
     shared = _shared(logs, cluster, MOST_PARAMETERS - len(groups))
     layers, choices = {}, {}
     for names in shared:
