@@ -90,8 +90,9 @@ def make_space(structure: Structure, sensitivity: Mapping[str, float], *, widths
     shared = _shared(logs, cluster, MOST_PARAMETERS - len(groups))
     layers, choices = {}, {}
     for names in shared:
-        parameter = f"bits.{names[0]}" + (f"+{len(names) - 1}" if len(names) > 1 else "")
-        layers[parameter], choices[parameter] = names, windows[cluster[names[0]]]
+        first, *others = names
+        parameter = f"bits.{first}" + (f"+{len(others)}" if others else "")
+        layers[parameter], choices[parameter] = names, windows[cluster[first]]
     widths_of = {f"width.{group}": group for group in groups}
     counts_of = {name: groups[group] for name, group in widths_of.items()}
     return Space(layers, {**choices, **counts_of}, widths_of)

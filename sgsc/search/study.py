@@ -1,4 +1,4 @@
-"""`search_network`: from a trained network, a way to train and to judge it, and a budget, to one with widths of its own.
+"""`search_network`: from a trained network, ways to train and judge it, and a budget, to one with widths of its own.
 
 The baselines are the first trials of the study, and the result is the best of all trials within the budget, so that it
 is never worse than the best baseline that was evaluated, on the data that `validate` judges by. Where `finish` trains
@@ -108,7 +108,9 @@ def prepare_search(
         cost.measure(parent, batches[0][0], BITS)
     layers = quant_layers(parent)
     parameters = {name: layer.get_parameter("weight") for name, layer in layers.items()}
-    originals = {name: network.get_submodule(name).get_parameter("weight") for name in parameters if _has(network, name)}
+    originals = {
+        name: network.get_submodule(name).get_parameter("weight") for name in parameters if _has(network, name)
+    }
     if originals.keys() == parameters.keys():  # layers that were taken out of an attention are not there in float
         found = sensitivity(network, originals, loss, batches, method=method, seed=seed, progress=progress)
     else:
@@ -118,13 +120,17 @@ def prepare_search(
     low = {name: min(choices) for name, choices in space.windows.items()}
     reachable = {name: cost(space.configuration(low))[name] for name in budget.limits()}
     if not budget.holds(least):
-        over = ", ".join(f"{n} {limit:,.6g} < {least[n]:,.6g}" for n, limit in budget.limits().items() if least[n] > limit)
+        over = ", ".join(
+            f"{n} {limit:,.6g} < {least[n]:,.6g}" for n, limit in budget.limits().items() if least[n] > limit
+        )
         raise ValueError(
-            f"the budget is below the smallest network of the space ({over}, with {min(BITS)} bits in every layer and the "
-            "least channels); raise the budget, or start from a smaller network"
+            f"the budget is below the smallest network of the space ({over}, with {min(BITS)} bits in every layer and "
+            "the least channels); raise the budget, or start from a smaller network"
         )
     if not budget.holds(reachable):  # the windows of sensitive layers are too high for it
-        space = Space(space.layers, {n: BITS if n in space.layers else w for n, w in space.windows.items()}, space.groups)
+        space = Space(
+            space.layers, {n: BITS if n in space.layers else w for n, w in space.windows.items()}, space.groups
+        )
     baselines = uniform(list(structure.layers))
     omega = found.omega({name: layer.rows() for name, layer in layers.items()}, BITS)
     for name, allocate in (("greedy", greedy), ("integer program", integer_program)):
@@ -188,9 +194,7 @@ def search_network(
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler={sampler!r} is not known; choose one of {', '.join(SAMPLERS)}")
     started = time.perf_counter()
-    problem = prepare_search(
-        network, budget, loss, batches, seed=seed, progress=progress, **preparation
-    )
+    problem = prepare_search(network, budget, loss, batches, seed=seed, progress=progress, **preparation)
     prepared = time.perf_counter() - started
     distributions = problem.space.distributions()
     made = SAMPLERS[sampler](seed=seed, feasible=problem.feasible, space=distributions, windows=problem.space.windows)
@@ -240,7 +244,7 @@ def _same_settings(study: Study, problem: Problem, sampler: str, seed: int, sett
     elif found != own:
         other = ", ".join(k for k in sorted({*own, *found}) if found.get(k) != own.get(k))
         raise ValueError(
-            f"study {study.study_name!r} is of another {other}: {({k: found.get(k) for k in other.split(', ')})}; "
+            f"study {study.study_name!r} is of another {other}: { ({k: found.get(k) for k in other.split(', ')}) }; "
             "give the settings of that study, or another name with --study"
         )
 
@@ -257,12 +261,18 @@ def _enqueue(study: Study, problem: Problem) -> None:
 
 
 def _trial(study: Study, problem: Problem, train: Train, validate: Validate, seed: int) -> bool:
-    """Run one; whether there was nothing new to try."""
+    """Run one; whether there was nothing new to try.
+
+    Raises:
+        ValueError: If training or judging raises one that does not say that it diverged.
+    """
     trial = study.ask()
     with working(trial):
         params = {n: trial.suggest_categorical(n, d.choices) for n, d in problem.space.distributions().items()}  # pyright: ignore
         others = study.get_trials(deepcopy=False)
-        known = next((t for t in others if t.number < trial.number and t.params == params and t.state.is_finished()), None)
+        known = next(
+            (t for t in others if t.number < trial.number and t.params == params and t.state.is_finished()), None
+        )
         if known is not None and known.state != TrialState.FAIL:
             study.tell(trial, state=TrialState.FAIL)
             return not study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
@@ -394,7 +404,9 @@ def importance(study: Study) -> dict[str, float]:
     if len(_complete(study)) < 8:
         return {}
     try:
-        found = optuna.importance.get_param_importances(study, evaluator=optuna.importance.PedAnovaImportanceEvaluator())
+        found = optuna.importance.get_param_importances(
+            study, evaluator=optuna.importance.PedAnovaImportanceEvaluator()
+        )
     except (ValueError, RuntimeError, ZeroDivisionError):  # constant objectives
         return {}
     return {name: float(v) for name, v in found.items() if math.isfinite(v)}
