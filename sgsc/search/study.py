@@ -26,21 +26,20 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor, nn
 
 from sgsc.layers import quant_layers
-from sgsc.packed import pack
 
-from .baselines import SAMPLERS, greedy, integer_program, uniform
-from .candidates import build, parent_of
-from .cost import Budget, Configuration, CostModel
-from .sensitivity import Loss, Progress, Sensitivity, sensitivity
-from .space import BITS, Space, make_space
+from .baselines import SAMPLERS
+from .candidates import build
+from .cost import Budget, Configuration
+from .evidence import BASELINE, COST, DIVERGED, importance, layer_rows, trial_row
+from .problem import Problem, prepare_search
+from .sensitivity import Loss, Progress
 from .storage import open_study, working, writing
-from .structure import Structure, structure_of
 
 Report = Callable[[float], None]  # called with the validation loss part of the way through a training; may not return
 Train = Callable[[nn.Module, Report], None]
 Validate = Callable[[nn.Module], float]
 
-BASELINE, COST, DIVERGED, SETTINGS = "baseline", "cost", "diverged", "settings"  # attributes
+SETTINGS = "settings"  # attribute of a study
 STARTUP = 8  # trials that must have reported before one is stopped for being worse than their median
 
 
@@ -63,88 +62,6 @@ class Found:
     cost: dict[str, float]
     origin: str
     report: dict[str, Any]
-
-
-@dataclass
-class Problem:
-    """All that is known before the first trial."""
-
-    parent: nn.Module
-    structure: Structure
-    cost: CostModel
-    found: Sensitivity
-    space: Space
-    budget: Budget
-    baselines: dict[str, Configuration]
-
-    def feasible(self, params: Mapping[str, Any]) -> bool:
-        """Whether parameters are within the budget."""
-        return self.budget.holds(self.cost(self.space.configuration(params)))
-
-
-def prepare_search(
-    network: nn.Module,
-    budget: Budget,
-    loss: Loss,
-    batches: Sequence[tuple[Tensor, ...]],
-    *,
-    widths: bool = True,
-    method: str = "auto",
-    seed: int = 0,
-    architecture: tuple[str, dict[str, Any]] | None = None,
-    notes: Mapping[str, Any] | None = None,
-    latency: bool = False,
-    progress: Progress = lambda phase, step, steps, values: None,
-) -> Problem:
-    """Sensitivity, space, costs and baselines; see `search_network` for the arguments.
-
-    Raises:
-        ValueError: If even the smallest network is over the budget.
-    """
-    parent = parent_of(network)
-    structure = structure_of(parent)
-    cost = CostModel(parent, structure, batches[0][0], architecture, notes)
-    if latency:
-        cost.measure(parent, batches[0][0], BITS)
-    layers = quant_layers(parent)
-    parameters = {name: layer.get_parameter("weight") for name, layer in layers.items()}
-    originals = {
-        name: network.get_submodule(name).get_parameter("weight") for name in parameters if _has(network, name)
-    }
-    if originals.keys() == parameters.keys():  # layers that were taken out of an attention are not there in float
-        found = sensitivity(network, originals, loss, batches, method=method, seed=seed, progress=progress)
-    else:
-        found = sensitivity(parent, parameters, loss, batches, method="fisher", seed=seed, progress=progress)
-    space = make_space(structure, {n: t / found.weights[n] for n, t in found.trace.items()}, widths=widths)
-    least = {name: cost(space.configuration(space.smallest()))[name] for name in budget.limits()}
-    low = {name: min(choices) for name, choices in space.windows.items()}
-    reachable = {name: cost(space.configuration(low))[name] for name in budget.limits()}
-    if not budget.holds(least):
-        over = ", ".join(
-            f"{n} {limit:,.6g} < {least[n]:,.6g}" for n, limit in budget.limits().items() if least[n] > limit
-        )
-        raise ValueError(
-            f"the budget is below the smallest network of the space ({over}, with {min(BITS)} bits in every layer and "
-            "the least channels); raise the budget, or start from a smaller network"
-        )
-    if not budget.holds(reachable):  # the windows of sensitive layers are too high for it
-        space = Space(
-            space.layers, {n: BITS if n in space.layers else w for n, w in space.windows.items()}, space.groups
-        )
-    baselines = uniform(list(structure.layers))
-    omega = found.omega({name: layer.rows() for name, layer in layers.items()}, BITS)
-    for name, allocate in (("greedy", greedy), ("integer program", integer_program)):
-        allocation = allocate(cost, omega, budget)
-        if allocation is not None:
-            baselines[name] = allocation
-    return Problem(parent, structure, cost, found, space, budget, baselines)
-
-
-def _has(network: nn.Module, name: str) -> bool:
-    try:
-        return "weight" in network.get_submodule(name)._parameters
-    except AttributeError:
-        return False
 
 
 def search_network(
@@ -359,7 +276,7 @@ def _result(
             **{"cost": problem.cost(configuration), "short_loss": winner.value},
         },
         "finalists": [{"trial": t.number, "loss": v, "baseline": t.user_attrs.get(BASELINE)} for v, t, _, _ in ends],
-        "trials": [_row(trial, problem.space) for trial in study.get_trials(deepcopy=False)],
+        "trials": [trial_row(trial) for trial in study.get_trials(deepcopy=False)],
         "baselines_over_budget": sorted(
             name for name, c in problem.baselines.items() if not problem.budget.holds(problem.cost(c))
         ),
@@ -375,43 +292,3 @@ def _result(
     }
     origin = winner.user_attrs.get(BASELINE, "search")
     return Found(model, configuration, value, problem.cost(configuration), origin, report)
-
-
-def layer_rows(problem: Problem, of: Configuration) -> list[dict[str, Any]]:
-    """What each layer got: bits, shape and sensitivity."""
-    sizes = {**problem.structure.sizes, **of.sizes}
-    return [
-        {
-            **{"name": name, "bits": of.bits[name], "rows": shape.rows.at(sizes)},
-            **{"of_rows": shape.rows.at(problem.structure.sizes), "width": shape.weights(sizes)[1]},
-            "sensitivity": problem.found.trace[name] / problem.found.weights[name],
-            "bytes": problem.cost.layer_bytes(name, of.bits[name], sizes),
-        }
-        for name, shape in problem.structure.layers.items()
-    ]
-
-
-def _row(trial: FrozenTrial, space: Space) -> dict[str, Any]:
-    state = "diverged" if DIVERGED in trial.user_attrs else trial.state.name.lower()
-    value = trial.value if trial.state == TrialState.COMPLETE else None
-    seconds = trial.duration.total_seconds() if trial.duration else None
-    row = {"number": trial.number, "state": state, "loss": value, "baseline": trial.user_attrs.get(BASELINE)}
-    return row | {"cost": trial.user_attrs.get(COST), "params": trial.params, "seconds": seconds}
-
-
-def importance(study: Study) -> dict[str, float]:
-    """Share of the variance of the loss that each parameter explains (PED-ANOVA); empty where too little is known."""
-    if len(_complete(study)) < 8:
-        return {}
-    try:
-        found = optuna.importance.get_param_importances(
-            study, evaluator=optuna.importance.PedAnovaImportanceEvaluator()
-        )
-    except (ValueError, RuntimeError, ZeroDivisionError):  # constant objectives
-        return {}
-    return {name: float(v) for name, v in found.items() if math.isfinite(v)}
-
-
-def packed(found: Found) -> nn.Module:
-    """The winner as `save` takes it."""
-    return pack(found.model, remove=False)
