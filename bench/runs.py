@@ -140,7 +140,7 @@ class Settings:
 
 @dataclass
 class Section:
-    """Rows of one section of a result file, measured one by one; `claims` makes the section's claims of all its rows."""
+    """Rows of one section of a result file, measured one by one; `claims` makes its claims of all of them."""
 
     name: str
     settings: Settings

@@ -1,12 +1,12 @@
 """The search: trials to reach what random reaches, cost of a proposal, kills, and real networks.
 
-    python -m bench.search [surrogates] [proposal] [kills] [mnist] [resnet20] [--data PATH] [--reduced] [--seconds N]
-                           [--seeds N] [--device cuda]
+    python -m bench.search [surrogates] [proposal] [kills] [search-mnist] [search-resnet20]
+                           [--data PATH] [--reduced] [--seconds N] [--seeds N] [--device cuda]
 
 What is in the results at this commit is not measured again, so that a call cut off, or ended by --seconds, goes on when
-it is repeated. The surrogates are those of bench/search_surrogates.py. On real networks each row is one `sgsc search` in
-a process of its own, by one sampler with the same trials, from the same float network; --reduced trains less, and each
-row says by which schedule it was trained.
+it is repeated. The surrogates are those of bench/search_surrogates.py. On real networks each row is one `sgsc search`
+in a process of its own, by one sampler with the same trials and seed; --reduced trains less, and each row says by which
+schedule it was trained.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .runs import OutOfTime, Row, Section, Settings, called
 from .search_claims import kill_claims, network_claims, proposal_claims, surrogate_claims
 from .search_surrogates import BITS, METHODS, Surrogate, measure
 
-SEEDS = {"surrogates": 20, "proposal": 3, "kills": 1, "mnist": 3, "resnet20": 3}
+SEEDS = {"surrogates": 20, "proposal": 3, "kills": 1, "search-mnist": 3, "search-resnet20": 3}
 LAYERS = (12, 24, 60)
 MOST = {"random": 5000, "k-means TPE": 1000, "TPE, multivariate": 1000, "TPE, independent": 300}
 PARAMETERS, TRIALS = 60, 500
@@ -126,19 +126,19 @@ def _kills(seed: int) -> Row:
 
 
 def network(section: Section, seeds: Sequence[int]) -> None:
-    """One task by each sampler, and at the end what uniform widths give without any budget."""
+    """One task by each sampler."""
     settings = section.settings
     for seed in seeds:
         for sampler in SAMPLERS:
-            of = {"task": section.name, "seed": seed, "method": sampler}
-            section.row(of, lambda s=seed, m=sampler: _network(section, settings, s, m))
+            of = {"task": section.name.removeprefix("search-"), "seed": seed, "method": sampler}
+            section.row(of, lambda s=seed, m=sampler, t=of["task"]: _network(t, settings, s, m))
 
 
-def _network(section: Section, settings: Settings, seed: int, sampler: str) -> Row:
-    budget, trials, steps, finish, float_steps = {"full": FULL, "reduced": REDUCED}[settings.schedule][section.name]
+def _network(task: str, settings: Settings, seed: int, sampler: str) -> Row:
+    budget, trials, steps, finish, float_steps = {"full": FULL, "reduced": REDUCED}[settings.schedule][task]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "sgsc", "search", section.name, "--budget", budget, "--trials", str(trials)]
-        command += ["--sampler", sampler, "--seed", str(seed), "--out", folder, "--json", *settings.flags(section.name)]
+        command = [sys.executable, "-m", "sgsc", "search", task, "--budget", budget, "--trials", str(trials)]
+        command += ["--sampler", sampler, "--seed", str(seed), "--out", folder, "--json", *settings.flags(task)]
         for flag, value in (("--steps", steps), ("--finish-steps", finish), ("--float-steps", float_steps)):
             command += [] if value is None else [flag, str(value)]
         found = called(command, settings.timeout())
@@ -168,8 +168,8 @@ SECTIONS: dict[str, tuple[Callable[[Section, Sequence[int]], None], Callable[[li
     "surrogates": (surrogates, surrogate_claims),
     "proposal": (proposal, proposal_claims),
     "kills": (kills, kill_claims),
-    "mnist": (network, network_claims),
-    "resnet20": (network, network_claims),
+    "search-mnist": (network, network_claims),
+    "search-resnet20": (network, network_claims),
 }
 
 

@@ -148,8 +148,8 @@ def network_table(rows: Rows) -> str:
     head += ["baseline's bytes", "stored, % of float32 bytes", "float accuracy, %", "packed accuracy, %"]
     head += ["preparation, s", "all, s"]
     note = (
-        "Losses are those of the validation split after the short training of a trial; accuracies those of the test split "
-        "after the last training. Mean over the seeds (least to most)."
+        "Losses are those of the validation split after the short training of a trial; accuracies those of the test "
+        "split after the last training. Mean over the seeds (least to most)."
     )
     return f"{table(head, lines, text=3)}\n\n{note}"
 
@@ -158,4 +158,6 @@ LAYOUTS: dict[str, Callable[[Rows], str]] = {
     "surrogates": surrogate_table,
     "proposal": proposal_table,
     "kills": kill_table,
+    "search-mnist": network_table,
+    "search-resnet20": network_table,
 }

@@ -14,6 +14,7 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -26,8 +27,8 @@ import sqlalchemy
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study
 from optuna.trial import TrialState
-from sqlalchemy import Engine, event
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy import event
+from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
 HOST, WORKER, BEAT = "host", "worker", "beat"  # attributes of a study, and of a trial
 AGAIN = "again"  # attribute of a trial that takes over from one whose worker died
@@ -52,11 +53,23 @@ def open_storage(where: str | Path) -> BaseStorage:
     try:
         if url.startswith("sqlite:///") and not url.startswith("sqlite:///:memory:"):
             return _sqlite(url)
-        return RDBStorage(url)
+        return _made(url)
     except StorageError:
         raise
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError, OSError) as error:
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, sqlite3.Error, ImportError, OSError) as error:
         raise StorageError(f"the storage {_named(url)} cannot be opened ({_first(error)}); {_advice(url)}") from None
+
+
+def _made(url: str, **how: Any) -> RDBStorage:
+    """The storage; where another worker is making the same tables, once it has."""
+    for patience in (0.2, 0.5, 1.0, 2.0):
+        try:
+            return RDBStorage(url, **how)
+        except (OperationalError, IntegrityError, ProgrammingError) as error:
+            if not any(sign in str(error).lower() for sign in ("already exists", "unique", "duplicate")):
+                break
+            time.sleep(patience)
+    return RDBStorage(url, **how)
 
 
 def _sqlite(url: str) -> RDBStorage:
@@ -72,18 +85,22 @@ def _sqlite(url: str) -> RDBStorage:
     if not os.access(path.parent, os.W_OK):
         raise StorageError(f"the storage {path} is in a folder that is read-only; SQLite keeps its log there")
 
-    def prepare(connection: Any, _: Any) -> None:
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
+    with sqlite3.connect(path, timeout=WAIT) as file:
+        file.execute("PRAGMA journal_mode=WAL")  # stays with the file; inside a transaction it could not be changed
+    file.close()
+    storage = _made(url, engine_kwargs={"connect_args": {"timeout": WAIT}})
 
-    # before the storage makes its tables: the mode of the log cannot change inside a transaction
-    event.listen(Engine, "connect", prepare)
-    try:
-        storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": WAIT}})
-    finally:
-        event.remove(Engine, "connect", prepare)
+    def prepare(connection: Any, _: Any) -> None:
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.isolation_level = None  # or Python begins a transaction late, with the first write
+
+    def begin(connection: Any) -> None:
+        # Optuna reads whether a trial still waits, then takes it: between the two nobody else may write
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
     event.listen(storage.engine, "connect", prepare)
-    storage.engine.dispose()  # connections made so far may lack it
+    event.listen(storage.engine, "begin", begin)
+    storage.engine.dispose()  # connections made so far lack both
     return storage
 
 

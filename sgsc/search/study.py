@@ -187,12 +187,10 @@ def _trial(study: Study, problem: Problem, train: Train, validate: Validate, see
     with working(trial):
         params = {n: trial.suggest_categorical(n, d.choices) for n, d in problem.space.distributions().items()}  # pyright: ignore
         others = study.get_trials(deepcopy=False)
-        known = next(
-            (t for t in others if t.number < trial.number and t.params == params and t.state.is_finished()), None
-        )
-        if known is not None and known.state != TrialState.FAIL:
-            study.tell(trial, state=TrialState.FAIL)
-            return not study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        known = [t for t in others if t.number < trial.number and t.params == params and t.state != TrialState.FAIL]
+        if known:
+            _tell(study, trial, TrialState.FAIL)
+            return BASELINE not in trial.user_attrs
         configuration = problem.space.configuration(params)
         trial.set_user_attr(COST, problem.cost(configuration))
         baseline = trial.user_attrs.get(BASELINE)
@@ -208,22 +206,36 @@ def _trial(study: Study, problem: Problem, train: Train, validate: Validate, see
             model = trained(problem, configuration, train, report, seed)
             value = float(validate(model))
         except optuna.TrialPruned:
-            study.tell(trial, state=TrialState.PRUNED)
+            _tell(study, trial, TrialState.PRUNED)
             return False
         except ValueError as error:
             if "diverged" not in str(error):
-                study.tell(trial, state=TrialState.FAIL)
+                _tell(study, trial, TrialState.FAIL)
                 raise
             value = math.nan
         except BaseException:
-            study.tell(trial, state=TrialState.FAIL)
+            _tell(study, trial, TrialState.FAIL)
             raise
         if math.isfinite(value):
-            study.tell(trial, value)
+            _tell(study, trial, TrialState.COMPLETE, value)
         else:
             trial.set_user_attr(DIVERGED, True)
-            study.tell(trial, state=TrialState.PRUNED)
+            _tell(study, trial, TrialState.PRUNED)
     return False
+
+
+def _tell(study: Study, trial: optuna.Trial, state: TrialState, value: float | None = None) -> None:
+    """End a trial, unless it was taken for lost and failed meanwhile: it is then in the queue again.
+
+    Raises:
+        ValueError: If it cannot be ended for another reason.
+        UpdateFinishedTrialError: The same.
+    """
+    try:
+        study.tell(trial, value, state=state)
+    except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+        if not study._storage.get_trial(trial._trial_id).state.is_finished():
+            raise
 
 
 def trained(problem: Problem, of: Configuration, train: Train, report: Report, seed: int) -> nn.Module:
