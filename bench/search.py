@@ -122,6 +122,7 @@ def _kills(seed: int) -> Row:
             "lost": sum(complete.get(number) != value for number, value in told.items()),
             "zombies": sum(t.state == TrialState.RUNNING for t in trials),
             "slowest_opening_seconds": max(openings),
+            "median_opening_seconds": statistics.median(openings),
         }
 
 

@@ -120,9 +120,10 @@ def proposal_table(rows: Rows) -> str:
 
 def kill_table(rows: Rows) -> str:
     """One line a run."""
-    head = ["kills", "acknowledged trials", "lost", "left running", "slowest opening, s"]
+    head = ["kills", "acknowledged trials", "lost", "left running", "opening, median (slowest), s"]
     keys = ("kills", "acknowledged", "lost", "zombies")
-    return table(head, [[*(str(r[k]) for k in keys), f"{r['slowest_opening_seconds']:.2f}"] for r in rows], text=0)
+    times = [f"{r['median_opening_seconds']:.2f} ({r['slowest_opening_seconds']:.2f})" for r in rows]
+    return table(head, [[*(str(r[k]) for k in keys), time] for r, time in zip(rows, times, strict=True)], text=0)
 
 
 def network_table(rows: Rows) -> str:

@@ -74,7 +74,8 @@ def test_two_workers_share_a_study(tmp_path, run):
         )
 
     workers = [worker("a"), worker("b")]
-    assert [w.communicate()[1][-500:] and w.returncode for w in workers] == [0, 0]
+    ends = [(w.communicate()[1][-500:], w.returncode) for w in workers]
+    assert [code for _, code in ends] == [0, 0], ends
     study = optuna.load_study(study_name="both", storage=f"sqlite:///{tmp_path / 's.db'}")
     ended = [t for t in study.trials if t.state.name in ("COMPLETE", "PRUNED")]
     assert 9 <= len(ended) <= 10  # both may take the last one
