@@ -44,8 +44,8 @@ PARAMETERS, TRIALS = 60, 500
 KILLS = 100
 # task -> budget, trials, steps of a candidate, of the winner, of the float training; full and reduced
 FULL: dict[str, tuple[str, int, int | None, int | None, int | None]]
-FULL = {"mnist": ("6%", 100, None, None, None), "resnet20": ("9%", 120, None, None, None)}
-REDUCED = {"mnist": ("6%", 40, 40, 200, 300), "resnet20": ("9%", 30, 20, 100, None)}
+FULL = {"mnist": ("9%", 100, None, None, None), "resnet20": ("9%", 120, None, None, None)}
+REDUCED = {"mnist": ("9%", 40, 40, 200, 300), "resnet20": ("9%", 30, 20, 100, None)}
 SAMPLERS = ("kmeans-tpe", "tpe", "random")
 
 

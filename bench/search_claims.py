@@ -15,8 +15,9 @@ OURS, THEIRS = "k-means TPE", ("TPE, multivariate", "TPE, independent")
 FEWER, RANDOM_TRIALS, SAVED = 12, 1000, 0.20
 
 
-def trials_of(rows: Rows, layers: int, method: str) -> list[int]:
-    return [r["trials"] for r in rows if (r["layers"], r["method"]) == (layers, method)]
+def trials_of(rows: Rows, layers: int, method: str) -> dict[int, int]:
+    """Seed -> trials."""
+    return {r["seed"]: r["trials"] for r in rows if (r["layers"], r["method"]) == (layers, method)}
 
 
 def surrogate_claims(rows: list[Row]) -> list[Row]:
@@ -26,17 +27,16 @@ def surrogate_claims(rows: list[Row]) -> list[Row]:
         ours = trials_of(rows, layers, OURS)
         if not ours:
             continue
-        what = f"{layers} layers, median of {len(ours)} seeds: trials to reach what random reaches in {RANDOM_TRIALS:,}"
-        made.append(
-            claim(
-                f"{what}, against random", FEWER, RANDOM_TRIALS / statistics.median(ours), "times fewer", at_least=FEWER
-            )
-        )
+        what = f"{layers} layers: trials to reach what random reaches in {RANDOM_TRIALS:,}, against"
+        ratio = RANDOM_TRIALS / statistics.median(ours.values())
+        made.append(claim(f"{what} random, median of {len(ours)} seeds", FEWER, ratio, "times fewer", at_least=FEWER))
         for other in THEIRS:
             theirs = trials_of(rows, layers, other)
-            if theirs:
-                ratio = statistics.median(theirs) / statistics.median(ours)
-                made.append(claim(f"{what}, against Optuna's {other}", 1, ratio, "times fewer", at_least=1))
+            both = sorted(ours.keys() & theirs.keys())
+            if both:
+                ratio = statistics.median(theirs[s] for s in both) / statistics.median(ours[s] for s in both)
+                text = f"{what} Optuna's {other}, medians of {len(both)} seeds"
+                made.append(claim(text, 1, ratio, "times fewer", at_least=1))
     return made
 
 
@@ -98,11 +98,12 @@ def surrogate_table(rows: Rows) -> str:
     for layers in sorted({r["layers"] for r in rows}):
         cells = []
         for method in methods:
-            found = trials_of(rows, layers, method)
+            found = list(trials_of(rows, layers, method).values())
             most = max((r["most"] for r in rows if r["method"] == method), default=0)
             low, middle, high = statistics.quantiles(found, n=4) if len(found) > 1 else (found * 3 or [0] * 3)
             shown = [f"over {most:,}" if v > most else f"{v:,.0f}" for v in (low, middle, high)]
-            cells.append(f"{shown[1]} ({shown[0]} to {shown[2]})" if found else "")
+            few = f", {len(found)} seeds" if len(found) != len(trials_of(rows, layers, methods[0])) else ""
+            cells.append(f"{shown[1]} ({shown[0]} to {shown[2]}){few}" if found else "")
         lines.append([str(layers), str(len(trials_of(rows, layers, methods[0]))), *cells])
     note = (
         "Trials to reach what 1,000 random trials reach on surrogates of layers (bench/search_surrogates.py), median "
