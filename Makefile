@@ -27,7 +27,7 @@ install: $(READY)
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q "$(TORCH)"
-	$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e '.[test,integrations,triton,lint]'
+	$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e '.[test,search,integrations,triton,lint]'
 	touch $@
 
 bench: $(READY)

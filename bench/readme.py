@@ -26,6 +26,7 @@ from .gpu_tables import checks, choices, crossovers, linear
 from .peer_claims import best_peer, groups, ours
 from .peer_problem import EXACT, INT8, WIDTHS
 from .record import RESULTS, read
+from .search_claims import LAYOUTS as SEARCH
 from .sgsc_tables import LAYOUTS as SGSC
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -306,6 +307,7 @@ LAYOUTS: dict[str, Callable[[Rows], str]] = {
     "choices": choices,
     "crossovers": crossovers,
     **SGSC,
+    **SEARCH,
 }
 
 

@@ -140,14 +140,15 @@ class Settings:
 
 @dataclass
 class Section:
-    """Rows of one section of sgsc.json, measured one by one; `claims` makes the section's claims of all its rows."""
+    """Rows of one section of a result file, measured one by one; `claims` makes its claims of all of them."""
 
     name: str
     settings: Settings
     claims: Callable[[list[Row]], list[Row]]
+    file: str = "sgsc"  # of bench.record.NAMES, and the bench of that name
 
     def __post_init__(self) -> None:
-        found = record.read("sgsc", self.settings.results)["rows"]
+        found = record.read(self.file, self.settings.results)["rows"]
         self.rows: list[Row] = [row for row in found if row["section"] == self.name]
 
     def row(self, of: Row, measure: Callable[[], Row]) -> Row:
@@ -178,9 +179,11 @@ class Section:
 
     def write(self) -> None:
         """Put all rows and claims into the results; rows of before keep their stamp."""
-        command = f"python -m bench.sgsc {self.name}"
-        record.write("sgsc", self.name, self.rows, self.claims(self.rows), command, self.settings.results)
-        self.rows = [row for row in record.read("sgsc", self.settings.results)["rows"] if row["section"] == self.name]
+        command = f"python -m bench.{self.file} {self.name}"
+        record.write(self.file, self.name, self.rows, self.claims(self.rows), command, self.settings.results)
+        self.rows = [
+            row for row in record.read(self.file, self.settings.results)["rows"] if row["section"] == self.name
+        ]
 
     # ---- what is measured ----
 

@@ -43,11 +43,16 @@ _HOME = {
     "file_bits": "size",
     "float_bytes": "size",
     "nominal_bits": "size",
+    "Budget": "search.cost",
+    "KMeansTPESampler": "search.kmeans_tpe",
+    "search_network": "search.study",
     "load_checkpoint": "checkpoint",
     "save_checkpoint": "checkpoint",
 }
 __all__ = [
     "ArtefactError",
+    "Budget",
+    "KMeansTPESampler",
     "PackedConv1d",
     "PackedConv2d",
     "PackedEmbedding",
@@ -75,6 +80,7 @@ __all__ = [
     "read",
     "save",
     "save_checkpoint",
+    "search_network",
     "set_numerics",
     "stored_size",
 ]
@@ -90,6 +96,9 @@ if TYPE_CHECKING:
     from .packed import PackedConv1d, PackedConv2d, PackedEmbedding, PackedLinear, pack, set_numerics
     from .preparation import prepare
     from .preservation import PreservationSet
+    from .search.cost import Budget
+    from .search.kmeans_tpe import KMeansTPESampler
+    from .search.study import search_network
     from .size import file_bits, float_bytes, nominal_bits
     from .together import quantize_together
 

@@ -1,6 +1,7 @@
 """The command line: the only place that parses and prints.
 
     sgsc compress TASK   train, compress, pack, save, certify in a fresh process, report
+    sgsc search TASK     bits and channels of each layer under a budget, pack, report
     sgsc certify RUN     load RUN/model.sgsc and compare it with the float network of the run
     sgsc inspect FILE    what a file holds
     sgsc verify FILE     whether a file is whole
@@ -25,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from . import cli_search
+from .cli_progress import Progress
 from .config import CompressionConfig, add_settings, from_arguments
 
 # Before torch starts its threads: on a machine that others use too, threads that spin while they wait for one another
@@ -81,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", default="cpu", help="where to train: cpu (default), cuda, cuda:1, auto")
     sub.add_argument("--quantizer", default="integer", help="integer (default), half-steps, ternary or interpolated")
     add_settings(sub, CompressionConfig, {"steps": None, "tolerance": None, "cut": True})
+
+    cli_search.arguments_of(command("search", cli_search.run, "search bits and channels of each layer under a budget"))
 
     compare = "compare a run's packed network with its float network"
     for name, run, help in (("certify", _certify, compare), ("report", _report, "write report.html again")):
@@ -136,7 +140,7 @@ def _compress(options: argparse.Namespace) -> int:
     config = settings(steps=task.compress_steps, tolerance=task.tolerance)
     folder = options.out or Path("runs") / options.task
     folder.mkdir(parents=True, exist_ok=True)
-    with _Progress(quiet=options.json) as progress:
+    with Progress(quiet=options.json) as progress:
         how = {k: vars(options)[k] for k in ("samples", "resume", "quantizer")}
         done = compress(task, config, folder, **how, device=device, progress=progress)
     report = {**done.report, "data": None if options.data is None else str(options.data), "limit": options.limit}
@@ -204,46 +208,15 @@ def _read_report(folder: Path) -> dict[str, Any]:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from .report import runs_beside, write_html
+    from .report import runs_beside, write_html, write_search_html
 
     report = _read_report(options.folder)
-    write_html(report, options.folder / PAGE, runs_beside(options.folder, report))
+    if report.get("kind") == "search":
+        write_search_html(report, options.folder / PAGE)
+    else:
+        write_html(report, options.folder / PAGE, runs_beside(options.folder, report))
     _print_json({"file": str(options.folder / PAGE)}) if options.json else print(f"wrote {options.folder / PAGE}")
     return 0
-
-
-class _Progress:
-    """A bar on a terminal, a line now and then elsewhere; on standard error, so that output can be piped."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.console = Console(stderr=True)
-        self.terminal = self.console.is_terminal and not quiet
-        self.quiet = quiet
-        self.bars: dict[str, Any] = {}
-        self.said: tuple[str, int] = ("", -1)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self.progress = Progress(*columns, TextColumn("{task.fields[values]}"), console=self.console)
-
-    def __enter__(self) -> _Progress:
-        if self.terminal:
-            self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.terminal:
-            self.progress.stop()
-
-    def __call__(self, phase: str, step: int, steps: int, values: dict[str, float]) -> None:
-        if self.quiet:
-            return
-        text = ", ".join(f"{k} {v:.4g}" for k, v in values.items())
-        if self.terminal:
-            if phase not in self.bars:
-                self.bars[phase] = self.progress.add_task(phase, total=steps, values="")
-            self.progress.update(self.bars[phase], completed=step, values=text)
-        elif self.said != (phase, tenth := 10 * step // steps):
-            self.said = (phase, tenth)
-            print(f"{phase} {step}/{steps} {text}".rstrip(), file=sys.stderr, flush=True)
 
 
 # ---- files ----
@@ -334,7 +307,7 @@ def _tune(options: argparse.Namespace) -> int:
     from .tuning import tune
 
     layers = {f"{path}: {name}": layer for path in options.files for name, layer in read(path).layers.items()}
-    with _Progress(quiet=options.json) as progress:
+    with Progress(quiet=options.json) as progress:
         rows = tune(layers, options.batches, pixels=options.pixels, dtypes=options.dtypes, progress=progress)
     if options.json:
         _print_json(rows)

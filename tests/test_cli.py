@@ -324,7 +324,7 @@ def test_an_interrupted_run_goes_on_to_the_same_file_byte_for_byte(at, run, quic
     report = json.loads((whole / "report.json").read_text())
     monkeypatch.setattr(job, "CHECKPOINT_EVERY", 2)
     with monkeypatch.context() as patch:
-        patch.setattr(cli._Progress, "__call__", lambda self, *values: Stop(at)(*values))
+        patch.setattr(cli.Progress, "__call__", lambda self, *values: Stop(at)(*values))
         assert main([*command, str(stopped)]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert {path.name for path in stopped.iterdir()} == {
@@ -347,7 +347,7 @@ def interrupted(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         shortened(patch)
         patch.setattr(job, "CHECKPOINT_EVERY", 1)
-        patch.setattr(cli._Progress, "__call__", lambda self, *values: Stop(4)(*values))
+        patch.setattr(cli.Progress, "__call__", lambda self, *values: Stop(4)(*values))
         assert main(["compress", "digits", *REACHED, "--out", str(folder)]) == 130
     return folder
 

@@ -8,6 +8,7 @@ and the task's loss alone. Every layer has one fixed width, but the first and th
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,9 +39,6 @@ def uniform(network: nn.Module, bits: int, edges: int = EDGES) -> nn.Module:
 def train_uniform(task: Task, network: nn.Module, bits: int, steps: int, seed: int, device: str = "cpu") -> nn.Module:
     """Train at one width from float weights; returns the packed network, on the CPU.
 
-    The steps of the quantizers learn at a rate relative to their start, without decay: an optimiser that normalises
-    gradients would else move those of few bits and of many equally far.
-
     Raises:
         ValueError: If `steps` is below 1.
     """
@@ -48,6 +46,16 @@ def train_uniform(task: Task, network: nn.Module, bits: int, steps: int, seed: i
         raise ValueError(f"steps={steps} trains nothing; give 1 or more")
     task = task.to(device)
     model = uniform(network.to(device), bits)
+    tune(task, model, steps, seed)
+    return pack(model.cpu())
+
+
+def tune(task: Task, model: nn.Module, steps: int, seed: int, watch: Callable[[int], None] = lambda done: None) -> None:
+    """Train a model of LSQ layers in place, where it is; `watch` is called with the number of steps done, after each.
+
+    The steps of the quantizers learn at a rate relative to their start, without decay: an optimiser that normalises
+    gradients would else move those of few bits and of many equally far.
+    """
     quantizers = [layer.weight_quantizer for layer in quant_layers(model).values()]
     own = {id(p) for q in quantizers for p in q.parameters()}
     groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if id(p) not in own], "of": 1.0}]
@@ -55,8 +63,8 @@ def train_uniform(task: Task, network: nn.Module, bits: int, steps: int, seed: i
         groups.append({"params": [step], "of": float(step.detach().mean()), "weight_decay": 0.0})
     optimiser = torch.optim.AdamW(groups, lr=task.learning_rate, weight_decay=0.01)
     data = batches(task.train, task.batch_size, torch.Generator().manual_seed(seed), augmentation(task))
-    model.train()
     for done in range(steps):
+        model.train()
         rate = task.learning_rate * schedule(done / steps)
         for group in optimiser.param_groups:
             group["lr"] = rate * group["of"]
@@ -66,7 +74,7 @@ def train_uniform(task: Task, network: nn.Module, bits: int, steps: int, seed: i
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-    return pack(model.cpu())
+        watch(done + 1)
 
 
 def run(task: Task, network: nn.Module, bits: int, steps: int, seed: int, device: str = "cpu") -> dict[str, Any]:

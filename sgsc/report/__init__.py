@@ -1,4 +1,4 @@
-"""What a compression run tells a person: strict JSON, tables for the terminal, one self-contained HTML page.
+"""What a compression or a search tells a person: strict JSON, tables for the terminal, one self-contained page.
 
 All three read one dictionary, the content of `report.json`. Every key is optional: what is absent or null reads "not
 recorded", NaN and infinity read "not a number", and neither stops a report from being written. Sizes are bytes;
@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from .beside import runs_beside
 from .page import write_html
+from .search_page import search_summary, write_search_html
 from .strict import to_json
 from .terminal import summary
 
-__all__ = ["runs_beside", "summary", "to_json", "write_html"]
+__all__ = ["runs_beside", "search_summary", "summary", "to_json", "write_html", "write_search_html"]

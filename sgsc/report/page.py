@@ -24,7 +24,12 @@ def write_html(report: Mapping[str, Any], path: Path, others: Sequence[Mapping[s
 
     `others`: what `runs_beside` found.
     """
-    page = render(report, others).encode()
+    write_page(render(report, others), path)
+
+
+def write_page(text: str, path: Path) -> None:
+    """Write a page to `path`, whole or not at all."""
+    page = text.encode()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -38,15 +43,7 @@ def write_html(report: Mapping[str, Any], path: Path, others: Sequence[Mapping[s
 
 def render(report: Mapping[str, Any], others: Sequence[Mapping[str, Any]] = ()) -> str:
     """Return the page as text."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sgsc", "report"),
-        autoescape=True,
-        undefined=jinja2.ChainableUndefined,
-        finalize=lambda value: value if isinstance(value, Markup) else number(value),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "percent": percent, "visible": visible, "lost": lost}
+    environment = templates()
     names, runs = mapping(report.get("class_names")), final(report, others)
     by_split = [(report.get(name) or {}).get("regressions_by_class") or {} for name in SPLITS]
     regressed = dict.fromkeys(key for split in by_split for key, count in split.items() if count)
@@ -69,6 +66,20 @@ def render(report: Mapping[str, Any], others: Sequence[Mapping[str, Any]] = ()) 
         classes=[(called(key, names), [split.get(key) for split in by_split]) for key in regressed],
         command=command(report),
     )
+
+
+def templates() -> jinja2.Environment:
+    """The pages of this folder: all that is put into them is escaped, what is missing says so."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("sgsc", "report"),
+        autoescape=True,
+        undefined=jinja2.ChainableUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) else number(value),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "percent": percent, "visible": visible, "lost": lost}
+    return environment
 
 
 def _worst(split: Any, names: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -60,7 +60,7 @@ def draw(report: Mapping[str, Any], runs: Sequence[Mapping[str, Any]] = ()) -> d
             _tradeoff(found.setdefault("tradeoff", Figure()), points)
         if runs:
             _runs(found.setdefault("runs", Figure()), report, runs)
-        return {name: _svg(figure, name) for name, figure in found.items()}
+        return {name: as_svg(figure, name) for name, figure in found.items()}
 
 
 def _line(axes: Any, history: Sequence[Mapping[str, Any]], key: str, default: Any = None, **how: Any) -> None:
@@ -194,7 +194,7 @@ def _in_percent(axis: Any) -> None:
     axis.set_major_formatter(PercentFormatter(1.0))
 
 
-def _svg(figure: Any, name: str) -> Markup:
+def as_svg(figure: Any, name: str) -> Markup:
     """Render as one <svg> element: colours of the page, ids of its own, no reference to anything outside."""
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True)

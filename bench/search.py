@@ -1,0 +1,211 @@
+"""The search: trials to reach what random reaches, cost of a proposal, kills, and real networks.
+
+    python -m bench.search [surrogates] [proposal] [kills] [search-mnist] [search-resnet20]
+                           [--data PATH] [--reduced] [--seconds N] [--seeds N] [--device cuda]
+
+What is in the results at this commit is not measured again, so that a call cut off, or ended by --seconds, goes on when
+it is repeated. The surrogates are those of bench/search_surrogates.py. On real networks each row is one `sgsc search`
+in a process of its own, by one sampler with the same trials and seed; --reduced trains less, and each row says by which
+schedule it was trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import TrialState
+
+from sgsc.demos.training import usable
+from sgsc.search.kmeans_tpe import KMeansTPESampler
+from sgsc.search.storage import open_storage, open_study
+
+from . import record
+from .runs import OutOfTime, Row, Section, Settings, called
+from .search_claims import kill_claims, network_claims, proposal_claims, surrogate_claims
+from .search_surrogates import BITS, METHODS, Surrogate, measure
+
+SEEDS = {"surrogates": 20, "proposal": 3, "kills": 1, "search-mnist": 3, "search-resnet20": 3}
+LAYERS = (12, 24, 60)
+MOST = {"random": 5000, "k-means TPE": 1000, "TPE, multivariate": 1000, "TPE, independent": 300}
+PARAMETERS, TRIALS = 60, 500
+KILLS = 100
+# task -> budget, trials, steps of a candidate, of the winner, of the float training; full and reduced
+FULL: dict[str, tuple[str, int, int | None, int | None, int | None]]
+FULL = {"mnist": ("9%", 100, None, None, None), "resnet20": ("9%", 120, None, None, None)}
+REDUCED = {"mnist": ("9%", 40, 40, 200, 300), "resnet20": ("9%", 30, 20, 100, None)}
+SAMPLERS = ("kmeans-tpe", "tpe", "random")
+
+
+def surrogates(section: Section, seeds: Sequence[int]) -> None:
+    """Every method on every problem."""
+    for layers in LAYERS:
+        for seed in seeds:
+            targets: list[float] = []
+            for method in METHODS:
+
+                def run(layers: int = layers, seed: int = seed, method: str = method, known: list = targets) -> Row:
+                    if not known:
+                        known.append(Surrogate(layers, seed).target())
+                    return measure(layers, seed, method, known[0], MOST[method])
+
+                section.row({"task": f"surrogate of {layers}", "layers": layers, "seed": seed, "method": method}, run)
+
+
+def proposal(section: Section, seeds: Sequence[int]) -> None:
+    """Milliseconds of one proposal at 60 parameters and 500 trials, in memory, median of 11."""
+    for seed in seeds:
+        for method in ("k-means TPE", "TPE, multivariate", "TPE, independent"):
+            section.row({"task": "proposal", "seed": seed, "method": method}, lambda s=seed, m=method: _proposal(s, m))
+
+
+def _proposal(seed: int, method: str) -> Row:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    problem, rng = Surrogate(PARAMETERS, seed), np.random.default_rng(seed)
+    space = {f"bits{i:02d}": CategoricalDistribution([int(b) for b in BITS]) for i in range(PARAMETERS)}
+    sampler = {
+        "k-means TPE": lambda: KMeansTPESampler(seed, space=space),
+        "TPE, multivariate": lambda: optuna.samplers.TPESampler(seed=seed, multivariate=True),
+        "TPE, independent": lambda: optuna.samplers.TPESampler(seed=seed),
+    }[method]()
+    study = optuna.create_study(sampler=sampler)
+    drawn = problem.random(rng, TRIALS)
+    for choices, value in zip(drawn, problem.value(drawn), strict=True):
+        params = {name: int(BITS[c]) for name, c in zip(space, choices, strict=True)}
+        study.add_trial(optuna.create_trial(params=params, distributions=space, value=float(value)))
+    times = []
+    for _ in range(12):
+        started = time.perf_counter()
+        trial = study.ask(space)
+        times.append(time.perf_counter() - started)
+        study.tell(trial, state=TrialState.FAIL)
+    return {"parameters": PARAMETERS, "trials": TRIALS, "milliseconds": 1e3 * statistics.median(times[1:])}
+
+
+def kills(section: Section, seeds: Sequence[int]) -> None:
+    """Workers killed at random moments, one after another on one study."""
+    for seed in seeds:
+        section.row({"task": "kills", "seed": seed, "method": "SQLite"}, lambda s=seed: _kills(s))
+
+
+def _kills(seed: int) -> Row:
+    rng, told, openings = random.Random(seed), {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "s.db"
+        for _ in range(KILLS):
+            command = [sys.executable, "-m", "tests.search_worker", str(path), "100000"]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+                assert process.stdout is not None
+                openings.append(float(process.stdout.readline().split()[1]))
+                time.sleep(rng.uniform(0, 0.6))
+                process.send_signal(signal.SIGKILL)
+                lines = [line.split() for line in process.stdout.read().splitlines()]
+            told |= {int(line[1]): float(line[2]) for line in lines if line[0] == "told" and len(line) == 3}
+        study = open_study(open_storage(path), "study", optuna.samplers.RandomSampler())
+        trials = study.get_trials()
+        complete = {t.number: t.value for t in trials if t.state == TrialState.COMPLETE}
+        return {
+            "kills": KILLS,
+            "acknowledged": len(told),
+            "lost": sum(complete.get(number) != value for number, value in told.items()),
+            "zombies": sum(t.state == TrialState.RUNNING for t in trials),
+            "slowest_opening_seconds": max(openings),
+            "median_opening_seconds": statistics.median(openings),
+        }
+
+
+def network(section: Section, seeds: Sequence[int]) -> None:
+    """One task by each sampler."""
+    settings = section.settings
+    for seed in seeds:
+        for sampler in SAMPLERS:
+            of = {"task": section.name.removeprefix("search-"), "seed": seed, "method": sampler}
+            section.row(of, lambda s=seed, m=sampler, t=of["task"]: _network(t, settings, s, m))
+
+
+def _network(task: str, settings: Settings, seed: int, sampler: str) -> Row:
+    budget, trials, steps, finish, float_steps = {"full": FULL, "reduced": REDUCED}[settings.schedule][task]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "sgsc", "search", task, "--budget", budget, "--trials", str(trials)]
+        command += ["--sampler", sampler, "--seed", str(seed), "--out", folder, "--json", *settings.flags(task)]
+        for flag, value in (("--steps", steps), ("--finish-steps", finish), ("--float-steps", float_steps)):
+            command += [] if value is None else [flag, str(value)]
+        found = called(command, settings.timeout())
+    baselines = [t for t in found["trials"] if t["baseline"] and t["loss"] is not None]
+    searched = [t for t in found["trials"] if not t["baseline"] and t["loss"] is not None]
+    kept = ("float_bytes", "stored_bytes", "stored_ratio", "float_accuracy", "packed_accuracy", "seconds", "steps")
+    row: dict[str, Any] = {key: found[key] for key in kept}
+    best = min(baselines, key=lambda t: t["loss"], default=None)
+    short = min(searched, key=lambda t: t["loss"], default=None)
+    smaller = [t for t in searched if best and t["loss"] <= best["loss"]]
+    return row | {
+        **{"budget": budget, "trials": len(found["trials"]), "origin": found["result"]["origin"]},
+        "finish_steps": found["finish_steps"],
+        "validation_accuracy": found["validation"]["packed"]["accuracy"],
+        "float_validation_accuracy": found["validation"]["float"]["accuracy"],
+        "best_short_loss": None if short is None else short["loss"],
+        "best_baseline": None if best is None else best["baseline"],
+        "best_baseline_short_loss": None if best is None else best["loss"],
+        "best_baseline_bytes": None if best is None else best["cost"]["bytes"],
+        # the smallest configuration that is as good, after the same short training, as the best baseline in the budget
+        "bytes_at_baseline_loss": min((t["cost"]["bytes"] for t in smaller), default=None),
+        "preparation_seconds": found["seconds_by_phase"]["preparation"],
+    }
+
+
+SECTIONS: dict[str, tuple[Callable[[Section, Sequence[int]], None], Callable[[list[Row]], list[Row]]]] = {
+    "surrogates": (surrogates, surrogate_claims),
+    "proposal": (proposal, proposal_claims),
+    "kills": (kills, kill_claims),
+    "search-mnist": (network, network_claims),
+    "search-resnet20": (network, network_claims),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what is not there yet; 0 also where time ran out before all of it was."""
+    started = time.monotonic()
+    chosen = record.options(arguments, str(__doc__).splitlines()[0], _more)
+    unknown = [name for name in chosen.sections if name not in SECTIONS]
+    if unknown:
+        print(f"bench.search: no section is called {unknown[0]!r}; there are {', '.join(SECTIONS)}", file=sys.stderr)
+        raise SystemExit(2)
+    schedule = "reduced" if chosen.reduced else "full"
+    deadline = float("inf") if chosen.seconds is None else started + chosen.seconds
+    device = usable(chosen.device)
+    settings = Settings(schedule, {}, chosen.data, device, None, chosen.results, Path("runs/bench"), deadline=deadline)
+    for name in chosen.sections or SECTIONS:
+        run, claims = SECTIONS[name]
+        section = Section(name, settings, claims, file="search")
+        try:
+            run(section, range(chosen.seeds or (1 if chosen.quick else SEEDS[name])))
+        except OutOfTime:
+            print(f"{name}: time is up with {len(section.rows)} rows; repeat the call to go on", file=sys.stderr)
+            return 0
+        print(f"{name}: {len(section.rows)} rows", file=sys.stderr)
+    return 0
+
+
+def _more(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
+    parser.add_argument("--data", type=Path, default=None, help="folder of the data of mnist and resnet20")
+    parser.add_argument("--reduced", action="store_true", help="short training for a CPU, and said so in every row")
+    parser.add_argument("--seconds", type=float, default=None, help="stop before, with what is measured by then")
+    parser.add_argument("--seeds", type=int, default=None, help="seeds of each section (default: 20, 3 or 1)")
+    parser.add_argument("--device", default="cpu", help="where to train: cpu (default), cuda, auto")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

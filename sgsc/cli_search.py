@@ -1,0 +1,82 @@
+"""The command `search`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from .cli_progress import Progress
+
+
+def arguments_of(sub: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    sub.add_argument("task", help="digits, char-lm, mnist, names, cifar10, resnet20 or shakespeare")
+    sub.add_argument("--budget", required=True, help="10%%, 50kB, 4bits, 2.5MMAC, 3ms; several with commas")
+    sub.add_argument("--trials", type=int, default=60, help="of the study, baselines included (default: 60)")
+    sub.add_argument("--out", type=Path, default=None, help="run folder (default: runs/search-TASK)")
+    sub.add_argument("--storage", default=None, help="URL or SQLite file of the study (default: study.db in --out)")
+    sub.add_argument("--study", default=None, help="name of the study (default: the task); workers share it")
+    sub.add_argument("--seed", type=int, default=0, help="seed of every random choice (default: 0)")
+    sub.add_argument("--steps", type=int, default=None, help="optimiser steps of a candidate (default: by the task)")
+    sub.add_argument("--finish-steps", type=int, default=None, help="of the winner (default: by the task)")
+    sub.add_argument("--sampler", default="kmeans-tpe", help="kmeans-tpe (default), tpe or random")
+    sub.add_argument("--bits-only", action="store_true", help="keep the channels of every layer")
+    sub.add_argument("--data", type=Path, default=None, help="file or folder of the data, where the task needs one")
+    sub.add_argument("--limit", type=int, default=None, help="at most so many samples a split")
+    sub.add_argument("--float-steps", type=int, default=None, help="steps of the float training (default: the task's)")
+    sub.add_argument("--start", type=Path, default=None, help="float.safetensors of another run, instead of training")
+    sub.add_argument("--device", default="cpu", help="where to train: cpu (default), cuda, cuda:1, auto")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Search, or go on with a study that is there; 0 where the budget is held.
+
+    Raises:
+        ValueError: If Optuna is not installed.
+    """
+    from . import report as reports
+    from .demos.tasks import load
+    from .demos.training import from_file, usable
+    from .environment import environment
+    from .files import write_atomically
+
+    try:
+        import optuna
+    except ImportError:
+        raise ValueError("the search needs Optuna, which is not installed; pip install 'sgsc[search]'") from None
+    from .demos.search import parse_budget, search
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    parse_budget(options.budget, 1)  # a bad flag is refused before the data is read
+    device = usable(options.device)
+    task = from_file(load(options.task, options.data, options.seed, options.limit), options.start, options.float_steps)
+    folder = options.out or Path("runs") / f"search-{options.task}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with Progress(quiet=options.json) as progress:
+        done = search(
+            *(task, options.budget, folder),
+            trials=options.trials,
+            seed=options.seed,
+            steps=options.steps,
+            finish_steps=options.finish_steps,
+            storage=options.storage,
+            study=options.study,
+            sampler=options.sampler,
+            widths=not options.bits_only,
+            device=device,
+            progress=progress,
+        )
+    report = {**done.report, "budget_held": done.held, "limit": options.limit, **environment()}
+    write_atomically(folder / "report.json", reports.to_json(report).encode())
+    reports.write_search_html(report, folder / "report.html")
+    if options.json:
+        print(reports.to_json(report))
+    else:
+        Console().print(reports.search_summary(report))
+        print(f"wrote {folder}/: model.sgsc, report.json, report.html")
+    if not done.held:
+        print(f"sgsc search: the file has {report['stored_bytes']:,} bytes, over the budget", file=sys.stderr)
+    return 0 if done.held else 1

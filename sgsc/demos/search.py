@@ -1,0 +1,166 @@
+"""The search on a demo task: float network, study, winner packed and judged. The test split is read once, at the end.
+
+The run folder holds model.sgsc, float.safetensors and, unless the study lives elsewhere, study.db.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from sgsc.artefact import save
+from sgsc.packed import pack
+from sgsc.search.cost import Budget
+from sgsc.search.storage import open_storage
+from sgsc.search.study import search_network
+from sgsc.size import float_bytes
+
+from .job import LOOK, MODEL, Progress, float_model
+from .qat import tune
+from .task import Task
+from .training import evaluate
+
+STUDY = "study.db"
+SENSITIVITY_SAMPLES, SENSITIVITY_BATCH = 512, 64
+SHORT = 0.1  # of the task's compression steps, for a candidate
+MIDDLE = 1 / 3  # of a candidate's steps, after which a hopeless one is stopped
+
+
+@dataclass(frozen=True)
+class Searched:
+    """The report, and whether the budget holds for the file."""
+
+    report: dict[str, Any]
+    held: bool
+
+
+def parse_budget(text: str, floats: int) -> Budget:
+    """A budget as it is typed: "4bits", "20%", "50kB", "40000B", "2.5MMAC", "3ms", or several with commas.
+
+    `floats`: bytes of the float network, which a percentage is of.
+
+    Raises:
+        ValueError: If it is none of these.
+    """
+    units = {"%": ("bytes", floats / 100), "B": ("bytes", 1), "kB": ("bytes", 1e3), "MB": ("bytes", 1e6)}
+    units |= {"bits": ("mean_bits", 1), "MAC": ("macs", 1), "kMAC": ("macs", 1e3), "MMAC": ("macs", 1e6)}
+    units |= {"GMAC": ("macs", 1e9), "us": ("seconds", 1e-6), "ms": ("seconds", 1e-3), "s": ("seconds", 1)}
+    limits: dict[str, float] = {}
+    for part in text.split(","):
+        digits = part.strip().rstrip("%abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+        unit = part.strip()[len(digits) :].strip()
+        try:
+            name, factor = units[unit]
+            limits[name] = float(digits) * factor
+        except (KeyError, ValueError):
+            raise ValueError(
+                f"budget {part.strip()!r}: want a number and a unit of {', '.join(units)}, such as 4bits, 10% (of the "
+                "float32 bytes), 50kB, 2.5MMAC or 3ms; several with commas"
+            ) from None
+    return Budget(**limits)
+
+
+def search(
+    task: Task,
+    budget: str,
+    folder: Path,
+    *,
+    trials: int = 60,
+    seed: int = 0,
+    steps: int | None = None,
+    finish_steps: int | None = None,
+    storage: str | None = None,
+    study: str | None = None,
+    sampler: str = "kmeans-tpe",
+    widths: bool = True,
+    device: str = "cpu",
+    progress: Progress = lambda phase, step, steps, values: None,
+) -> Searched:
+    """Search, train the winner, pack it, save it, and judge it on the test split.
+
+    Args:
+        task: Data, network and schedule.
+        budget: See `parse_budget`.
+        folder: The run folder; it exists.
+        trials: Of the study, baselines included.
+        seed: Of every random choice.
+        steps: Optimiser steps of a candidate; a tenth of the task's compression if None.
+        finish_steps: Of the winner; the task's compression if None.
+        storage: URL or file of the study; study.db in the run folder if None.
+        study: Its name; that of the task if None.
+        sampler: A key of SAMPLERS.
+        widths: Whether layer widths are searched too.
+        device: Where candidates are trained.
+        progress: Called as progress(phase, step, steps, values).
+
+    Raises:
+        ValueError: If an argument is out of range or the budget is too small.
+    """
+    started = time.perf_counter()
+    steps = max(round(SHORT * task.compress_steps), 1) if steps is None else steps
+    finish_steps = task.compress_steps if finish_steps is None else finish_steps
+    if steps < 1 or finish_steps < 1:
+        raise ValueError(f"steps={steps}, finish_steps={finish_steps}: a candidate that is not trained tells nothing")
+    network = float_model(task.to(device), seed, folder, progress).cpu().eval()
+    floats = float_bytes(network)
+    limits = parse_budget(budget, floats)
+    there = task.to(device)
+    look = TensorDataset(*there.validation[:LOOK])
+    after = time.perf_counter() - started
+
+    def train(model: nn.Module, report: Callable[[float], None], count: int = steps) -> None:
+        def middle(done: int) -> None:
+            if done == max(round(MIDDLE * count), 1):
+                report(evaluate(model, look)["loss"])
+
+        tune(there, model.to(device), count, seed, middle)
+
+    def finish(model: nn.Module, report: Callable[[float], None]) -> None:
+        train(model, lambda loss: None, finish_steps)
+
+    samples = min(SENSITIVITY_SAMPLES, len(task.train))
+    parts = [task.train[i : i + SENSITIVITY_BATCH] for i in range(0, samples, SENSITIVITY_BATCH)]
+    file: dict[str, Any] = {"architecture": None, "notes": {"task": task.name, "seed": seed, "searched": True}}
+    opened = open_storage(folder / STUDY if storage is None else storage)
+    found = search_network(
+        network,
+        train,
+        lambda model: evaluate(model, look)["loss"],
+        limits,
+        loss=lambda model, batch: task.loss(model(batch[0]), batch[1]),
+        batches=[tuple(part) for part in parts],
+        trials=trials,
+        seed=seed,
+        storage=opened,
+        name=study or task.name,
+        sampler=sampler,
+        finish=finish,
+        settings={"task": task.name, "steps": steps, "widths": widths, "samples": len(task.train)},
+        widths=widths,
+        latency=limits.seconds is not None,
+        progress=progress,
+        **file,
+    )
+    packed = pack(found.model.cpu(), remove=False)
+    size = save(packed, folder / MODEL, **file)
+    test = task.test()
+    before, after_test = evaluate(network, test), evaluate(packed, test)
+    validation = {"float": evaluate(network, task.validation), "packed": evaluate(packed, task.validation)}
+    report = {
+        **{"kind": "search", "task": task.name, "sources": task.sources, "seed": seed, "device": device},
+        **{"float_bytes": floats, "stored_bytes": size, "stored_ratio": size / floats, "trials_wanted": trials},
+        **{f"float_{k}": v for k, v in before.items()},
+        **{f"packed_{k}": v for k, v in after_test.items()},
+        **{"validation": validation, "steps": steps, "finish_steps": finish_steps, "budget_text": budget},
+        **found.report,
+    }
+    report["seconds_by_phase"] = {"float network": after, **found.report["seconds_by_phase"]}
+    report["seconds"] = time.perf_counter() - started
+    exact = {**found.cost, "bytes": size}
+    return Searched(report, limits.holds(exact))

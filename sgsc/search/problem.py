@@ -1,0 +1,100 @@
+"""All that is known before the first trial: sensitivity, space, costs and baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from sgsc.layers import quant_layers
+
+from .baselines import greedy, integer_program, uniform
+from .candidates import parent_of
+from .cost import Budget, Configuration, CostModel
+from .sensitivity import Loss, Progress, Sensitivity, sensitivity
+from .space import BITS, Space, make_space
+from .structure import Structure, structure_of
+
+
+@dataclass
+class Problem:
+    """All that is known before the first trial."""
+
+    parent: nn.Module
+    structure: Structure
+    cost: CostModel
+    found: Sensitivity
+    space: Space
+    budget: Budget
+    baselines: dict[str, Configuration]
+
+    def feasible(self, params: Mapping[str, Any]) -> bool:
+        """Whether parameters are within the budget."""
+        return self.budget.holds(self.cost(self.space.configuration(params)))
+
+
+def prepare_search(
+    network: nn.Module,
+    budget: Budget,
+    loss: Loss,
+    batches: Sequence[tuple[Tensor, ...]],
+    *,
+    widths: bool = True,
+    method: str = "auto",
+    seed: int = 0,
+    architecture: tuple[str, dict[str, Any]] | None = None,
+    notes: Mapping[str, Any] | None = None,
+    latency: bool = False,
+    progress: Progress = lambda phase, step, steps, values: None,
+) -> Problem:
+    """Sensitivity, space, costs and baselines; see `search_network` for the arguments.
+
+    Raises:
+        ValueError: If even the smallest network is over the budget.
+    """
+    parent = parent_of(network)
+    structure = structure_of(parent)
+    cost = CostModel(parent, structure, batches[0][0], architecture, notes)
+    if latency:
+        cost.measure(parent, batches[0][0], BITS)
+    layers = quant_layers(parent)
+    parameters = {name: layer.get_parameter("weight") for name, layer in layers.items()}
+    originals = {
+        name: network.get_submodule(name).get_parameter("weight") for name in parameters if _has(network, name)
+    }
+    if originals.keys() == parameters.keys():  # layers that were taken out of an attention are not there in float
+        found = sensitivity(network, originals, loss, batches, method=method, seed=seed, progress=progress)
+    else:
+        found = sensitivity(parent, parameters, loss, batches, method="fisher", seed=seed, progress=progress)
+    space = make_space(structure, {n: t / found.weights[n] for n, t in found.trace.items()}, widths=widths)
+    least = {name: cost(space.configuration(space.smallest()))[name] for name in budget.limits()}
+    low = {name: min(choices) for name, choices in space.windows.items()}
+    reachable = {name: cost(space.configuration(low))[name] for name in budget.limits()}
+    if not budget.holds(least):
+        over = ", ".join(
+            f"{n} {limit:,.6g} < {least[n]:,.6g}" for n, limit in budget.limits().items() if least[n] > limit
+        )
+        raise ValueError(
+            f"the budget is below the smallest network of the space ({over}, with {min(BITS)} bits in every layer and "
+            "the least channels); raise the budget, or start from a smaller network"
+        )
+    if not budget.holds(reachable):  # the windows of sensitive layers are too high for it
+        space = Space(
+            space.layers, {n: BITS if n in space.layers else w for n, w in space.windows.items()}, space.groups
+        )
+    baselines = uniform(list(structure.layers))
+    omega = found.omega({name: layer.rows() for name, layer in layers.items()}, BITS)
+    for name, allocate in (("greedy", greedy), ("integer program", integer_program)):
+        allocation = allocate(cost, omega, budget)
+        if allocation is not None:
+            baselines[name] = allocation
+    return Problem(parent, structure, cost, found, space, budget, baselines)
+
+
+def _has(network: nn.Module, name: str) -> bool:
+    try:
+        return "weight" in network.get_submodule(name)._parameters
+    except AttributeError:
+        return False

@@ -1,0 +1,251 @@
+"""Where a study lives: opened so that what killed workers left is cleared away, and two hosts never share a file.
+
+SQLite is opened with a write-ahead log and synchronous=NORMAL: an acknowledged trial survives kill -9 of any process (a
+power cut may take the last ones, never the file), and a trial costs a third of the time. SQLite's own documentation
+rules out a write-ahead log on a network file system, so a study in SQLite belongs to the host that made it; several
+hosts share a PostgreSQL or MySQL server through its URL.
+
+Every trial notes the host and process that runs it. Where that process is gone the trial is failed when the study is
+opened again; a trial of another host is failed once it was silent for `PATIENCE` seconds.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import optuna
+import sqlalchemy
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.study import Study
+from optuna.trial import TrialState
+from sqlalchemy import event
+from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
+
+HOST, WORKER, BEAT = "host", "worker", "beat"  # attributes of a study, and of a trial
+AGAIN = "again"  # attribute of a trial that takes over from one whose worker died
+HEARTBEAT, PATIENCE = 60.0, 300.0  # seconds between signs of life, and without one until a trial counts as lost
+GRACE = 2.0  # seconds in which a new trial has noted its worker
+WAIT = 30.0  # seconds that a writer waits for another
+SIGNATURE = b"SQLite format 3\0"
+
+
+class StorageError(OSError):
+    """A storage cannot be opened or written; the study in it, if any, is as it was."""
+
+
+def open_storage(where: str | Path) -> BaseStorage:
+    """The storage of an URL that Optuna knows, or of a file, which is SQLite.
+
+    Raises:
+        StorageError: If it cannot be opened, or is a file that is not SQLite.
+    """
+    text = str(where)
+    url = text if "://" in text else f"sqlite:///{text}"
+    try:
+        if url.startswith("sqlite:///") and not url.startswith("sqlite:///:memory:"):
+            return _sqlite(url)
+        return _made(url)
+    except StorageError:
+        raise
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, sqlite3.Error, ImportError, OSError) as error:
+        raise StorageError(f"the storage {_named(url)} cannot be opened ({_first(error)}); {_advice(url)}") from None
+
+
+def _made(url: str, **how: Any) -> RDBStorage:
+    """The storage; where another worker is making the same tables, once it has."""
+    for patience in (0.2, 0.5, 1.0, 2.0):
+        try:
+            return RDBStorage(url, **how)
+        except (OperationalError, IntegrityError, ProgrammingError) as error:
+            if not any(sign in str(error).lower() for sign in ("already exists", "unique", "duplicate")):
+                break
+            time.sleep(patience)
+    return RDBStorage(url, **how)
+
+
+def _sqlite(url: str) -> RDBStorage:
+    path = Path(url.removeprefix("sqlite:///").split("?")[0])
+    if not path.parent.is_dir():
+        raise StorageError(f"the storage {path} cannot be made: there is no folder {path.parent}; make it first")
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb") as file:
+            if file.read(len(SIGNATURE)) != SIGNATURE:
+                raise StorageError(f"the storage {path} is not an SQLite file; name another file")
+        if not os.access(path, os.W_OK):
+            raise StorageError(f"the storage {path} is read-only; make it writable, or copy it and name the copy")
+    if not os.access(path.parent, os.W_OK):
+        raise StorageError(f"the storage {path} is in a folder that is read-only; SQLite keeps its log there")
+
+    with sqlite3.connect(path, timeout=WAIT) as file:
+        file.execute("PRAGMA journal_mode=WAL")  # stays with the file; inside a transaction it could not be changed
+    file.close()
+    storage = _made(url, engine_kwargs={"connect_args": {"timeout": WAIT}})
+
+    def prepare(connection: Any, _: Any) -> None:
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.isolation_level = None  # or Python begins a transaction late, with the first write
+
+    def begin(connection: Any) -> None:
+        # Optuna reads whether a trial still waits, then takes it: between the two nobody else may write
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    event.listen(storage.engine, "connect", prepare)
+    event.listen(storage.engine, "begin", begin)
+    storage.engine.dispose()  # connections made so far lack both
+    return storage
+
+
+def open_study(storage: BaseStorage, name: str, sampler: optuna.samplers.BaseSampler, pruner: Any = None) -> Study:
+    """The study of that name, minimising, made where it is not there; trials of workers that are gone are failed.
+
+    Raises:
+        StorageError: If an SQLite study was made on another host, or the storage cannot be written.
+    """
+    with writing(storage):
+        study = optuna.create_study(
+            storage=storage, study_name=name, sampler=sampler, pruner=pruner, load_if_exists=True
+        )
+        here = socket.gethostname()
+        if is_sqlite(storage):
+            made_on = study.user_attrs.get(HOST)
+            if made_on is None:
+                study.set_user_attr(HOST, here)
+            elif made_on != here:
+                raise StorageError(
+                    f"study {name!r} in {describe(storage)} was made on host {made_on!r}, and this is {here!r}: SQLite "
+                    "does not serve several hosts; give the URL of a PostgreSQL or MySQL server "
+                    "(--storage postgresql+psycopg://…), or copy the file and search under another --study name"
+                )
+        fail_stale(study)
+        return study
+
+
+def fail_stale(study: Study) -> list[int]:
+    """Fail trials whose process is gone, or whose host was silent for `PATIENCE`; their numbers.
+
+    Their configurations are given back to the queue, once: a configuration that kills its worker is not tried for ever.
+    """
+    failed = []
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if WORKER not in trial.user_attrs:  # killed between the trial's creation and its note, or just begun
+            began = trial.datetime_start or datetime.datetime.min
+            time.sleep(min(max(GRACE - (datetime.datetime.now() - began).total_seconds(), 0.0), GRACE))
+            trial = study._storage.get_trial(trial._trial_id)
+        if trial.state.is_finished() or _alive(trial):
+            continue
+        try:
+            study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        except optuna.exceptions.UpdateFinishedTrialError:  # another worker was faster
+            continue
+        failed.append(trial.number)
+        given = trial.system_attrs.get("fixed_params") or trial.params
+        if given and AGAIN not in trial.user_attrs:
+            kept = {key: value for key, value in trial.user_attrs.items() if key not in (WORKER, BEAT)}
+            study.enqueue_trial(given, user_attrs={**kept, AGAIN: trial.number})
+    return failed
+
+
+def _alive(trial: optuna.trial.FrozenTrial) -> bool:
+    worker = trial.user_attrs.get(WORKER)
+    if worker is None:
+        return False
+    if worker["host"] == socket.gethostname():
+        return _started(worker["pid"]) == worker["started"]
+    return time.time() - trial.user_attrs.get(BEAT, 0.0) < PATIENCE
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this host began, which tells it from a later one of the same number; None if there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]  # a zombie runs no trial
+    except OSError:
+        pass
+    if Path("/proc/self/stat").is_file():
+        return None
+    try:  # a system without /proc: the number alone
+        os.kill(pid, 0)
+    except OSError:
+        return None
+    return "unknown"
+
+
+@contextmanager
+def working(trial: optuna.Trial) -> Iterator[None]:
+    """Note who runs a trial, and give a sign of life every `HEARTBEAT` seconds while it runs."""
+    note = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+    trial.set_user_attr(WORKER, note)
+    over = threading.Event()
+
+    def beat() -> None:
+        while True:
+            with suppress(Exception):  # a full disk is the main thread's to report, when it writes the result
+                trial.set_user_attr(BEAT, time.time())
+            if over.wait(HEARTBEAT):
+                return
+
+    if is_sqlite(trial.storage):  # one host: the process answers for itself
+        yield
+        return
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@contextmanager
+def writing(storage: BaseStorage) -> Iterator[None]:
+    """Turn what a storage raises when it is full, read-only or locked into a `StorageError` that says what to do.
+
+    Raises:
+        StorageError: As said.
+    """
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        cause = error.__cause__ or error
+        raise StorageError(
+            f"the storage {describe(storage)} cannot be written ({_first(cause)}); the study is as it was before this "
+            "trial: free space or make it writable, and repeat the command to go on"
+        ) from error
+
+
+def is_sqlite(storage: Any) -> bool:
+    """Whether the study is in an SQLite file."""
+    engine = getattr(getattr(storage, "_backend", storage), "engine", None)
+    return engine is not None and engine.dialect.name == "sqlite"
+
+
+def describe(storage: Any) -> str:
+    """The storage's URL without password."""
+    engine = getattr(getattr(storage, "_backend", storage), "engine", None)
+    return "in memory" if engine is None else _named(engine.url.render_as_string(hide_password=True))
+
+
+def _named(url: str) -> str:
+    try:
+        return sqlalchemy.make_url(url).render_as_string(hide_password=True).removeprefix("sqlite:///")
+    except ArgumentError:
+        return repr(url)
+
+
+def _first(error: BaseException) -> str:
+    return str(getattr(error, "orig", None) or error).splitlines()[0]
+
+
+def _advice(url: str) -> str:
+    if url.startswith("sqlite"):
+        return "name a file in a folder that can be written"
+    return "check the URL, that the server runs, and that its driver is installed (psycopg, PyMySQL)"

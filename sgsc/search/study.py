@@ -1,0 +1,306 @@
+"""`search_network`: from a trained network, ways to train and judge it, and a budget, to one with widths of its own.
+
+The baselines are the first trials of the study, and the result is the best of all trials within the budget, so that it
+is never worse than the best baseline that was evaluated, on the data that `validate` judges by. Where `finish` trains
+the winner longer, it trains the best baseline as long, and the better of the two is the result.
+
+Trials run one after another in a process; any number of processes share a study (storage.py). One process alone, with
+deterministic functions, gives the same study each time, interrupted or not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+import torch
+from optuna.storages import BaseStorage
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+from torch import Tensor, nn
+
+from sgsc.layers import quant_layers
+
+from .baselines import SAMPLERS
+from .candidates import build
+from .cost import Budget, Configuration
+from .evidence import BASELINE, COST, DIVERGED, importance, layer_rows, trial_row
+from .problem import Problem, prepare_search
+from .sensitivity import Loss, Progress
+from .storage import open_study, working, writing
+
+Report = Callable[[float], None]  # called with the validation loss part of the way through a training; may not return
+Train = Callable[[nn.Module, Report], None]
+Validate = Callable[[nn.Module], float]
+
+SETTINGS = "settings"  # attribute of a study
+STARTUP = 8  # trials that must have reported before one is stopped for being worse than their median
+
+
+@dataclass
+class Found:
+    """What a search came to.
+
+    Attributes:
+        model: The trained winner, prepared; `pack` it.
+        configuration: Its bits and channels.
+        loss: Its validation loss.
+        cost: As the cost model says; bytes are those of the file.
+        origin: The baseline's name where one won, else "search".
+        report: The evidence: everything as JSON.
+    """
+
+    model: nn.Module
+    configuration: Configuration
+    loss: float
+    cost: dict[str, float]
+    origin: str
+    report: dict[str, Any]
+
+
+def search_network(
+    network: nn.Module,
+    train: Train,
+    validate: Validate,
+    budget: Budget,
+    *,
+    loss: Loss,
+    batches: Sequence[tuple[Tensor, ...]],
+    trials: int = 60,
+    seed: int = 0,
+    storage: BaseStorage | None = None,
+    name: str = "search",
+    sampler: str = "kmeans-tpe",
+    finish: Train | None = None,
+    settings: Mapping[str, Any] | None = None,
+    progress: Progress = lambda phase, step, steps, values: None,
+    **preparation: Any,
+) -> Found:
+    """Search bit widths and layer widths of a trained network under a hard budget.
+
+    Args:
+        network: Trained, in float; it is left as it is.
+        train: Trains a candidate a little, in place, the same way each time; may call what it is given with a
+            validation loss once on its way, which stops a hopeless candidate.
+        validate: Loss of a candidate on validation data, lower is better; NaN and infinity count as diverged.
+        budget: What the result may cost.
+        loss: Mean loss of a model on a batch, for the sensitivity.
+        batches: Tuples (inputs, targets …) of training data, for the sensitivity and for counting multiplications.
+        trials: Of the study, baselines included; a study that has some already gets the rest.
+        seed: Of every random choice.
+        storage: From `open_storage`; in memory if None.
+        name: Of the study.
+        sampler: "kmeans-tpe", or "tpe" or "random" for comparison.
+        finish: Trains the winner, and the best baseline, from the start in place of `train`, if given.
+        settings: What else decides the results; a study of other settings is refused.
+        progress: Called as progress(phase, step, steps, values).
+        **preparation: `widths`, `method`, `architecture`, `notes`, `latency`, as `prepare_search` takes them.
+
+    Raises:
+        ValueError: If the budget is below the smallest network, trials are below 1, the sampler is unknown, the study
+            is of other settings, or no candidate gave a finite loss.
+    """
+    if trials < 1:
+        raise ValueError(f"trials={trials} tries nothing; give 1 or more")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler={sampler!r} is not known; choose one of {', '.join(SAMPLERS)}")
+    started = time.perf_counter()
+    problem = prepare_search(network, budget, loss, batches, seed=seed, progress=progress, **preparation)
+    prepared = time.perf_counter() - started
+    distributions = problem.space.distributions()
+    made = SAMPLERS[sampler](seed=seed, feasible=problem.feasible, space=distributions, windows=problem.space.windows)
+    storage = optuna.storages.InMemoryStorage() if storage is None else storage
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP)
+    study = open_study(storage, name, made, pruner)
+    with writing(storage):
+        _same_settings(study, problem, sampler, seed, settings or {})
+        _enqueue(study, problem)
+    exhausted = False
+    while not exhausted and (done := _done(study)) < trials:
+        with writing(storage):
+            exhausted = _trial(study, problem, train, validate, seed)
+        progress("search", min(done + 1, trials), trials, {"best loss": _best_so_far(study)})
+    reason = "every configuration of the space was tried" if exhausted else ""
+    return _result(study, problem, train, validate, finish, seed, reason, prepared, time.perf_counter() - started)
+
+
+def _done(study: Study) -> int:
+    """Trials that were judged, stopped or are being judged by others."""
+    states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+    return len(study.get_trials(deepcopy=False, states=states))
+
+
+def _best_so_far(study: Study) -> float:
+    return min((t.value for t in _complete(study) if t.value is not None), default=math.nan)
+
+
+def _complete(study: Study) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def _same_settings(study: Study, problem: Problem, sampler: str, seed: int, settings: Mapping[str, Any]) -> None:
+    """Refuse to go on with a study of another problem.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    weights = hashlib.sha256()
+    for layer in quant_layers(problem.parent).values():
+        weights.update(layer.weight.detach().cpu().contiguous().numpy().tobytes())
+    own = {"sampler": sampler, "seed": seed, "budget": problem.budget.limits(), "weights": weights.hexdigest()}
+    own = json.loads(json.dumps({**own, **settings}))
+    found = study.user_attrs.get(SETTINGS)
+    if found is None:
+        study.set_user_attr(SETTINGS, own)
+    elif found != own:
+        other = ", ".join(k for k in sorted({*own, *found}) if found.get(k) != own.get(k))
+        raise ValueError(
+            f"study {study.study_name!r} is of another {other}: { ({k: found.get(k) for k in other.split(', ')}) }; "
+            "give the settings of that study, or another name with --study"
+        )
+
+
+def _enqueue(study: Study, problem: Problem) -> None:
+    """Put the baselines that are within the budget first; a second worker finds them there."""
+    if study.trials:
+        return
+    sizes = problem.structure.sizes
+    for name, configuration in problem.baselines.items():
+        params = problem.space.params(configuration, sizes)
+        if problem.feasible(params):
+            study.enqueue_trial(params, user_attrs={BASELINE: name}, skip_if_exists=True)
+
+
+def _trial(study: Study, problem: Problem, train: Train, validate: Validate, seed: int) -> bool:
+    """Run one; whether there was nothing new to try.
+
+    Raises:
+        ValueError: If training or judging raises one that does not say that it diverged.
+    """
+    trial = study.ask()
+    with working(trial):
+        params = {n: trial.suggest_categorical(n, d.choices) for n, d in problem.space.distributions().items()}  # pyright: ignore
+        others = study.get_trials(deepcopy=False)
+        known = [t for t in others if t.number < trial.number and t.params == params and t.state != TrialState.FAIL]
+        if known:
+            _tell(study, trial, TrialState.FAIL)
+            return BASELINE not in trial.user_attrs
+        configuration = problem.space.configuration(params)
+        trial.set_user_attr(COST, problem.cost(configuration))
+        baseline = trial.user_attrs.get(BASELINE)
+
+        def report(loss: float) -> None:
+            if not math.isfinite(loss):
+                raise optuna.TrialPruned
+            trial.report(loss, 1)
+            if baseline is None and trial.should_prune():
+                raise optuna.TrialPruned
+
+        try:
+            model = trained(problem, configuration, train, report, seed)
+            value = float(validate(model))
+        except optuna.TrialPruned:
+            _tell(study, trial, TrialState.PRUNED)
+            return False
+        except ValueError as error:
+            if "diverged" not in str(error):
+                _tell(study, trial, TrialState.FAIL)
+                raise
+            value = math.nan
+        except BaseException:
+            _tell(study, trial, TrialState.FAIL)
+            raise
+        if math.isfinite(value):
+            _tell(study, trial, TrialState.COMPLETE, value)
+        else:
+            trial.set_user_attr(DIVERGED, True)
+            _tell(study, trial, TrialState.PRUNED)
+    return False
+
+
+def _tell(study: Study, trial: optuna.Trial, state: TrialState, value: float | None = None) -> None:
+    """End a trial, unless it was taken for lost and failed meanwhile: it is then in the queue again.
+
+    Raises:
+        ValueError: If it cannot be ended for another reason.
+        UpdateFinishedTrialError: The same.
+    """
+    try:
+        study.tell(trial, value, state=state)
+    except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+        if not study._storage.get_trial(trial._trial_id).state.is_finished():
+            raise
+
+
+def trained(problem: Problem, of: Configuration, train: Train, report: Report, seed: int) -> nn.Module:
+    """A candidate, built from the parent and trained, in evaluation mode; torch's global generator is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build(problem.parent, problem.structure, of, seed)
+        train(model, report)
+    return model.eval()
+
+
+def _result(
+    study: Study,
+    problem: Problem,
+    train: Train,
+    validate: Validate,
+    finish: Train | None,
+    seed: int,
+    reason: str,
+    prepared: float,
+    seconds: float,
+) -> Found:
+    """Train the winner again, and where that is longer than in the trials the best baseline too.
+
+    Raises:
+        ValueError: If no trial came to an end.
+    """
+    complete = sorted(_complete(study), key=lambda t: (t.value, t.number))
+    if not complete:
+        raise ValueError(
+            f"none of the {len(study.trials)} trials gave a finite validation loss; train the parent longer, lower the "
+            "learning rate of `train`, or raise the budget"
+        )
+    finalists = [complete[0]]
+    if finish is not None:
+        finalists += [t for t in complete if BASELINE in t.user_attrs and t is not complete[0]][:1]
+    ends = []
+    for trial in finalists:
+        configuration = problem.space.configuration(trial.params)
+        model = trained(problem, configuration, finish or train, lambda loss: None, seed)
+        ends.append((float(validate(model)), trial, configuration, model))
+    ends = [end for end in ends if math.isfinite(end[0])]
+    if not ends:
+        raise ValueError("the winner diverged in its last training; lower the learning rate of `finish`")
+    value, winner, configuration, model = min(ends, key=lambda end: end[0])
+    report = {
+        **{"budget": problem.budget.limits(), "reason": reason, "sampler": study.user_attrs[SETTINGS]["sampler"]},
+        "result": {
+            **{"loss": value, "trial": winner.number, "origin": winner.user_attrs.get(BASELINE, "search")},
+            **{"cost": problem.cost(configuration), "short_loss": winner.value},
+        },
+        "finalists": [{"trial": t.number, "loss": v, "baseline": t.user_attrs.get(BASELINE)} for v, t, _, _ in ends],
+        "trials": [trial_row(trial) for trial in study.get_trials(deepcopy=False)],
+        "baselines_over_budget": sorted(
+            name for name, c in problem.baselines.items() if not problem.budget.holds(problem.cost(c))
+        ),
+        "layers": layer_rows(problem, configuration),
+        "groups": {g: {"channels": n, "of": problem.structure.sizes[g]} for g, n in configuration.sizes.items()},
+        "windows": {name: list(choices) for name, choices in problem.space.windows.items()},
+        "importance": importance(study),
+        "sensitivity": {
+            **{"method": problem.found.method, "samples": problem.found.samples, "seconds": problem.found.seconds},
+            "converged": problem.found.converged,
+        },
+        "seconds_by_phase": {"preparation": prepared, "search": seconds - prepared},
+    }
+    origin = winner.user_attrs.get(BASELINE, "search")
+    return Found(model, configuration, value, problem.cost(configuration), origin, report)

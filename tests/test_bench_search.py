@@ -1,0 +1,108 @@
+"""The bench of the search: its surrogates, its claims, its tables, and that it goes on."""
+
+import json
+
+import numpy as np
+import pytest
+
+from bench import readme, record, runs, search, search_claims
+from bench.search_surrogates import METHODS, Surrogate, measure
+
+
+@pytest.fixture
+def commit(monkeypatch):
+    for module in (runs, record):
+        monkeypatch.setattr(module, "environment", lambda: {"machine": "m", "commit": "c0ffee"})
+
+
+def test_a_surrogate_behaves_as_bit_widths_do():
+    problem = Surrogate(12, 0)
+    rng = np.random.default_rng(0)
+    drawn = problem.random(rng, 200)
+    assert drawn.shape == (200, 12)
+    assert (problem.excess(drawn) <= 0).all()
+    levels = [float(problem.value(np.full((1, 12), bits))[0]) for bits in range(5)]
+    assert levels == sorted(levels, reverse=True)  # more bits, less loss
+    assert 0 < levels[-1] < levels[0] < 1
+    assert problem.excess(np.full((1, 12), 2))[0] == pytest.approx(0)  # uniform 4 bits are the budget
+    assert Surrogate(12, 1).target() != problem.target() == Surrogate(12, 0).target()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_reaches_an_easy_target_within_the_budget(method):
+    problem = Surrogate(12, 0)
+    easy = float(np.median(problem.value(problem.random(np.random.default_rng(1), 500))))
+    row = measure(12, 0, method, easy, 50)
+    assert row["reached"]
+    assert row["trials"] <= 50
+    assert measure(12, 0, method, -1.0, 3)["trials"] == 4  # never
+
+
+def test_random_needs_a_thousand_trials_by_definition():
+    found = [measure(12, seed, "random", Surrogate(12, 0).target(), 10_000)["trials"] for seed in (0,)]
+    assert found[0] > 50
+    values = Surrogate(12, 0).value(Surrogate(12, 0).random(np.random.default_rng(9), 40_000))
+    assert 0.3e-3 < (values <= Surrogate(12, 0).target()).mean() < 3e-3
+
+
+def test_rows_of_this_commit_are_not_measured_again(tmp_path, commit, monkeypatch):
+    calls = []
+
+    def fake(layers, seed, method, target, most):
+        calls.append((layers, seed, method))
+        trials = {"random": 1000, "k-means TPE": 40}.get(method, 60)
+        return {"trials": trials, "most": most, "reached": True, "over_budget": 0, "target": target}
+
+    monkeypatch.setattr(search, "measure", fake)
+    arguments = ["surrogates", "--seeds", "2", "--results", str(tmp_path)]
+    assert search.main(arguments) == search.main(arguments) == 0
+    assert len(calls) == len(set(calls)) == 3 * 2 * len(METHODS)
+    said = json.loads((tmp_path / "search.json").read_text())
+    assert [c["measured"] for c in said["claims"][:3]] == [25.0, 1.5, 1.5]
+    assert all(c["holds"] for c in said["claims"])
+    shown = readme.tables(said)
+    assert "| 12 | 2 | 1,000 (1,000 to 1,000) | 40 (40 to 40) | 60 (60 to 60) | 60 (60 to 60) |" in shown
+
+
+def test_claims_fail_where_the_numbers_do():
+    rows = [
+        {"layers": 12, "seed": 0, "method": method, "trials": trials, "most": 1000}
+        for method, trials in (("k-means TPE", 100), ("TPE, multivariate", 50), ("TPE, independent", 301))
+    ]
+    assert [c["holds"] for c in search_claims.surrogate_claims(rows)] == [False, False, True]
+    kills = {"kills": 3, "acknowledged": 9, "lost": 1, "zombies": 2, "slowest_opening_seconds": 6.0}
+    assert [c["holds"] for c in search_claims.kill_claims([kills])] == [False] * 3
+    assert not search_claims.proposal_claims([{"method": "k-means TPE", "milliseconds": 51.0}])[0]["holds"]
+    network = {"schedule": "reduced", "task": "mnist", "method": "kmeans-tpe", "seed": 0, "best_baseline": "greedy"}
+    network |= {"best_baseline_bytes": 100, "bytes_at_baseline_loss": 90, "best_short_loss": 2.0}
+    other = {**network, "method": "tpe", "best_short_loss": 1.0}
+    assert [c["holds"] for c in search_claims.network_claims([network, other])] == [False, False]
+    network["bytes_at_baseline_loss"] = 79
+    assert search_claims.network_claims([network])[0]["holds"]
+
+
+def test_a_kill_run_and_a_proposal_are_measured(monkeypatch):
+    monkeypatch.setattr(search, "KILLS", 2)
+    found = search._kills(0)
+    assert (found["kills"], found["lost"], found["zombies"]) == (2, 0, 0)
+    monkeypatch.setattr(search, "TRIALS", 20)
+    assert search._proposal(0, "k-means TPE")["milliseconds"] > 0
+    assert "| 2 |" in search_claims.kill_table([found])
+
+
+def test_a_network_row_is_a_run_of_the_command(monkeypatch, tmp_path, commit):
+    monkeypatch.setitem(search.REDUCED, "digits", ("8%", 9, 2, 3, 20))
+    monkeypatch.setitem(search.SECTIONS, "search-digits", (search.network, search_claims.network_claims))
+    monkeypatch.setitem(search.SEEDS, "search-digits", 1)
+    monkeypatch.setattr(search, "SAMPLERS", ("kmeans-tpe",))
+    assert search.main(["search-digits", "--reduced", "--results", str(tmp_path)]) == 0
+    row = json.loads((tmp_path / "search.json").read_text())["rows"][0]
+    assert (row["schedule"], row["method"], row["trials"]) == ("reduced", "kmeans-tpe", 9)
+    assert row["stored_bytes"] <= 0.08 * row["float_bytes"]
+    assert "kmeans-tpe | reduced | 8%" in search_claims.network_table([row])
+
+
+def test_an_unknown_section_is_named(capsys):
+    with pytest.raises(SystemExit):
+        search.main(["nothing"])
+    assert "no section is called 'nothing'; there are surrogates" in capsys.readouterr().err

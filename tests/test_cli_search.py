@@ -1,0 +1,119 @@
+"""`sgsc search` from the command line: files, exit codes, errors, several workers on one study."""
+
+import json
+import re
+import subprocess
+import sys
+
+import optuna
+import pytest
+import torch
+
+from sgsc import load_into
+from sgsc.cli import main
+from sgsc.demos import models
+from sgsc.demos.search import parse_budget
+from sgsc.report import search_summary
+from sgsc.report.search_page import render_search
+
+QUICK = ["--limit", "64", "--float-steps", "20", "--steps", "2", "--finish-steps", "3", "--trials", "9"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    assert main(["search", "digits", *QUICK, "--budget", "10%,5bits", "--out", str(folder), "--json"]) == 0
+    return folder, json.loads((folder / "report.json").read_text())
+
+
+def test_a_run_writes_its_files(run):
+    folder, report = run
+    assert {p.name for p in folder.iterdir() if not p.name.startswith("study.db")} == {
+        *("float.safetensors", "model.sgsc", "report.html", "report.json")
+    }
+    assert (folder / "model.sgsc").stat().st_size == report["stored_bytes"] <= 0.1 * report["float_bytes"]
+    assert report["budget_held"]
+    assert report["result"]["cost"]["bytes"] == report["stored_bytes"]
+    assert report["result"]["cost"]["mean_bits"] <= 5
+    assert len([t for t in report["trials"] if t["loss"] is not None or t["state"] == "pruned"]) == 9
+
+
+def test_the_page_shows_every_part(run):
+    page = (run[0] / "report.html").read_text()
+    for part in ("History", "Front", "Parallel coordinates", "Bits and channels of each layer", "uniform 2"):
+        assert part in page
+    assert page.count("<svg") >= 4
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert main(["report", str(run[0]), "--json"]) == 0
+    assert (run[0] / "report.html").read_text() == page
+
+
+def test_the_page_escapes_and_survives_what_is_missing(run):
+    assert "not recorded" in render_search({})
+    hostile = {**run[1], "task": "<script>x</script>", "reason": "<b>"}
+    assert "<script>" not in render_search(hostile)
+    search_summary({})
+
+
+def test_resumed_trials_are_not_run_again(run, tmp_path, capsys):
+    more = ["--start", str(run[0] / "float.safetensors"), "--storage", str(tmp_path / "s.db"), "--out", str(tmp_path)]
+    for trials in ("3", "9"):
+        assert main(["search", "digits", *QUICK[:-1], trials, "--budget", "10%,5bits", *more, "--json"]) == 0
+    again = json.loads((tmp_path / "report.json").read_text())
+    assert [(t["params"], t["loss"]) for t in again["trials"]] == [(t["params"], t["loss"]) for t in run[1]["trials"]]
+
+
+def test_two_workers_share_a_study(tmp_path, run):
+    def worker(name):
+        command = [sys.executable, "-m", "sgsc", "search", "digits", *QUICK, "--budget", "10%", "--json"]
+        command += ["--start", str(run[0] / "float.safetensors"), "--storage", str(tmp_path / "s.db")]
+        return subprocess.Popen(
+            [*command, "--study", "both", "--out", str(tmp_path / name)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+
+    workers = [worker("a"), worker("b")]
+    ends = [(w.communicate()[1][-500:], w.returncode) for w in workers]
+    assert [code for _, code in ends] == [0, 0], ends
+    study = optuna.load_study(study_name="both", storage=f"sqlite:///{tmp_path / 's.db'}")
+    ended = [t for t in study.trials if t.state.name in ("COMPLETE", "PRUNED")]
+    assert 9 <= len(ended) <= 10  # both may take the last one
+    assert len({json.dumps(t.params) for t in ended}) == len(ended)
+    assert len({t.user_attrs["worker"]["pid"] for t in ended}) == 2
+    assert not [t for t in study.trials if t.state.name == "RUNNING"]
+    study._storage._backend.engine.dispose()
+
+
+def test_without_changed_channels_the_file_loads_into_the_task_s_network(tmp_path, capsys):
+    how = [*QUICK[:-1], "4", "--bits-only", "--budget", "8%", "--out", str(tmp_path)]
+    assert main(["search", "digits", *how]) == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"won by .*: loss [\d.]+, [\d,]+ bytes", out.replace("\n", " "))
+    assert "search 4/4" in err
+    assert load_into(models.DigitsCNN(), tmp_path / "model.sgsc")(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    {
+        "budget": (["--budget", "small"], r"budget 'small': want a number and a unit of %, B, kB"),
+        "too-small": (["--budget", "5kB"], r"the budget is below the smallest network .*bytes 5,000 <"),
+        "trials": (["--budget", "8%", "--trials", "0"], "trials=0 tries nothing"),
+        "steps": (["--budget", "8%", "--steps", "0"], "steps=0, finish_steps=3: a candidate that is not trained"),
+        "sampler": (["--budget", "8%", "--sampler", "x"], "sampler='x' is not known"),
+        "storage": (["--budget", "8%", "--storage", "nonsense://x"], "the storage nonsense://x cannot be opened"),
+    }.values(),
+    ids=("budget", "too-small", "trials", "steps", "sampler", "storage"),
+)
+def test_wrong_use_is_exit_code_2_and_says_why(arguments, message, run, tmp_path, capsys):
+    start = ["--start", str(run[0] / "float.safetensors"), "--out", str(tmp_path)]
+    assert main(["search", "digits", *QUICK, *start, *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_budgets_are_read_with_their_units():
+    found = parse_budget("10%, 4.5bits,2.5MMAC,3ms", 1000)
+    assert found.limits() == {"bytes": 100, "mean_bits": 4.5, "macs": 2.5e6, "seconds": pytest.approx(3e-3)}
+    assert parse_budget("50kB", 1).bytes == 50_000
+    assert parse_budget("1e5B", 1).bytes == 100_000

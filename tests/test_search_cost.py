@@ -1,0 +1,89 @@
+"""Costs that are known before training, against the file, the layers and the clock."""
+
+import pytest
+import torch
+
+from sgsc import pack, prepare, stored_size
+from sgsc.demos import models
+from sgsc.layers import quant_layers
+from sgsc.search.candidates import build
+from sgsc.search.cost import BANDWIDTH, PEAK, Budget, Configuration, CostModel
+from sgsc.search.structure import structure_of
+
+NETWORKS = {
+    "digits-cnn": (models.DigitsCNN, torch.zeros(1, 1, 8, 8)),
+    "resnet20": (models.ResNet20, torch.zeros(1, 3, 32, 32)),
+    "mnist-cnn": (models.MnistCNN, torch.zeros(1, 1, 28, 28)),
+    "char-lm": (lambda: models.CharLM(30, 8, 32, 2, 4), torch.zeros(1, 8, dtype=torch.long)),
+}
+
+
+@pytest.fixture(params=NETWORKS, scope="module")
+def problem(request):
+    make, example = NETWORKS[request.param]
+    model = prepare(make(), quantizer="lsq8").model
+    structure = structure_of(model)
+    kept = {"architecture": (request.param, {"a": 1}), "notes": {"said": 'a "quote" and ü'}}
+    return model, structure, CostModel(model, structure, example, **kept), kept
+
+
+def random_configuration(structure, make):
+    def pick(choices):
+        return choices[int(torch.randint(len(choices), (1,), generator=make))]
+
+    sizes = {g: pick(range(1, 2 * n + 1)) for g, n in structure.sizes.items()}
+    return Configuration({name: pick((2, 3, 4, 6, 8)) for name in structure.layers}, sizes)
+
+
+def test_bytes_are_those_of_the_file(problem):
+    model, structure, cost, kept = problem
+    make = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        chosen = random_configuration(structure, make)
+        built = build(model, structure, chosen)
+        assert cost(chosen)["bytes"] == stored_size(pack(built, remove=False), **kept)
+
+
+def test_mean_bits_and_macs_are_those_of_the_layers(problem):
+    model, structure, cost, _ = problem
+    chosen = random_configuration(structure, torch.Generator().manual_seed(1))
+    layers = quant_layers(build(model, structure, chosen))
+    weights = {name: layer.weight.numel() for name, layer in layers.items()}
+    found = cost(chosen)
+    assert found["mean_bits"] == pytest.approx(
+        sum(n * chosen.bits[name] for name, n in weights.items()) / sum(weights.values())
+    )
+    assert found["macs"] == sum(n * cost.places[name] for name, n in weights.items())
+
+
+def test_places_are_pixels_and_positions():
+    model = prepare(models.ResNet20(), quantizer="lsq8").model
+    cost = CostModel(model, structure_of(model), torch.zeros(2, 3, 32, 32))
+    assert cost.places["stem.conv"] == 1024
+    assert cost.places["blocks.8.second.conv"] == 64
+    assert cost.places["head"] == 1
+    chosen = Configuration(dict.fromkeys(cost.shapes, 4))
+    assert cost(chosen)["macs"] == 40_551_040  # arXiv 1512.03385 has 41 million
+
+
+def test_latency_is_the_roofline_until_it_was_measured():
+    model = prepare(models.DigitsCNN(), quantizer="lsq8").model
+    example = torch.rand(1, 1, 8, 8)
+    cost = CostModel(model, structure_of(model), example)
+    assert cost.seconds("head", 8, 10, 512) == max(5120 / PEAK, 5120 / BANDWIDTH)
+    assert cost.seconds("first.0", 8, 128, 288) == 16 * 128 * 288 / PEAK
+    cost.measure(model, example, (4, 8), repeats=3)
+    assert set(cost.times) == {(name, bits) for name in cost.shapes for bits in (4, 8)}
+    measured = cost.times["first.0", 4]
+    assert cost.seconds("first.0", 4, 128, 288) == pytest.approx(measured)
+    assert cost.seconds("first.0", 4, 64, 288) == pytest.approx(measured / 2)
+
+
+def test_a_budget_wants_a_positive_limit():
+    with pytest.raises(ValueError, match="no budget was given; want at least one of bytes, mean_bits"):
+        Budget()
+    with pytest.raises(ValueError, match="budget mean_bits=-1: want more than 0"):
+        Budget(mean_bits=-1)
+    both = Budget(bytes=100, mean_bits=4)
+    assert both.holds({"bytes": 100, "mean_bits": 4, "macs": 1e9, "seconds": 1})
+    assert not both.holds({"bytes": 101, "mean_bits": 4})

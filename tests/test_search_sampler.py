@@ -1,0 +1,229 @@
+"""The k-means TPE sampler: Optuna's own conformance suite, and what we promise beyond it."""
+
+import itertools
+import subprocess
+import sys
+import time
+
+import numpy as np
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.testing.pytest_samplers import BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnlySamplerTestCase
+
+from sgsc.search.axes import Axis
+from sgsc.search.kmeans_tpe import KMeansTPESampler, candidates, split
+
+BITS = (2, 3, 4, 6, 8)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    yield
+    optuna.logging.set_verbosity(optuna.logging.INFO)
+
+
+class TestConformance(BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnlySamplerTestCase):
+    """Optuna's contract, as its own samplers are held to it."""
+
+    @pytest.fixture
+    def sampler(self):
+        return lambda: KMeansTPESampler(start=2)
+
+
+def space(count):
+    return {f"bits{i:02d}": CategoricalDistribution(BITS) for i in range(count)}
+
+
+def objective(params):
+    return sum((1 + i % 3) * 4.0**-bits for i, bits in enumerate(params.values()))
+
+
+def cheap(params):
+    return sum(params.values()) <= 4 * len(params)
+
+
+def run(study, names, trials, value=objective):
+    for _ in range(trials):
+        trial = study.ask(names)
+        study.tell(trial, value(trial.params))
+    return study
+
+
+def fresh(names, seed=0, feasible=cheap, **more):
+    return optuna.create_study(sampler=KMeansTPESampler(seed, feasible, names), **more)
+
+
+def test_five_and_five_resumed_are_ten():
+    names = space(6)
+    whole = run(fresh(names), names, 30)
+    storage = optuna.storages.InMemoryStorage()
+    run(fresh(names, storage=storage, study_name="a"), names, 5)
+    for trials in (5, 20):
+        again = optuna.load_study(study_name="a", storage=storage, sampler=KMeansTPESampler(0, cheap, names))
+        run(again, names, trials)
+    assert [t.params for t in again.trials] == [t.params for t in whole.trials]
+    assert [t.params for t in run(fresh(names, seed=1), names, 30).trials] != [t.params for t in whole.trials]
+
+
+def test_nothing_over_budget_and_nothing_twice():
+    names = space(3)
+    affordable = sum(sum(bits) <= 12 for bits in itertools.product(BITS, repeat=3))
+    study = run(fresh(names), names, affordable)
+    assert all(cheap(t.params) for t in study.trials)
+    assert len({tuple(t.params.values()) for t in study.trials}) == affordable  # all of them, each once
+
+
+def test_what_runs_elsewhere_is_not_proposed_again():
+    names = space(1)
+    study = fresh(names, feasible=None)
+    assert sorted(study.ask(names).params["bits00"] for _ in range(5)) == list(BITS)
+    assert study.ask(names).params["bits00"] in BITS  # where all is taken something is repeated
+
+
+def test_a_small_budget_is_met_by_making_random_choices_cheaper():
+    names = space(40)
+    study = fresh(names, feasible=lambda p: sum(p.values()) <= 90)  # of at least 80: random draws never are
+    run(study, names, 20)
+    assert max(sum(t.params.values()) for t in study.trials) <= 90
+    assert len({tuple(t.params.values()) for t in study.trials}) == 20
+
+
+def test_a_budget_below_the_cheapest_is_named():
+    names = space(2)
+    study = fresh(names, feasible=lambda p: sum(p.values()) < 4)
+    with pytest.raises(ValueError, match=r"no configuration of the 2 parameters is feasible: not even .*'bits00': 2"):
+        study.ask(names)
+
+
+def test_the_start_covers_each_parameter():
+    names = space(5)
+    study = fresh(names, feasible=None)
+    trials = [study.ask(names).params for _ in range(8)]
+    assert all({t[name] for t in trials} == set(BITS) for name in names)
+
+
+def test_beats_random_on_most_seeds():
+    names, wins = space(12), 0
+    for seed in range(10):
+        found = run(fresh(names, seed), names, 60).best_value
+        rng, values = np.random.default_rng(seed), []
+        while len(values) < 240:
+            params = dict(zip(names, rng.choice(BITS, 12).tolist(), strict=True))
+            values += [objective(params)] if cheap(params) else []
+        wins += found < min(values)
+    assert wins >= 9  # against four times as many random trials; by chance alone p < 2e-5 at a win in five
+
+
+def test_maximising_is_minimising_the_negative():
+    names = space(4)
+    down = run(fresh(names), names, 25)
+    up = run(fresh(names, direction="maximize"), names, 25, lambda p: -objective(p))
+    assert [t.params for t in down.trials] == [t.params for t in up.trials]
+
+
+@pytest.mark.parametrize("value", [1.0, float("inf"), -float("inf")], ids=["constant", "inf", "minus-inf"])
+def test_an_objective_that_says_nothing_is_searched_at_random(value):
+    names = space(4)
+    study = run(fresh(names), names, 30, lambda p: value)
+    assert len({tuple(t.params.values()) for t in study.trials}) == 30
+
+
+def test_pruned_and_failed_trials_are_survived_and_avoided():
+    names = space(4)
+    study = fresh(names, feasible=None)
+    for _ in range(60):
+        trial = study.ask(names)
+        if trial.params["bits00"] < 6:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        elif trial.number % 7 == 0:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        else:
+            study.tell(trial, objective(trial.params))
+    assert np.mean([t.params["bits00"] >= 6 for t in study.trials[30:]]) > 0.65  # at random 0.4
+
+
+def test_one_diverged_run_is_no_cluster():
+    losses = np.sort(np.random.default_rng(0).random(40))
+    spoiled = np.append(losses[:-1], 1e12)
+    assert split(spoiled) == split(np.append(losses[:-1], 3.0))
+    assert split(np.append(losses[:-1], np.inf)) == split(spoiled)
+    assert split(spoiled)[1] >= 20
+
+
+@pytest.mark.parametrize("count", [8, 40, 500, 3000])
+def test_good_and_bad_are_apart_and_neither_is_empty(count):
+    for losses in (np.sort(np.random.default_rng(0).lognormal(size=count)), np.arange(count) // (count - 1) * 1.0):
+        good, bad = split(losses)
+        assert 4 <= good <= max(4, 0.2 * count)
+        assert 4 <= bad <= count - good
+
+
+def test_an_observation_speaks_for_its_neighbours():
+    axis = Axis(CategoricalDistribution(BITS))
+    kernel = axis.kernel(0.8)
+    assert axis.ordered
+    np.testing.assert_allclose(kernel.sum(1), 1)
+    assert kernel[2, 2] > kernel[2, 1] > kernel[2, 0] > 0
+    names = Axis(CategoricalDistribution(("a", "b", "c")))
+    assert not names.ordered
+    assert names.kernel(0.8)[0, 1] == 0
+    assert not Axis(CategoricalDistribution((8, 2, 4))).ordered
+
+
+@pytest.mark.parametrize(
+    "distribution",
+    [
+        FloatDistribution(-1, 1),
+        FloatDistribution(1e-5, 1, log=True),
+        FloatDistribution(0, 1, step=0.25),
+        FloatDistribution(0, 10, step=0.1),
+        IntDistribution(3, 9, step=2),
+        IntDistribution(1, 1000, log=True),
+        IntDistribution(0, 10_000),
+        CategoricalDistribution(("x", None, 2.5)),
+    ],
+    ids=str,
+)
+def test_choices_and_values_are_inverse(distribution):
+    axis = Axis(distribution)
+    for index in range(axis.count):
+        value = axis.value(index, 0.5)
+        assert distribution._contains(distribution.to_internal_repr(value))
+        if not (isinstance(distribution, IntDistribution) and distribution.log):  # where intervals hold no integer
+            assert axis.index(value) == index
+
+
+def test_candidates_come_best_first():
+    rng = np.random.default_rng(0)
+    axes = [Axis(CategoricalDistribution(BITS))] * 3
+    observed = np.sort(rng.integers(0, 5, (50, 3)).astype(np.int16), axis=0)[::-1]  # the higher, the better
+    drawn = candidates(observed, np.arange(50.0), axes, rng)
+    assert drawn[: len(drawn) // 4].mean() > drawn[-len(drawn) // 4 :].mean() + 0.5
+
+
+def test_a_proposal_takes_less_than_fifty_milliseconds():
+    names = space(60)
+    study, rng = fresh(names), np.random.default_rng(0)
+    for _ in range(500):
+        params = dict(zip(names, rng.choice(BITS, 60).tolist(), strict=True))
+        value = objective(params) + 0.01 * rng.random()
+        study.add_trial(optuna.create_trial(params=params, distributions=names, value=value))
+    trial = study._storage.get_trial(study._storage.create_new_trial(study._study_id))
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        study.sampler.sample_relative(study, trial, names)
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.05
+
+
+def test_the_sampler_knows_no_torch():
+    code = "import sys, sgsc.search.kmeans_tpe; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_too_short_a_start_is_refused():
+    with pytest.raises(ValueError, match="start=1: two clusters need at least 2 trials"):
+        KMeansTPESampler(start=1)

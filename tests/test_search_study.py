@@ -1,0 +1,206 @@
+"""The search as a whole, on a problem that trains in milliseconds."""
+
+import math
+
+import optuna
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sgsc import pack, prepare, save
+from sgsc.layers import quant_layers
+from sgsc.search.candidates import as_float
+from sgsc.search.cost import Budget
+from sgsc.search.storage import open_storage
+from sgsc.search.study import search_network
+from tests.small import blobs
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    yield
+    optuna.logging.set_verbosity(optuna.logging.INFO)
+
+
+def loss(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
+    x, y = blobs()
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss(net, (x.float(), y)).backward()
+        optimizer.step()
+    return net.eval()
+
+
+BATCH = (blobs()[0].float()[:120], blobs()[1][:120])
+HELD_OUT = (blobs()[0].float()[120:], blobs()[1][120:])
+
+
+def train(model, report, steps=2):
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-3)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss(model, BATCH).backward()
+        optimizer.step()
+        if step == 0:
+            report(validate(model))
+
+
+def validate(model):
+    with torch.no_grad():
+        return float(loss(model, HELD_OUT))
+
+
+def search(network, budget=None, trials=25, train=train, validate=validate, **more):
+    how = {"loss": loss, "batches": [BATCH], **more}
+    return search_network(network, train, validate, budget or Budget(mean_bits=3.5), trials=trials, **how)
+
+
+def rows(found):
+    return [(t["params"], t["loss"], t["state"]) for t in found.report["trials"]]
+
+
+def test_the_result_is_within_the_budget_and_no_worse_than_any_baseline(network, tmp_path):
+    found = search(network, Budget(bytes=3000, mean_bits=4))
+    judged = [t for t in found.report["trials"] if t["loss"] is not None]
+    assert found.loss == min(t["loss"] for t in judged)
+    assert found.cost["mean_bits"] <= 4
+    assert save(pack(found.model, remove=False), tmp_path / "m.sgsc") == found.cost["bytes"] <= 3000
+    assert validate(pack(found.model, remove=False)) == pytest.approx(found.loss)
+    names = [t["baseline"] for t in found.report["trials"] if t["baseline"]]
+    assert {"uniform 2", "uniform 3", "greedy", "integer program"} <= {*names, *_same(found)}
+    assert {"uniform 6", "uniform 8"} <= set(found.report["baselines_over_budget"])
+    assert not {"uniform 2", "uniform 3", "uniform 4"} & set(found.report["baselines_over_budget"])
+    assert all(t["cost"]["mean_bits"] <= 4 for t in judged)
+
+
+def _same(found):
+    """Allocations that are a uniform width too are one trial."""
+    return {"greedy", "integer program"} if len([t for t in found.report["trials"] if t["baseline"]]) < 8 else set()
+
+
+def test_a_baseline_that_is_best_wins(network):
+    def prefers_three(model):
+        return sum(abs(float(m.weight_quantizer.bits().float().mean()) - 3) for m in quant_layers(model).values())
+
+    found = search(network, trials=8, validate=prefers_three, widths=False)
+    assert (found.origin, found.loss) == ("uniform 3", 0)
+
+
+def test_finish_takes_the_better_of_search_and_baseline(network):
+    calls = []
+
+    def finish(model, report):
+        calls.append(sorted({int(m.weight_quantizer.bits()[0]) for m in quant_layers(model).values()}))
+        if len(calls) == 1:  # the winner of the trials is spoilt by its last training
+            with torch.no_grad():
+                model[0].weight.mul_(0)
+
+    found = search(network, finish=finish)
+    assert len(calls) == len(found.report["finalists"]) == 2
+    assert found.origin != "search"
+    assert found.loss == min(f["loss"] for f in found.report["finalists"])
+
+
+def test_interrupted_and_resumed_is_the_same_study(network, tmp_path):
+    whole = search(network, trials=16)
+    storage = open_storage(tmp_path / "s.db")
+    search(network, trials=11, storage=storage)
+    storage.engine.dispose()
+    storage = open_storage(tmp_path / "s.db")
+    again = search(network, trials=16, storage=storage)
+    assert rows(again) == rows(whole)
+    with pytest.raises(ValueError, match=r"study 'search' is of another budget, seed: .*; give the settings"):
+        search(network, Budget(mean_bits=3), trials=16, storage=storage, seed=1)
+    storage.engine.dispose()
+
+
+def test_candidates_that_diverge_are_handled(network):
+    def sometimes(model):
+        return math.nan if quant_layers(model)["0"].weight.shape[0] != 64 else validate(model)
+
+    found = search(network, validate=sometimes, trials=30)
+    states = [t["state"] for t in found.report["trials"]]
+    assert "diverged" in states
+    assert quant_layers(found.model)["0"].weight.shape[0] == 64
+    with pytest.raises(ValueError, match="none of the 5 trials gave a finite validation loss; train the parent longer"):
+        search(network, validate=lambda model: math.nan, trials=5)
+
+
+def test_hopeless_candidates_are_stopped_early(network):
+    def trained_to_the_end(model, report):
+        channels = quant_layers(model)["0"].weight.shape[0]
+        report(10.0 if channels > 64 else 1.0)
+        ended.append(channels)
+
+    ended = []
+    found = search(network, train=trained_to_the_end, trials=40)
+    stopped = [t for t in found.report["trials"] if t["state"] == "pruned"]
+    assert stopped
+    assert all(t["params"]["width.0"] > 64 and t["number"] >= 8 for t in stopped)
+    assert not [t for t in found.report["trials"] if t["state"] == "pruned" and t["baseline"]]
+
+
+def test_a_constant_objective_is_searched(network):
+    found = search(network, validate=lambda model: 1.0, trials=20)
+    assert found.loss == 1.0
+    assert len({str(t["params"]) for t in found.report["trials"]}) == 20
+
+
+def test_a_budget_below_the_smallest_network_is_named(network):
+    with pytest.raises(ValueError, match=r"the budget is below the smallest network .*bytes 100 < [\d,]+, with 2 bits"):
+        search(network, Budget(bytes=100))
+
+
+def test_a_space_of_one_point_ends(network):
+    found = search(network, Budget(mean_bits=2), widths=False, trials=30)
+    assert set(found.configuration.bits.values()) == {2}
+    assert found.report["reason"] == "every configuration of the space was tried"
+    assert len([t for t in found.report["trials"] if t["loss"] is not None]) == 1
+
+
+def test_an_error_in_training_leaves_a_readable_study(network, tmp_path):
+    def broken(model, report):
+        raise RuntimeError("out of memory")
+
+    storage = open_storage(tmp_path / "s.db")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        search(network, train=broken, storage=storage)
+    study = optuna.load_study(study_name="search", storage=storage)
+    assert study.trials[0].state == optuna.trial.TrialState.FAIL
+    assert search(network, trials=10, storage=storage).loss < 1
+    storage.engine.dispose()
+
+
+def test_wrong_arguments_are_named(network):
+    with pytest.raises(ValueError, match="trials=0 tries nothing"):
+        search(network, trials=0)
+    with pytest.raises(ValueError, match="sampler='x' is not known; choose one of kmeans-tpe"):
+        search(network, sampler="x")
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_other_samplers_keep_to_the_budget(network, sampler):
+    found = search(network, sampler=sampler, trials=25)
+    assert all(t["cost"]["mean_bits"] <= 3.5 for t in found.report["trials"] if t["cost"])
+    assert found.report["sampler"] == sampler
+
+
+def test_the_winner_goes_on_into_sgsc(network):
+    found = search(network, trials=12)
+    float_again = as_float(found.model)
+    layers = quant_layers(found.model)
+    assert {n: m.weight.shape for n, m in layers.items()} == {
+        n: float_again.get_submodule(n).weight.shape for n in layers
+    }
+    assert not quant_layers(float_again)
+    assert validate(prepare(float_again).model) < 1.0
