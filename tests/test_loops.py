@@ -163,7 +163,7 @@ def test_an_average_adopts_the_widths_that_were_trained():
 
 
 def test_an_average_without_it_has_widths_that_nobody_trained():
-    run = start(norm=True, dtype=torch.float32, bit_rate=0.8, target_size=0.2)
+    run = start(norm=True, dtype=torch.float32, bit_rate=0.8, target_size=0.2, shrink_share=0.6, settle_share=0.9)
     average = averaging(run)
     theirs = [average.module[i].weight_quantizer.bits() for i in (0, 3, 5)]
     ours = [run.model[i].weight_quantizer.bits() for i in (0, 3, 5)]

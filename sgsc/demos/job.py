@@ -39,7 +39,8 @@ from .training import augmentation, batches, evaluate, train
 MODEL, FLOAT, KEPT, CHECKPOINT = "model.sgsc", "float.safetensors", "preservation.safetensors", "checkpoint.safetensors"
 REPORTS = ("report.json", "certificate.json", "report.html")  # written last: those of an older run must not stay
 LEARNED = ("integer", "half-steps", "ternary", "interpolated")  # quantizers whose widths a run can learn
-CHECKPOINT_EVERY = 4  # checks of the guard; the curve over steps has a point each
+CHECKPOINT_EVERY = 4  # checks of the guard
+LOOK_EVERY = 4  # the same: each point of the curve over steps costs a pass over LOOK samples
 CANDIDATES = 5000  # training samples that the preservation set is chosen from, at most: each costs a backward pass
 LOOK = 2000  # validation samples that the curve over steps is measured on, at most
 
@@ -227,11 +228,11 @@ def _train_compressed(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         run.step()
-        if run.steps % (CHECKPOINT_EVERY * config.guard_every) == 0 or run.steps == config.steps:
+        if run.steps % (LOOK_EVERY * config.guard_every) == 0 or run.steps == config.steps:
             run.history[-1] |= evaluate(model, look)
-            if run.steps < config.steps:
-                state = {"settings": settings, "run": run.state_dict(), "optimiser": optimiser.state_dict()}
-                save_checkpoint(folder / CHECKPOINT, state | {"order": order.get_state()})
+        if run.steps % (CHECKPOINT_EVERY * config.guard_every) == 0 and run.steps < config.steps:
+            state = {"settings": settings, "run": run.state_dict(), "optimiser": optimiser.state_dict()}
+            save_checkpoint(folder / CHECKPOINT, state | {"order": order.get_state()})
         shown = {k: v for k, v in run.history[-1].items() if k in ("size", "regressions", "accuracy", "loss")}
         progress("compression", run.steps, config.steps, shown)
     outcome = run.finish()
