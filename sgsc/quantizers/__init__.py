@@ -2,6 +2,7 @@
 
 from .base import QUANTIZERS, Codes, Quantizer, make_quantizer
 from .grids import HalfSteps, Interpolated, Ternary
+from .inputs import InputQuantizer, StaticInput
 from .lsq import LSQ
 from .self_compressing import PublishedSelfCompressing, SelfCompressing
 
@@ -10,10 +11,12 @@ __all__ = [
     "QUANTIZERS",
     "Codes",
     "HalfSteps",
+    "InputQuantizer",
     "Interpolated",
     "PublishedSelfCompressing",
     "Quantizer",
     "SelfCompressing",
+    "StaticInput",
     "Ternary",
     "make_quantizer",
 ]
