@@ -10,9 +10,9 @@
 `size_weight` is a price: it follows from the target size, stored bytes over float32 bytes (bits.py, controller.py).
 Every `guard_every` steps the guard compares with the float model on the whole preservation set. While the size still
 shrinks it only looks: what is lost then, training mends as a rule, and what is given back is sold again. Once
-widths are settled any excess raises `preservation_weight`, and where nothing at the target held, evidence of harm that
-training does not mend gives bits back where their loss cost most (guard.py): the target gives way to the tolerance. The
-smallest model that held everything is kept; `finish` returns to it.
+widths are settled any excess raises `preservation_weight`; half of the rest later, where nothing at the target held,
+evidence of harm that training does not mend gives bits back where their loss cost most (guard.py): the target gives way
+to the tolerance. The smallest model that held everything is kept; `finish` returns to it.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ class SelfCompression:
         elif self.steps >= self.control.settled:
             most = INSIST_MOST * self.config.preservation_weight
             self.preservation_weight = min(most, self.preservation_weight * INSIST)
-            if self._insists(found):
+            if self.steps >= self.control.gives_way and self._insists(found):
                 self._restore(found)
         self.history.append(
             {

@@ -5,8 +5,8 @@
              much, at the target; ever more slowly, since each change of a width costs the weights some steps
     settled  widths stay, weights and ranges go on; the size is at most the target, and less than one bit's room below
 
-What the guard gives back once widths are settled is not sold again: a run that does not hold its tolerance at the
-target ends with the smallest model that does.
+Half of the steps at settled widths belong to training alone. What the guard gives back after them is not sold again: a
+run that does not hold its tolerance at the target ends with the smallest model that does.
 
 Nothing depends on how many steps a bit takes to sell: the clearing price of bits.py sells what the schedule asks for.
 """
@@ -31,6 +31,7 @@ from .size import SizeModel, float_bytes
 
 LANDINGS = 60  # rounds of selling or buying that a landing may take; each measures a file
 ROOM = 0.004  # of the target, that may stay unused
+WAIT = 0.5  # share of the steps at settled widths that training alone gets: it mends much as its rate falls
 LEAST_CUT = 0.02  # of the channels, that are worth tracing the model anew
 
 
@@ -64,6 +65,7 @@ class Controller:
         self.target = config.target_size  # grows by what the guard gives back
         self.settled = max(config.shrink_share, config.settle_share) * config.steps
         self.settled = min(self.settled, config.steps - 1)  # the last step lands, the latest
+        self.gives_way = self.settled + WAIT * (config.steps - self.settled)  # the step from which the target may grow
         self.holding = False
         self.stuck = False  # whether a landing found nothing left to sell
         self.look_anew()

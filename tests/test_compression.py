@@ -427,7 +427,7 @@ def test_a_useful_channel_forced_to_no_bits_comes_back(trained, keep):
     run._check()
     assert not run.events  # while the size shrinks the guard looks, and no more
     assert run.preservation_weight == run.config.preservation_weight
-    run.control.settled = 0
+    run.control.settled, run.control.gives_way = 0, 0
     for _ in range(8):  # each check gives back a limited share of the bits
         run._check()
     back = run.model[3].weight_quantizer.bits()[worst]
@@ -452,11 +452,16 @@ def test_the_guard_waits_while_training_mends(trained, keep):
     assert mends(Check(0, 0, 100, 0.3, 0.2), before(0, 0.4), 4)
     assert not mends(Check(0, 0, 100, 0.3, 0.2), before(0, 0.4), 2)
     run = started(trained, keep, tolerance=0.0)
-    run.control.settled = 0
+    run.control.settled, run.control.gives_way = 0, 1
     with torch.no_grad():
         run.model[3].weight_quantizer.bit_depth[4:] = 0
     run.history[-1] |= {"regressions": 60, "margin_lost": 2.0}
     run.best_size = 0.3
+    for _ in range(4):
+        run._check()
+        assert not run.events  # widths have not been settled for long
+    run.control.gives_way = 0
+    run.history[-3:] = [run.history[0] | {"regressions": 60, "margin_lost": 2.0}] * 3
     for _ in range(3):
         run._check()
         assert not run.events
