@@ -35,6 +35,7 @@ SUMMARY = (
     *("float_accuracy", "packed_accuracy", "accuracy_standard_error", "float_loss", "packed_loss", "channels"),
     *("channels_removed", "target_held", "tolerance_held", "seconds", "backend", "nominal_bytes"),
 )
+BUNDLED = ("digits", "char-lm")  # tasks that bring their data along
 
 
 class OutOfTime(Exception):
@@ -131,7 +132,7 @@ class Settings:
     def flags(self, task: str) -> list[str]:
         """What every command on this task gets."""
         flags = ["--device", self.device]
-        return flags if self.data is None else [*flags, "--data", str(self.data)]
+        return flags if self.data is None or task in BUNDLED else [*flags, "--data", str(self.data)]
 
     def timeout(self) -> float | None:
         """Of a subprocess."""
@@ -199,9 +200,10 @@ class Section:
 
         def measure() -> Row:
             s, start = self.settings, self.start(task, seed)
-            flags = [*s.flags(task), *s.rest, *rest]
+            flags = [*s.flags(task), *s.rest]
             if task in s.steps:
                 flags += ["--float-steps", str(s.steps[task][0]), "--steps", str(s.steps[task][1])]
+            flags += rest  # after the schedule: it may ask for steps of its own
             if start.is_file():
                 flags += ["--start", str(start)]
             with tempfile.TemporaryDirectory() as folder:

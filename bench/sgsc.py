@@ -1,7 +1,7 @@
 """Compression of real tasks: targets, uniform training at equal bytes, what the preservation set does, other libraries.
 
-    python -m bench.sgsc [mnist] [names] [cifar10] [resnet20] [shakespeare] [quantizers] [ablation] [peers] --data PATH
-                         [--reduced] [--seconds N] [--seeds N] [--targets T,T] [--device cuda]
+    python -m bench.sgsc [mnist] [names] [cifar10] [resnet20] [shakespeare] [steps] [quantizers] [ablation] [peers]
+                         --data PATH [--reduced] [--seconds N] [--seeds N] [--targets T,T] [--device cuda]
 
 Each run is `sgsc compress` in a process of its own, and reads its test split once. `--reduced` is a schedule for a CPU;
 each row says which it was trained by, and the two never share a mean. What is in the results at this commit is not
@@ -24,17 +24,18 @@ from sgsc.demos.training import usable
 
 from . import record
 from .runs import OutOfTime, Row, Section, Settings
-from .sgsc_claims import ablated, ahead, default_form, loss_claims, mnist_claims, named, near_float
+from .sgsc_claims import ablated, ahead, default_form, loss_claims, mnist_claims, named, near_float, of_steps
 from .sgsc_peers import measure_peers, peer_claims
 
 SEEDS = {"mnist": 5, "names": 5, "cifar10": 3, "resnet20": 3, "shakespeare": 3, "quantizers": 3, "ablation": 5}
-SEEDS |= {"peers": 1}
+SEEDS |= {"steps": 3, "peers": 1}
 # the first ones are what is claimed
 TARGETS = {"mnist": (0.02, 0.01, 0.05, 0.005), "names": (0.10, 0.20, 0.05), "cifar10": (0.025, 0.01, 0.05)}
 UNIFORM = {"resnet20": (4, 3, 2), "shakespeare": (4, 3, 2, 8)}  # widths
 RESNET20 = 0.10
 FORMS = ("integer", "half-steps", "ternary", "interpolated")  # of learned widths; the first is the default
 FORMS_AT = (0.05, 0.02, 0.01, 0.007)  # on digits
+STEPS, STEPS_AT = (500, 1000, 2000), 0.02  # on digits
 ABLATED = {"mnist": 0.01, "names": 0.10, "resnet20": 0.05}  # task -> target size
 WITHOUT = ("--preservation-weight", "0", "--tolerance", "0.999")  # neither a loss on the set nor a guard that acts
 # task -> steps of the float training and of the compression, for two CPU cores
@@ -61,6 +62,14 @@ def against_uniform(section: Section, seeds: Sequence[int], targets: Sequence[fl
         for seed in seeds:
             point = section.uniform(section.name, bits, seed)
             section.sgsc(section.name, point["stored_ratio"], seed, against=point["method"])
+
+
+def steps(section: Section, seeds: Sequence[int], targets: Sequence[float]) -> None:
+    """Fewer and more steps at one target, on digits: only noise is to tell them apart."""
+    for target in targets or (STEPS_AT,):
+        for seed in seeds:
+            for count in STEPS:
+                section.sgsc("digits", target, seed, rest=("--steps", str(count)), steps=count)
 
 
 def quantizers(section: Section, seeds: Sequence[int], targets: Sequence[float]) -> None:
@@ -90,6 +99,7 @@ SECTIONS = {
         lambda rows: near_float(rows, "resnet20", RESNET20, SEEDS["resnet20"]) + ahead(rows, SEEDS["resnet20"]),
     ),
     "shakespeare": (against_uniform, lambda rows: ahead(rows, SEEDS["shakespeare"])),
+    "steps": (steps, lambda rows: of_steps(rows, STEPS, SEEDS["steps"])),
     "quantizers": (quantizers, lambda rows: default_form(rows, FORMS, SEEDS["quantizers"])),
     "ablation": (ablation, ablated),
     "peers": (measure_peers, peer_claims),
@@ -105,13 +115,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench.sgsc: no section is called {unknown[0]!r}; there are {', '.join(SECTIONS)}", file=sys.stderr)
         raise SystemExit(2)
     schedule = "quick" if chosen.quick else "reduced" if chosen.reduced else "full"
-    steps = {"reduced": REDUCED, "quick": dict.fromkeys(REDUCED, (1, 2)), "full": {}}[schedule]
+    shorter = {"reduced": REDUCED, "quick": dict.fromkeys((*REDUCED, "digits"), (1, 2)), "full": {}}[schedule]
     device = usable(chosen.device)
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
     deadline = float("inf") if chosen.seconds is None else started + chosen.seconds
     with contextlib.ExitStack() as stack:
         settings = Settings(
-            *(schedule, steps, chosen.data, device, name, chosen.results, chosen.work),
+            *(schedule, shorter, chosen.data, device, name, chosen.results, chosen.work),
             rest=QUICK if chosen.quick else (),
             deadline=deadline,
         )

@@ -6,6 +6,7 @@ as many seeds as it asks for: the others count as not yet measured.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
@@ -123,6 +124,27 @@ def default_form(rows: list[Row], forms: Sequence[str], need: int) -> list[Row]:
                     (mine, row) for mine in pick(of, method=forms[0], seed=row["seed"], target_size=row["target_size"])
                 ]
             found.append(_lead(f"digits: ahead of {form} grids over all sizes{says(schedule)}", pairs, need))
+    return found
+
+
+def of_steps(rows: list[Row], counts: Sequence[int], need: int) -> list[Row]:
+    """How much accuracy moves from one number of steps to the next, twice as many: at most one standard error."""
+    found = []
+    for schedule in schedules(rows):
+        of = pick(rows, schedule=schedule)
+        error = statistics.fmean(row["accuracy_standard_error"] for row in of)
+        for few, many in itertools.pairwise(counts):
+            pairs = [
+                {"seed": row["seed"], "change": other["packed_accuracy"] - row["packed_accuracy"]}
+                for row in pick(of, steps=few)
+                for other in pick(of, steps=many, seed=row["seed"], target_size=row["target_size"])
+            ]
+            change = statistics.fmean(pair["change"] for pair in pairs) if pairs else None
+            text = f"digits: test accuracy moved by {many:,} steps after {few:,}, either way{says(schedule)}"
+            sign = -1 if change is not None and change < 0 else 1
+            found.append(
+                over_seeds(text, pairs, lambda pair, sign=sign: sign * pair["change"], need, error, "share", False)
+            )
     return found
 
 

@@ -67,7 +67,7 @@ def curve(rows: Sequence[Row]) -> str:
     ordered = [{**row, "named": _name(row)} for row in sorted(rows, key=lambda row: row["schedule"] != "full")]
     lines = [
         [group[0]["named"], steps(group), seeds(group), stored(group), *quality(group), *harm(group), _seconds(group)]
-        for group in grouped(ordered, "schedule", "device", "named")
+        for group in grouped(ordered, "schedule", "device", "named", "steps")
     ]
     head = ["method", "schedule, steps", "seeds", "stored, % of float32 bytes", *judged(rows)]
     head += ["guard regressions", "their 95 % bound, %", "seconds"]
@@ -147,7 +147,7 @@ def _both(group: Sequence[Row]) -> list[str]:
 
 
 LAYOUTS: dict[str, Callable[[Sequence[Row]], str]] = {
-    **dict.fromkeys(("mnist", "names", "cifar10", "resnet20", "shakespeare", "quantizers"), curve),
+    **dict.fromkeys(("mnist", "names", "cifar10", "resnet20", "shakespeare", "steps", "quantizers"), curve),
     "ablation": ablation,
     "peers": peers,
 }

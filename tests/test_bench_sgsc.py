@@ -185,6 +185,39 @@ def test_shakespeare_runs(bench, monkeypatch):
     assert [row["method"] for row in rows_of(bench, "shakespeare")] == ["lsq3", "sgsc"]
 
 
+def test_more_and_fewer_steps_are_rows_of_their_own(bench, monkeypatch):
+    monkeypatch.setattr(sgsc, "STEPS", (1, 2, 4))
+    bench("steps", "--targets", "0.6")
+    assert [(row["task"], row["steps"]) for row in rows_of(bench, "steps")] == [("digits", n) for n in (1, 2, 4)]
+    found = record.read("sgsc", bench.folder)["claims"]
+    assert [c["claim"].split(":")[1].split(",")[0] for c in found] == [
+        *(f" test accuracy moved by {many} steps after {few}" for few, many in ((1, 2), (2, 4)))
+    ]
+    shown = readme.filled(SECTION, bench.folder)
+    assert all(f"| sgsc at 60 % | quick, {n} |" in shown for n in (1, 2, 4))
+
+
+def test_a_move_of_accuracy_counts_either_way():
+    def rows(*accuracies):
+        of = {"schedule": "full", "seed": 0, "target_size": 0.02, "accuracy_standard_error": 0.01}
+        return [{**of, "steps": n, "packed_accuracy": a} for n, a in zip((1, 2), accuracies, strict=True)]
+
+    for last, held in ((0.909, True), (0.891, True), (0.911, False), (0.889, False)):
+        (claim,) = sgsc_claims.of_steps(rows(0.9, last), (1, 2), 1)
+        assert claim["measured"] == pytest.approx(abs(last - 0.9))
+        assert claim["holds"] is held
+    (claim,) = sgsc_claims.of_steps(rows(0.9, 0.9), (1, 2), 2)
+    assert not claim["holds"]  # one seed of two
+
+
+def test_each_form_of_the_grids_is_run_alike(bench, monkeypatch):
+    ran = bench("quantizers", "--targets", "0.6")
+    assert [c[c.index("--quantizer") + 1] for c in ran] == list(sgsc.FORMS)
+    assert {row["target_size"] for row in rows_of(bench, "quantizers")} == {0.6}
+    (first, *_) = (c["claim"] for c in record.read("sgsc", bench.folder)["claims"])
+    assert first.startswith(f"digits: ahead of {sgsc.FORMS[1]} grids over all sizes")
+
+
 def test_without_the_set_neither_loss_nor_guard_act_and_the_same_samples_are_compared(bench, monkeypatch):
     monkeypatch.setattr(sgsc, "ABLATED", {"names": 0.6})
     with_it, without = bench("ablation")
