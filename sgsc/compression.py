@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .config import CompressionConfig
 from .controller import Controller
 from .distributed import Ranks
-from .guard import GIVE_BACK, MOST_GENEROUS, Check, check, mends, restore
+from .guard import GIVE_BACK, MOST_GENEROUS, Check, check, mends, owned, restore
 from .layers import quant_layers
 from .preservation import PreservationSet
 from .samples import as_deployed, device_of
@@ -293,17 +293,18 @@ class SelfCompression:
         channels = sum(int(mask.sum()) for mask in given.values())
         if not channels:
             return
-        for name, rows in given.items():
-            self._forget_moments(bits.layers[name].weight, rows)
+        parameters = dict(self.model.named_parameters())
+        for name, rows in owned(self.model, self.control.coupling, given):
+            self._forget_moments(parameters.get(name), rows)
         self.concessions += self._late
         self.control.give_way()
         self._event("guard", f"{found.violation()}: gave bits back to {channels} channels")
 
-    def _forget_moments(self, weight: Tensor, rows: Tensor) -> None:
-        state = self.optimizer.state.get(weight, {}) if self.optimizer is not None else {}
+    def _forget_moments(self, of: Tensor | None, rows: Tensor) -> None:
+        state = self.optimizer.state.get(of, {}) if self.optimizer is not None and of is not None else {}
         for value in state.values():
-            if isinstance(value, Tensor) and value.shape == weight.shape:
-                zero_rows(value, rows)
+            if of is not None and isinstance(value, Tensor) and value.shape == of.shape:
+                zero_rows(value, rows.to(value.device))
 
     def _snapshot(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.model.state_dict().items()}

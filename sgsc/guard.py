@@ -8,7 +8,7 @@ change, since a removed channel behind a ReLU has no gradient of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,28 +112,36 @@ def set_widths(layers: dict[str, QuantLayer], new: dict[str, Tensor]) -> None:
         set_depth(layer, torch.where(depth.round() == new[name], depth, new[name]))
 
 
+def owned(model: nn.Module, coupling: Coupling, which: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """What belongs to channels, by key of the state dict: rows of weights, biases, batch norms and their statistics.
+
+    `which`: layer name -> (C,) bool. Yields (key, (n,) bool).
+    """
+    ids = torch.zeros(len(coupling.pinned), dtype=torch.bool)
+    for name, mask in which.items():
+        layer = model.get_submodule(name)
+        for part in ("weight", "bias"):
+            if isinstance(getattr(layer, part, None), Tensor):
+                yield f"{name}.{part}".removeprefix("."), mask
+        if name in coupling.produced:
+            ids[coupling.produced[name][mask.cpu()]] = True
+    for name, of in coupling.norms.items():
+        norm = model.get_submodule(name)
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            if isinstance(getattr(norm, part), Tensor):
+                yield f"{name}.{part}", ids[of]
+
+
 def revive(model: nn.Module, coupling: Coupling, good: dict[str, Tensor], which: dict[str, Tensor]) -> None:
     """Bring removed channels back as they were: weights, biases and batch norms from a snapshot of the state dict.
 
     `which`: layer name -> (C,) bool. Biases and batch norms of these channels were silenced when they died.
     """
     with torch.no_grad():
-        alive_again = torch.zeros(len(coupling.pinned), dtype=torch.bool)
-        for name, mask in which.items():
-            layer = model.get_submodule(name)
-            for part in ("weight", "bias"):
-                value = getattr(layer, part, None)
-                if isinstance(value, Tensor):
-                    value[mask] = good[f"{name}.{part}" if name else part][mask]
-            if name in coupling.produced:
-                alive_again[coupling.produced[name][mask.cpu()]] = True
-        for name, ids in coupling.norms.items():
-            mask = alive_again[ids]
-            norm = model.get_submodule(name)
-            for part in ("weight", "bias", "running_mean", "running_var"):
-                value = getattr(norm, part)
-                if isinstance(value, Tensor):
-                    value[mask.to(value.device)] = good[f"{name}.{part}"][mask.to(value.device)]
+        state = model.state_dict()
+        for name, mask in owned(model, coupling, which):
+            rows = mask.to(state[name].device)
+            state[name][rows] = good[name][rows]
 
 
 def _weight_gradients(model: nn.Module, keep: PreservationSet) -> dict[str, tuple[Tensor, Tensor]]:

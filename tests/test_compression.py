@@ -515,6 +515,26 @@ def test_restoration_without_a_loss_of_bits_gives_nothing(trained, keep):
     assert all(torch.equal(v, state[k]) for k, v in run.model.state_dict().items())
 
 
+def test_moments_of_what_came_back_are_forgotten_biases_and_norms_too(trained, keep):
+    run = started(trained, keep, tolerance=0.0)
+    names = ("0.weight", "0.bias", "1.weight", "1.bias")  # the rows of one layer, and the batch norm behind
+    for name in names:
+        value = run.model.get_parameter(name)
+        run.optimizer.state[value] = {"step": torch.tensor(1.0), "exp_avg": torch.ones_like(value)}
+    with torch.no_grad():
+        run.model[0].weight_quantizer.bit_depth[4:] = 0
+    run.control.coupling.silence(run.model)
+    run._restore(check(run.model, keep, 0.0))
+    back = run.model[0].weight_quantizer.bits() > 0
+    back[:4] = False
+    assert back.any()
+    for name in names:
+        state = run.optimizer.state[run.model.get_parameter(name)]
+        assert (state["exp_avg"][back] == 0).all(), name
+        assert (state["exp_avg"][~back] == 1).all(), name
+        assert state["step"] == 1
+
+
 def test_revival_brings_back_weights_biases_and_batch_norm(trained, keep):
     run = started(trained, keep)
     with torch.no_grad():
