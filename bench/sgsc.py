@@ -24,7 +24,7 @@ from sgsc.demos.training import usable
 
 from . import record
 from .runs import OutOfTime, Row, Section, Settings
-from .sgsc_claims import ablated, ahead, default_form, loss_claims, mnist_claims, named, near_float, of_steps
+from .sgsc_claims import ablated, ahead, default_form, loss_claims, mnist_claims, named, near_float, of_steps, on_target
 from .sgsc_peers import measure_peers, peer_claims
 
 SEEDS = {"mnist": 5, "names": 5, "cifar10": 3, "resnet20": 3, "shakespeare": 3, "quantizers": 3, "ablation": 5}
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             settings.work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for name in chosen.sections or SECTIONS:
             run, claims = SECTIONS[name]
-            section = Section(name, settings, claims)
+            section = Section(name, settings, lambda rows, name=name, own=claims: own(rows) + on_target(rows, name))
             seeds = range(chosen.seeds or (1 if chosen.quick else SEEDS[name]))
             try:
                 run(section, seeds, chosen.targets)

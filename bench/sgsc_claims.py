@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from .record import claim
 from .runs import Row
 
+OFF_TARGET = 0.01  # of the target, that a stored size may be away from it
 ACCURACY = {0.02: 0.994, 0.01: 0.985}  # MNIST: stored share -> to reach
 LOSS = (0.10, 1.626)  # names: stored share, to reach
 NO_WORSE = 0.20  # names: stored share at which the loss is to be no worse than the float network's
@@ -48,6 +49,21 @@ def over_seeds(
     reached = measured is not None and (measured >= target if least else measured <= target)
     count = f"mean of {seeds} seeds" if seeds >= need else f"mean of {seeds} of {need} seeds"
     return claim(f"{text}, {count}", target, measured, unit, reached and seeds >= need)
+
+
+def on_target(rows: list[Row], section: str) -> list[Row]:
+    """How far the stored size lies from its target, in the worst of all runs."""
+    found = []
+    for schedule in schedules(rows):
+        off = [
+            abs(row["stored_ratio"] / row["target_size"] - 1)
+            for row in pick(rows, schedule=schedule)
+            if "target_size" in row and "against" not in row  # else the target is another's bytes, and a limit
+        ]
+        if off:
+            text = f"{section}: stored size off its target, worst of {len(off)} runs{says(schedule)}"
+            found.append(claim(text, OFF_TARGET, max(off), "of it", max(off) <= OFF_TARGET))
+    return found
 
 
 def mnist_claims(rows: list[Row]) -> list[Row]:

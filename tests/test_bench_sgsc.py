@@ -189,12 +189,23 @@ def test_more_and_fewer_steps_are_rows_of_their_own(bench, monkeypatch):
     monkeypatch.setattr(sgsc, "STEPS", (1, 2, 4))
     bench("steps", "--targets", "0.6")
     assert [(row["task"], row["steps"]) for row in rows_of(bench, "steps")] == [("digits", n) for n in (1, 2, 4)]
-    found = record.read("sgsc", bench.folder)["claims"]
+    *found, size = record.read("sgsc", bench.folder)["claims"]
+    assert size["claim"].startswith("steps: stored size off its target, worst of 3 runs")
     assert [c["claim"].split(":")[1].split(",")[0] for c in found] == [
         *(f" test accuracy moved by {many} steps after {few}" for few, many in ((1, 2), (2, 4)))
     ]
     shown = readme.filled(SECTION, bench.folder)
     assert all(f"| sgsc at 60 % | quick, {n} |" in shown for n in (1, 2, 4))
+
+
+def test_a_size_off_its_target_counts_either_way_in_the_worst_run():
+    def rows(*ratios, **more):
+        return [{"schedule": "full", "target_size": 0.02, "stored_ratio": r, **more} for r in ratios]
+
+    for ratios, held in (((0.02, 0.0199), True), ((0.02, 0.0203), False), ((0.0197, 0.02), False)):
+        (claim,) = sgsc_claims.on_target(rows(*ratios), "x")
+        assert claim["holds"] is held
+    assert sgsc_claims.on_target(rows(0.01, against="lsq2"), "x") == []
 
 
 def test_a_move_of_accuracy_counts_either_way():
