@@ -7,6 +7,10 @@ A channel sells where its bit is worth less than its price and buys where it is 
 equals price, whatever the scale of the loss. An optimiser that divides each channel's gradient by that channel's own
 magnitude (Adam) cannot do this: the price cancels and acts as a switch.
 
+The average goes back over ten of the steps in which a channel was reached: an entry of an embedding that matters in one
+step of fifty is worth a fiftieth of what it is then, and not nothing in the other forty-nine. An entry that was reached
+keeps a bit at any price: gradients do not tell what the last one is worth, and its symbol would be lost for good.
+
 The price is the one at which what is sold, less what is bought, is what the schedule of sizes asks for at this step.
 Solving for it (bisection on C-sized vectors) is dual ascent with an exact inner step: there is no gain to tune, nothing
 winds up, and the size neither lags nor overshoots.
@@ -17,16 +21,18 @@ All channels of all layers lie in one vector, so that a step costs the same numb
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .distributed import Ranks
-from .layers import QuantLayer, quant_layers
+from .layers import QuantEmbedding, QuantLayer, quant_layers
 from .quantizers.self_compressing import MAX_BITS
 from .sharding import whole_tensor
 
-AVERAGE = 0.9  # decay of the running mean of worth_c
+PROBATION = 500  # steps in which an entry of an embedding must be reached, or it may go
+AVERAGE = 0.9  # decay of the running mean of worth_c, a step in which the channel's gradient is not 0
 BISECTIONS = 40
 SMALLEST_PRICE, LARGEST_PRICE = 1e-9, 2.0  # in units of the largest worth: there the dearest bits sell at half speed
 
@@ -76,8 +82,10 @@ class BitOptimizer:
 
     Attributes:
         depths: Layer name -> its (C,) learned widths.
-        worth: (C,) of all channels: what a bit is worth.
-        least: (C,) bits that a channel keeps at any price.
+        worth: (C,) of all channels: what a bit is worth, the mean over steps.
+        weight: (C,) what stands behind it, 0 to 1.
+        reached, looked: (C,) steps in which the gradient was not 0, and all in which there was one.
+        least: (C,) bits that a channel keeps at any price, beside entries of embeddings, see `floor`.
     """
 
     def __init__(
@@ -104,9 +112,25 @@ class BitOptimizer:
         grids = [p for layer in self.layers.values() for p in layer.weight_quantizer.parameters() if id(p) not in own]
         self.grids = torch.optim.Adam(grids, lr=grid_rate)
         self.gradient: dict[nn.Parameter, Tensor] = {}
-        self._handles = [p.register_post_accumulate_grad_hook(self._collect) for p in [*self.depths.values(), *grids]]
+        self._handles = [self._take_over(p) for p in [*self.depths.values(), *grids]]
         self.worth = torch.zeros_like(self.flat(self.depths).detach())
-        self.least = torch.zeros_like(self.worth)
+        self.weight, self.reached, self.looked = (torch.zeros_like(self.worth) for _ in range(3))
+        self.look_anew({})
+
+    def look_anew(self, answers: Mapping[str, Tensor]) -> None:
+        """Learn which channels are to stay; `answers`: layer name -> (C,) bool, what `Coupling.answers` found."""
+        none = {name: torch.zeros(len(d), dtype=torch.bool) for name, d in self.depths.items()}
+        entries = {name: ~none[name] for name, layer in self.layers.items() if isinstance(layer, QuantEmbedding)}
+        self.least = self.flat(none | dict(answers)).to(self.worth)
+        self.entries = self.flat(none | entries).to(self.worth.device)
+
+    def _take_over(self, parameter: nn.Parameter) -> Any:
+        """Collect from now on, in place of a run that was broken off: its hook would take the gradients first."""
+        former = getattr(parameter, "collector", None)
+        if former is not None:
+            former.remove()
+        parameter.collector = parameter.register_post_accumulate_grad_hook(self._collect)  # pyright: ignore
+        return parameter.collector  # pyright: ignore
 
     def _collect(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
@@ -157,6 +181,11 @@ class BitOptimizer:
         """(C,) bits a weight that the size term charges, of all channels."""
         return torch.cat([layer.weight_quantizer.bit_cost() for layer in self.layers.values()])
 
+    def floor(self) -> Tensor:
+        """(C,) bits that each channel keeps at any price, as far as is known by now."""
+        kept = self.entries & ((self.reached > 0) | (self.looked < PROBATION))
+        return self.least.maximum(kept.to(self.least.dtype))
+
     @torch.no_grad()
     def step(self, size_gradient: Tensor, price: float, sell: float | None) -> float:
         """Move the ranges and, unless `sell` is None, the widths.
@@ -183,24 +212,34 @@ class BitOptimizer:
         per = size_gradient.to(self.worth.dtype).clamp_min(self.least_size)
         nan = float("nan")  # of a layer that no loss reached: its channels keep what they are worth
         gradient = torch.cat([self.gradient.get(d, torch.full_like(d, nan)) for d in self.depths.values()])
-        self.worth.copy_(torch.where(gradient.isnan(), self.worth, self.worth.lerp(-gradient / per, 1 - AVERAGE)))
+        self._learn(-gradient / per)
         self.gradient.clear()
         if sell is None:
             return price
         depth = self.flat(self.depths)
         # a removed channel has nothing left to sell, and only the guard brings it back; an answer is never sold
-        speed = self.bit_rate * (depth > self.least)
+        least = self.floor()
+        speed = self.bit_rate * (depth > least)
         if not speed.any():
             return price
         price = clearing_price(self.worth, speed * per, sell, (MAX_BITS - depth) * per)
         pace = (1 - self.worth / price).clamp(-1, 1) if price > 0 else torch.ones_like(depth)
-        change = (speed * pace).minimum(depth - self.least).maximum(depth - MAX_BITS)
+        change = (speed * pace).minimum(depth - least).maximum(depth - MAX_BITS)
         sold, bought = float(change.clamp_min(0) @ per), float(-change.clamp_max(0) @ per)
         # bits that seem to do harm want to go at any price: not below the schedule
         if sold > 0 and sold - bought > sell:
             change = torch.where(change > 0, change * max(0.0, (sell + bought) / sold), change)
         self._set(depth, depth - change)
         return price
+
+    def _learn(self, worth: Tensor) -> None:
+        """Average what bits were worth in this step, (C,), NaN where nothing is known."""
+        known = ~worth.isnan()
+        self.looked += known
+        self.reached += known & (worth != 0)
+        pace = (1 - AVERAGE) * known * self.reached / self.looked.clamp_min(1)
+        self.weight.lerp_(torch.ones_like(pace), pace)
+        self.worth.lerp_(torch.where(known, worth, 0.0), pace / torch.where(self.weight > 0, self.weight, 1.0))
 
     def _gradients_are_finite(self) -> bool:
         """Whether this step counts; gradients of a scaled loss are brought to scale, and may be infinite.
@@ -241,7 +280,7 @@ class BitOptimizer:
         """Sell one bit each of the channels whose bits are worth least, until `size` is sold; whether any was."""
         depth = self.flat(self.depths)
         width = depth.round()
-        may = width > self.least
+        may = width > self.floor()
         order = torch.where(may, self.worth, float("inf")).argsort(stable=True)[: int(may.sum())]
         count = int((size_gradient[order].cumsum(0) < size).sum()) + 1
         new = depth.clone()
@@ -265,15 +304,19 @@ class BitOptimizer:
     def keep(self, left: dict[str, Tensor]) -> None:
         """Forget channels that were cut out; `left`: layer name -> (C,) bool of its channels before."""
         mask = self.flat({n: left.get(n, torch.ones_like(d, dtype=torch.bool)) for n, d in self.depths.items()})
-        self.worth, self.least = self.worth[mask], self.least[mask]
+        for name in self._AVERAGES:
+            setattr(self, name, getattr(self, name)[mask])
         self.gradient.clear()
+
+    _AVERAGES = ("worth", "weight", "reached", "looked")
 
     def state_dict(self) -> dict:
         """What a checkpoint needs."""
-        return {"worth": self.worth, "grids": self.grids.state_dict()}
+        return {"grids": self.grids.state_dict(), **{name: getattr(self, name) for name in self._AVERAGES}}
 
     def load_state_dict(self, state: dict) -> None:
         """Inverse of `state_dict`."""
-        self.worth = state["worth"].to(self.worth)
+        for name in self._AVERAGES:
+            setattr(self, name, state[name].to(self.worth))
         self.grids.load_state_dict(state["grids"])
         self.gradient.clear()

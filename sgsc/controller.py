@@ -56,6 +56,8 @@ class Controller:
         optimizers: Sequence[torch.optim.Optimizer] = (),
         ranks: Ranks | None = None,
     ) -> None:
+        if config.cut and not optimizers:
+            raise ValueError("cut=True without optimizer: give it, since its state must follow what is cut out")
         self.model, self.config, self.file, self.say = model, config, file, say
         self.float_bytes = float_bytes(model)
         self.bits = BitOptimizer(model, config.bit_rate, config.grid_rate, 1 / (8 * self.float_bytes), ranks)
@@ -79,9 +81,7 @@ class Controller:
         with whole(self.model):
             self.coupling = couple(self.model)
             self.sizes = SizeModel(self.model, self.coupling, file=True)
-        answers = self.coupling.answers()  # a class without a bit would never be answered again
-        none = {n: torch.zeros(len(d), dtype=torch.bool) for n, d in self.bits.depths.items()}
-        self.bits.least = self.bits.flat(none | answers).to(self.bits.worth)
+        self.bits.look_anew(self.coupling.answers())  # a class without a bit would never be answered again
         self.silent: Tensor | None = None  # (ids,) channels that were dead at the last call of `cut`
         self._known: tuple[Any, ...] = ()
 

@@ -327,6 +327,55 @@ def test_what_is_bought_fits_and_is_worth_most(trained):
     assert not bits.buy_dearest(size, 2.9)
 
 
+def test_what_is_needed_seldom_is_worth_its_mean_at_every_moment():
+    bits = BitOptimizer(prepare(nn.Linear(5, 3, bias=False)).model, bit_rate=0.5, grid_rate=0.0)
+    seen = []
+    for step in range(1000):
+        seldom = 50.0 if step % 50 == 40 else 0.0
+        bits._learn(torch.tensor([1.0, seldom, float("nan") if step else 3.0]))
+        seen.append(bits.worth.clone())
+    always, late, once = torch.stack(seen[500:]).unbind(1)
+    assert torch.allclose(always, torch.ones(500))
+    assert 0.8 < late.min() < late.max() < 1.25
+    assert (once == 3).all()  # nothing new was learned of it
+    bits._learn(torch.full((3,), float("nan")))
+    assert torch.equal(bits.worth, seen[-1])
+
+
+def test_an_entry_of_an_embedding_that_was_reached_keeps_a_bit_and_one_that_never_is_may_go():
+    model = prepare(nn.Sequential(nn.Embedding(6, 8), nn.Linear(8, 4))).model
+    bits = BitOptimizer(model, bit_rate=1.0, grid_rate=0.0)
+    size = torch.ones(10)
+
+    def sell(steps):
+        for _ in range(steps):
+            loss = model(torch.tensor([0, 1, 2])).square().sum() * 1e-6
+            loss.backward()
+            bits.step(size, 0.0, 1e9)
+            while bits.sell_cheapest(size, 1e9):
+                pass
+        return bits.depths["0"].round().tolist()
+
+    assert sell(20) == [1.0] * 6  # too early to tell which is used
+    assert sell(500) == [1.0] * 3 + [0.0] * 3
+
+
+def test_a_run_that_was_broken_off_leaves_the_model_to_the_next(trained, keep):
+    first = started(trained, keep)
+    first.loss(F.cross_entropy(first.model(blobs().tensors[0]), blobs().tensors[1])).backward()
+    second = SelfCompression(first.model, keep, optimizer=first.optimizer, **first.config.as_dict())
+    taken = dict(first.control.bits.gradient)
+    second.loss(F.cross_entropy(first.model(blobs().tensors[0]), blobs().tensors[1])).backward()
+    assert len(second.control.bits.gradient) == len(taken) > 0
+    assert first.control.bits.gradient.keys() == taken.keys()
+    second.step()
+
+
+def test_cutting_needs_the_optimizer(trained, keep):
+    with pytest.raises(ValueError, match="cut=True without optimizer: give"):
+        SelfCompression(prepare(trained).model, keep, target_size=0.1, steps=60, cut=True)
+
+
 def test_no_price_sells_the_dearest_bits_like_the_cheapest():
     worth, speed = torch.rand(50, generator=torch.Generator().manual_seed(0)) + 0.1, torch.ones(50)
     price = clearing_price(worth, speed, 1e9)
