@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -115,7 +116,7 @@ def _input(name: str, layer: PackedLayer) -> list[list[float]]:
         return []
     scale, low, high = layer.input_grid.tolist()
     try:
-        said = [float(f"{scale:.9g}"), int(low), int(high)]  # nine digits tell every float32
+        said = [float(str(np.float32(scale))), int(low), int(high)]  # in the fewest digits that tell the float32
         same = torch.equal(input_grid(*said).to(layer.input_grid), layer.input_grid)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"layer {name!r}: {error}") from None

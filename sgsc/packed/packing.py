@@ -58,7 +58,7 @@ def pack_layer(layer: QuantLayer) -> PackedLayer:
 def _input_grid(quantizer: nn.Module, cls: type[PackedLayer]) -> Tensor:
     if not isinstance(quantizer, InputQuantizer) or not issubclass(cls, PackedProduct):
         raise ValueError(
-            f"an input_quantizer of {type(quantizer).__name__} on a {cls.type_name} has no packed form; "
+            f"an input_quantizer of {type(quantizer).__name__} has no packed form on a {cls.type_name}; "
             "want an InputQuantizer, on a layer that multiplies, or None"
         )
     scale, low, high, shift = (float(value) for value in quantizer.grid())

@@ -147,6 +147,17 @@ def check_many_tokens(device="cpu"):
             check_all(LINEAR, cases, device, lambda name: "17-rows" in name or "exact" in name)
 
 
+def check_static(device="cpu"):
+    """A grid of x is applied first; few columns and many, in either numerics."""
+    for op, few, many in ((LINEAR, "-17-rows", "DENSE"), (CONV2D, "", "DENSE_PIXELS")):
+        some = {name: case for name, case in op.cases().items() if name.startswith("static") and few in name}
+        some = dict(list(some.items())[:8]) | {n: c for n, c in op.cases().items() if n.startswith("static-exact")}
+        assert len(some) >= 9
+        check_all(op, some, device, lambda name: "nan" not in name)
+        with with_settings(**{many: -1}):
+            check_all(op, some, device, lambda name: "nan" not in name)
+
+
 def refused(*_, **__):
     raise AssertionError("left to the reference, or to a dense copy of the weights")
 
@@ -257,6 +268,7 @@ CHECKS = {
     "packed-counters": check_counters,
     "packed-shares": check_shares,
     "packed-linear-of-many-tokens": check_many_tokens,
+    "packed-static": check_static,
     "packed-conv2d": check_conv2d,
     "packed-conv2d-channels-in-runs": check_channels_in_runs,
     "packed-conv2d-of-many-pixels": check_many_pixels,
