@@ -94,6 +94,17 @@ def test_sums_do_not_overflow(ends, tokens, level):
     assert_same(y + 0.0, exact.float() + 0.0)
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 17])
+def test_sums_that_would_overflow_are_of_floats(tokens, level):
+    levels, rows = deep_rows(2 * WIDEST_STATIC)
+    offset = torch.full((48,), 256.0)
+    codes = torch.full((tokens, 2 * WIDEST_STATIC), 255)
+    y = multiply(codes.float(), rows, torch.ones(48), offset, torch.tensor([1.0, 0.0, 255.0]))
+    exact = codes.double() @ (levels.double() + 256).t()
+    assert exact.max() > 2**32 - 2**28
+    assert_close_to(y, exact, 1e-4)
+
+
 @every_grid
 @pytest.mark.parametrize("padding", [[0, 0], [1, 2]])
 @pytest.mark.parametrize(("inputs", "width"), [(5, 9), (8, 16)], ids=["gathered", "where-they-lie"])
