@@ -82,7 +82,8 @@ class PackedConv2d(PackedProduct):
 
     def _convolve(self, x: Tensor) -> Tensor:
         geometry = (self.kernel, self.stride, self._symmetric, self.dilation, self.groups)
-        return packed_conv2d(x, self.tiles, self.bias, *geometry, self.numerics == "int8", self.input_form)
+        b = self._buffers
+        return packed_conv2d(x, self.tiles, b["bias"], *geometry, self.numerics == "int8", b["input_form"])
 
     def settings(self) -> dict[str, Any]:
         """Geometry; padding as F.pad takes it."""
@@ -105,8 +106,9 @@ class PackedConv1d(PackedConv2d):
     def _convolve(self, x: Tensor) -> Tensor:
         (k,), (s,), (p,), (d,) = self.kernel, self.stride, self._symmetric, self.dilation
         geometry = ([1, k], [1, s], [0, p], [1, d], self.groups)
-        numerics = (self.numerics == "int8", self.input_form)
-        return packed_conv2d(x.unsqueeze(2), self.tiles, self.bias, *geometry, *numerics).squeeze(2)
+        b = self._buffers
+        numerics = (self.numerics == "int8", b["input_form"])
+        return packed_conv2d(x.unsqueeze(2), self.tiles, b["bias"], *geometry, *numerics).squeeze(2)
 
 
 class PackedEmbedding(PackedLayer):
