@@ -20,7 +20,7 @@ def input_grid(scale: float, code_min: float, code_max: float) -> Tensor:
     Raises:
         ValueError: If it is no grid that the operations take.
     """
-    grid = torch.tensor([float(scale), float(code_min), float(code_max)])
+    grid = torch.tensor([float(scale), float(code_min), float(code_max)], dtype=torch.float32)
     if not 0 < grid[0] < float("inf"):
         raise ValueError(f"the input's grid has the scale {scale}; want a positive, finite float32")
     whole = float(code_min).is_integer() and float(code_max).is_integer()
