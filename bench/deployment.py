@@ -6,6 +6,7 @@
                   ours and float torch eager, by torch.compile, and exported ahead of time by AOTInductor
     load          seconds and peak memory of loading 64 MiB of packed weights, and the repacking alone
     overhead      microseconds of a call where there is next to nothing to compute
+    static        inputs on a grid that is known beforehand, beside int8 whose steps are measured and exact numerics
 
 Everyone computes with the same weights, those that the packed layers hold, and a row is written only for a result that
 was judged against float64 in the same run. Int8 of others has weights of 8 bits, ours 4 in the mean. Ratios are peer
@@ -40,6 +41,7 @@ from .deployment_networks import (
     exact_result,
     with_numerics,
 )
+from .deployment_static import measure_static
 from .deployment_timing import OURS, Contender, Row, measured
 from .record import claim, write
 
@@ -246,6 +248,7 @@ SECTIONS: dict[str, Callable[[float, bool], Measured]] = {
     "network": measure_network,
     "load": measure_load,
     "overhead": measure_overhead,
+    "static": measure_static,
 }
 
 if __name__ == "__main__":

@@ -65,39 +65,44 @@ def relative_error(found: Any, exact: Tensor) -> float:
     return float((found - exact).norm() / exact.norm()) if found.shape == exact.shape else float("nan")
 
 
-def visited(runs: Mapping[str, Callable[[], Any]], budget: float) -> dict[str, list[float]]:
+def visited(
+    runs: Mapping[str, Callable[[], Any]], budget: float, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds a call, one number a visit: all take turns, each after a pause and a call that warms the caches.
 
     Args:
         runs: What to time, by name.
         budget: Seconds of visits to each, at least; FEWEST visits are made.
+        clock: What tells the seconds.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     repeats = {}
     for name, run in runs.items():
         run()
-        start = time.perf_counter()
+        start = clock()
         run()
-        repeats[name] = max(1, min(1000, int(VISIT / (time.perf_counter() - start))))
+        repeats[name] = max(1, min(1000, int(VISIT / (clock() - start))))
     left = list(runs)
     while left:
         for name in left:
             time.sleep(PAUSE)
             runs[name]()
-            start = time.perf_counter()
+            start = clock()
             for _ in range(repeats[name]):
                 runs[name]()
-            times[name].append((time.perf_counter() - start) / repeats[name])
+            times[name].append((clock() - start) / repeats[name])
         left = [name for name in left if len(times[name]) < FEWEST or sum(times[name]) * repeats[name] < budget]
     return times
 
 
-def measured(case: Row, contenders: Mapping[str, Contender], budget: float) -> list[Row]:
-    """A row a contender: medians and minima, or why there is none."""
+def measured(
+    case: Row, contenders: Mapping[str, Contender], budget: float, clock: Callable[[], float] = time.perf_counter
+) -> list[Row]:
+    """A row a contender: medians and minima by that clock, or why there is none."""
     what = ", ".join(map(str, case.values()))
     with torch.inference_mode():
         runs, errors, missing = admit(contenders, what)
-        times = visited(runs, budget)
+        times = visited(runs, budget, clock)
     rows = []
     for name in contenders:
         seconds = times.get(name)

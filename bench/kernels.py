@@ -244,11 +244,11 @@ def fake_quantize_claims(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, An
 def float_form(name: str, arguments: tuple) -> Callable[[], Tensor] | None:
     """torch's own operation on weights that were dequantized beforehand; None where it has no such operation."""
     if name == "packed_linear":
-        x, *tiles, bias, rows, width, _ = arguments
+        x, *tiles, bias, rows, width, _, _ = arguments
         weight = tiled_weight(*tiles, rows, width, 1, x.dtype)[0]
         return lambda: F.linear(x, weight, bias)
     if name == "packed_conv2d":
-        x, *tiles, bias, rows, kernel, stride, padding, dilation, groups, _ = arguments
+        x, *tiles, bias, rows, kernel, stride, padding, dilation, groups, _, _ = arguments
         inputs, taps = x.shape[1] // groups, kernel[0] * kernel[1]
         area = 1 if slides(x.shape[1], groups) else taps
         weight = tiled_weight(*tiles, rows, inputs * taps, area, x.dtype)[0].view(rows, inputs, *kernel)

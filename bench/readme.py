@@ -21,6 +21,7 @@ from sgsc.files import write_atomically
 
 from .cells import cell, microseconds, plain, spread, table, times
 from .deployment_memory import LOAD
+from .deployment_static import FLOATS, MEASURED, STATIC
 from .deployment_timing import OURS
 from .gpu_tables import checks, choices, crossovers, linear
 from .peer_claims import best_peer, groups, ours
@@ -251,6 +252,20 @@ def standing(timed: Mapping[str, float], numerics: str, pick: Callable[[Iterable
     return times(min(others) / pick(mine)) if mine and others else ""
 
 
+def grids(rows: Rows) -> str:
+    """A case and its threads a line: who took turns, and what a grid that is known beforehand is worth."""
+    cases: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        cases.setdefault((row["case"], str(row["threads"])), {})[row["by"]] = row["microseconds"]
+    names = list(dict.fromkeys(row["by"] for row in rows))
+    lines = [
+        [*case, *(microseconds(of[name]) for name in names), *(times(of[by] / of[STATIC]) for by in (MEASURED, FLOATS))]
+        for case, of in cases.items()
+    ]
+    head = ["case", "threads", *names, "int8 / static", "exact / static"]
+    return f"{table(head, lines)}\n\nMicroseconds, median; a ratio below 1 (bold): the grid is slower."
+
+
 def loading(rows: Rows) -> str:
     """Seconds of loading: what is done a line; then the peak of memory."""
     of = {(row["what"], row["threads"]): row for row in rows if "milliseconds" in row}
@@ -298,6 +313,7 @@ LAYOUTS: dict[str, Callable[[Rows], str]] = {
     "convolution": functools.partial(turns, pick=max, which="our slower width"),
     "network": functools.partial(turns, pick=min, which="our fastest form"),
     "load": loading,
+    "static": grids,
     "overhead": functools.partial(turns, pick=max, which="ours"),
     "checks": checks,
     "linear": linear,

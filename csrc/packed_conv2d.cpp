@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -25,23 +26,32 @@ void check_pair(const char* name, const Convolution::Sizes& pair, std::int64_t l
   if (pair.size() != 2) refuse(std::string(name) + " has " + std::to_string(pair.size()) + " numbers; want 2");
 }
 
-// A plane of floats, or of units of int8, with zeros around it.
+// A plane of floats, or of units of int8, with what stands for zero around it.
 template <class T, class U>
-void pad(const T* x, const Convolution& c, U* padded) {
+void pad(const T* x, const Convolution& c, U zero, U* padded) {
   const std::int64_t wide = c.padded_width(), side = c.padding[1];
-  std::fill_n(padded, c.padding[0] * wide + side, U{0});
+  std::fill_n(padded, c.padding[0] * wide + side, zero);
   padded += c.padding[0] * wide + side;
   for (std::int64_t y = 0; y < c.height; ++y, x += c.width, padded += wide) {
     if constexpr (std::is_same<T, U>::value)
       std::copy(x, x + c.width, padded);
     else
       for (std::int64_t i = 0; i < c.width; ++i) padded[i] = widen(x[i]);
-    std::fill_n(padded + c.width, y + 1 < c.height ? 2 * side : side, U{0});  // and the left of the next
+    std::fill_n(padded + c.width, y + 1 < c.height ? 2 * side : side, zero);  // and the left of the next
   }
-  std::fill_n(padded - side, c.padding[0] * wide, U{0});
+  std::fill_n(padded - side, c.padding[0] * wide, zero);
 }
 
 bool padded(const Convolution& c) { return c.padding[0] || c.padding[1]; }
+
+// A unit of `some` channels whose values are 0, and of others that are not there.
+std::uint32_t unit_of_zeros(std::int64_t some, std::int32_t centre) {
+  std::int8_t codes[UNIT] = {};
+  std::fill_n(codes, some, static_cast<std::int8_t>(-centre));
+  std::uint32_t unit;
+  std::memcpy(&unit, codes, sizeof unit);
+  return unit;
+}
 
 // One image as planes of units, and the step of its values where they are int8. A quad is four channels at one tap.
 class Exact {
@@ -82,18 +92,23 @@ class Int8 {
   static constexpr std::int64_t LINES = 1;
 
   Int8(const ConvolutionData& data, const Convolution& c, std::int64_t image, const Threads& threads)
-      : quads_((c.channels() + 3) / 4), units_(c.groups * quads_ * c.plane() * UNIT) {
+      : quads_((c.channels() + 3) / 4), units_(c.groups * quads_ * c.plane() * UNIT), centre_(0) {
     const TileKernels& kernels = tile_kernels();
     const std::int64_t size = c.height * c.width;
     const Scratch<float> widened(data.type == Type::f32 ? 0 : c.inputs * size);
     const float* x = widened.data();
     if (data.type == Type::f32) x = static_cast<const float*>(data.x) + image * c.inputs * size;
-    std::vector<float> largest(c.inputs);
-    threads.each(c.inputs, size, PLANE_VALUES, [&](std::int64_t i) {
-      if (data.type != Type::f32)
-        to_floats(data.type, data.x, (image * c.inputs + i) * size, size, widened.data() + i * size);
-      largest[i] = kernels.largest(x + i * size, size);
-    });
+    std::vector<float> largest(data.input ? 0 : c.inputs);
+    if (!data.input || data.type != Type::f32)
+      threads.each(c.inputs, size, PLANE_VALUES, [&](std::int64_t i) {
+        if (data.type != Type::f32)
+          to_floats(data.type, data.x, (image * c.inputs + i) * size, size, widened.data() + i * size);
+        if (!data.input) largest[i] = kernels.largest(x + i * size, size);
+      });
+    if (data.input) {
+      on_grid(*data.input, c, x, threads);
+      return;
+    }
     const Step step(kernels.largest(largest.data(), c.inputs));
     step_ = step.step;
     threads.each(c.groups * quads_, 4 * size, PLANE_VALUES, [&](std::int64_t i) {
@@ -105,7 +120,7 @@ class Int8 {
         const Scratch<std::uint32_t> apart(padded(c) ? size : 0);
         auto* codes = padded(c) ? reinterpret_cast<std::int8_t*>(apart.data()) : out;
         kernels.quantize_four(x + (i / quads_ * c.channels() + first) * size, size, some, step.inverse, codes);
-        if (padded(c)) pad(apart.data(), c, reinterpret_cast<std::uint32_t*>(out));
+        if (padded(c)) pad(apart.data(), c, std::uint32_t{0}, reinterpret_cast<std::uint32_t*>(out));
       }
     });
   }
@@ -119,6 +134,7 @@ class Int8 {
     float steps[TILE];
     std::fill(steps, steps + TILE, step_);
     tile_kernels().dot_values(strip, at, 1, quads, ones, 0, 1, totals);
+    for (std::int32_t& total : totals) total += centre_;
     return side_of_x(totals, steps);
   }
   static void settle(const std::int32_t* sums, int live, const Side& x, const Side& rows, const Target& out) {
@@ -126,9 +142,27 @@ class Int8 {
   }
 
  private:
+  void on_grid(const InputGrid& grid, const Convolution& c, const float* x, const Threads& threads) {
+    const std::int64_t size = c.height * c.width;
+    std::vector<std::uint8_t> numbers(c.groups * quads_);
+    threads.each(c.groups * quads_, 4 * size, PLANE_VALUES, [&](std::int64_t i) {
+      const std::int64_t first = i % quads_ * 4, some = std::min<std::int64_t>(c.channels() - first, 4);
+      std::int8_t* out = units_.data() + i * c.plane() * UNIT;
+      const Scratch<std::uint32_t> apart(padded(c) ? size : 0);
+      auto* codes = padded(c) ? reinterpret_cast<std::int8_t*>(apart.data()) : out;
+      const float* from = x + (i / quads_ * c.channels() + first) * size;
+      numbers[i] = tile_kernels().quantize_four_static(from, size, some, grid, codes);
+      if (padded(c)) pad(apart.data(), c, unit_of_zeros(some, grid.centre), reinterpret_cast<std::uint32_t*>(out));
+    });
+    const bool all = std::find(numbers.begin(), numbers.end(), 0) == numbers.end();
+    step_ = all ? grid.scale : std::numeric_limits<float>::quiet_NaN();
+    centre_ = grid.centre * static_cast<std::int32_t>(c.levels);
+  }
+
   std::int64_t quads_;
   Scratch<std::int8_t> units_;
   float step_;
+  std::int32_t centre_;  // of all levels of a row
 };
 
 // Units of a strip's 16 pixels from the first on. They lie in runs of neighbours of one length, a power of two.
@@ -242,7 +276,8 @@ void one_image(const ConvolutionData& data, const Convolution& c, const TileList
     for (std::int64_t first = rows.first; first < rows.end; first += GROUP) {
       const std::int64_t n = std::min(GROUP, rows.end - first);
       std::vector<Side> of_rows;
-      for (std::int64_t t = 0; t < n; ++t) of_rows.push_back(side_of_rows(tiles[first + t], data.type, data.bias));
+      for (std::int64_t t = 0; t < n; ++t)
+        of_rows.push_back(side_of_rows(tiles[first + t], data.type, data.bias, data.input));
       multiply_pixels<Value, Sum>(tiles, first, n, levels, x, [&](std::int64_t s, std::int64_t t, const Sum* sums) {
         const Tile tile = tiles[first + t];
         const std::int64_t pixel = (from + s) * TILE, here = std::min<std::int64_t>(TILE, c.area() - pixel);
@@ -295,7 +330,8 @@ Convolution::Convolution(const Sizes& x, std::int64_t rows, const Sizes& kernel,
 void pad_plane(const ConvolutionData& data, const Convolution& c, std::int64_t image, std::int64_t channel,
                float* padded) {
   as_element(data.type, [&](auto element) {
-    pad(static_cast<const decltype(element)*>(data.x) + (image * c.inputs + channel) * c.height * c.width, c, padded);
+    pad(static_cast<const decltype(element)*>(data.x) + (image * c.inputs + channel) * c.height * c.width, c, 0.0f,
+        padded);
   });
 }
 
@@ -326,7 +362,7 @@ void packed_conv2d(const ConvolutionData& data, const Convolution& c, const Tile
   const bool by_image = c.batch >= threads.count;  // else the threads share each image
   (by_image ? threads : Threads::one()).run(c.batch, [&](std::int64_t image) {
     const Threads& inside = by_image ? Threads::one() : threads;
-    if (int8 && c.levels <= WIDEST)
+    if (int8 && c.in_integers(data.input))
       one_image<Int8>(data, c, list, image, inside);
     else
       one_image<Exact>(data, c, list, image, inside);

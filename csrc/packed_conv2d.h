@@ -35,6 +35,7 @@ struct Convolution {
   // Depthwise, or nearly so: tiles would be all but empty, and there is nothing to gain from int8. The rows are tiled
   // as those of a matrix are, and each slides over its own channels in exact numerics.
   bool sliding() const { return groups > 1 && channels() < 4; }
+  bool in_integers(bool with_grid) const { return !sliding() && as_integers(levels, with_grid); }  // of int8 numerics
   LevelOrder order() const { return LevelOrder(levels, sliding() ? 1 : taps()); }
 
   // Where the inputs of output pixel `pixel` begin in a padded plane, and where tap `tap` lies from there.
@@ -47,10 +48,12 @@ struct Convolution {
 };
 
 // x (batch, inputs, height, width), y (batch, rows, out_height, out_width) and bias (rows,), or null, of `type`.
+// `input` as that of a Linear.
 struct ConvolutionData {
   Type type;
   const void *x, *bias;
   void* y;
+  const InputGrid* input = nullptr;
 };
 
 // Throws unless the rows of each tile belong to one group.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -71,9 +72,15 @@ struct Int8 {
     for (std::int64_t t = 0; t < stride; ++t, codes += levels) {
       if (t < count) {
         const float* x = rows[first + t];
-        const Step step(kernels.largest(x, layer.width));
-        steps[t] = step.step;
-        if (step.step == step.step) totals[t] = kernels.quantize(x, layer.width, step.inverse, codes);
+        if (layer.input) {
+          const bool numbers = kernels.quantize_static(x, layer.width, *layer.input, codes, totals + t);
+          totals[t] += layer.input->centre * static_cast<std::int32_t>(layer.width);
+          steps[t] = numbers ? layer.input->scale : std::numeric_limits<float>::quiet_NaN();
+        } else {
+          const Step step(kernels.largest(x, layer.width));
+          steps[t] = step.step;
+          if (step.step == step.step) totals[t] = kernels.quantize(x, layer.width, step.inverse, codes);
+        }
       }
       const bool there = t < count && steps[t] == steps[t];
       std::fill(codes + (there ? layer.width : 0), codes + levels, std::int8_t{0});
@@ -95,7 +102,10 @@ struct Int8 {
 class Writer {
  public:
   Writer(const Linear& layer, const Tile& tile)
-      : layer_(layer), slots_(tile.slots), live_(tile.live()), rows_(side_of_rows(tile, layer.type, layer.bias)) {
+      : layer_(layer),
+        slots_(tile.slots),
+        live_(tile.live()),
+        rows_(side_of_rows(tile, layer.type, layer.bias, layer.input)) {
     bool follow = layer.type == Type::f32 && live_ == TILE;
     for (int r = 0; r < TILE; ++r) follow &= slots_[r] == slots_[0] + r;
     straight_ = follow;
@@ -227,7 +237,7 @@ void packed_linear(const Linear& layer, const Tiles& tiles, bool int8, const Thr
   if (!layer.m || !layer.rows) return;
   tile_kernels();  // if it throws, then here: inside the threads the message would be lost
   const TileList list(tiles);
-  if (int8 && layer.width <= WIDEST)
+  if (int8 && as_integers(layer.width, layer.input))
     product<Int8>(layer, list, threads);
   else
     product<Exact>(layer, list, threads);

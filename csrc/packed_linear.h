@@ -6,12 +6,14 @@
 
 namespace sgsc {
 
-// x (m, width) and y (m, rows) of `type`; bias (rows,) of `type`, or null.
+// x (m, width) and y (m, rows) of `type`; bias (rows,) of `type`, or null. `input`, or
+// null: for int8 that multiplies integers, since in exact numerics x is on its grid already.
 struct Linear {
   Type type;
   const void *x, *bias;
   void* y;
   std::int64_t m, width, rows;
+  const InputGrid* input = nullptr;
 };
 
 // Floor of one token: the bytes of the tiles, once. Of many: their operations at the rate of the arithmetic units.

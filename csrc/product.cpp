@@ -165,10 +165,13 @@ int Tile::live() const {
   return n;
 }
 
-Side side_of_rows(const Tile& tile, Type type, const void* bias) {
+Side side_of_rows(const Tile& tile, Type type, const void* bias, const InputGrid* input) {
   Side side;
   tile_kernels().side(tile.scale, tile.offset, side);
   std::fill(side.add, side.add + TILE, 0.0f);
+  std::fill(side.base, side.base + TILE, 0);
+  for (int r = 0; input && r < TILE && tile.slots[r] >= 0; ++r)
+    side.base[r] = input->centre * static_cast<std::int32_t>(input->level_sums[tile.slots[r]]);
   if (bias)
     as_element(type, [&](auto element) {
       const auto* values = static_cast<const decltype(element)*>(bias);

@@ -3,6 +3,7 @@
 //   exact  float values of x and float sums.
 //   int8   x rounded to 8 bits, one step a token (a row of x; an image of a convolution): with step = max |x| / 127,
 //          |error| <= step / 2 * sum_k |w_k|, beside the rounding of floats. Sums of levels are exact in 32 bits.
+//          Or x on an InputGrid: then what is left of the error is the rounding of floats.
 //
 // x comes in strips: 16 tokens side by side, (quads, 16, 4) int8 or (levels, 16) float, zeros where there is none.
 #pragma once
@@ -91,7 +92,7 @@ struct Step {
   explicit Step(float largest);
 };
 
-Side side_of_rows(const Tile& tile, Type type, const void* bias);  // of `type`, or null
+Side side_of_rows(const Tile& tile, Type type, const void* bias, const InputGrid* input);  // of `type`; or null
 // Sums of codes of 16 tokens and their steps; the first may be null for exact numerics, the second for steps of 1.
 Side side_of_x(const std::int32_t* totals, const float* steps);
 

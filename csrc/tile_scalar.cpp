@@ -90,8 +90,24 @@ void product(const std::uint8_t* lines, int bits, std::int64_t blocks, const flo
 
 }  // namespace
 
-const TileKernels tile_kernels_scalar{TILE,       encode,     levels,   values,   dot,          product,
-                                      dot_levels, dot_values, multiply, side,     settle,       scale,
-                                      interleave, slide,      largest,  quantize, quantize_four};
+const TileKernels tile_kernels_scalar{TILE,
+                                      encode,
+                                      levels,
+                                      values,
+                                      dot,
+                                      product,
+                                      dot_levels,
+                                      dot_values,
+                                      multiply,
+                                      side,
+                                      settle,
+                                      scale,
+                                      interleave,
+                                      slide,
+                                      largest,
+                                      quantize,
+                                      quantize_four,
+                                      quantize_static,
+                                      quantize_four_static};
 
 }  // namespace sgsc

@@ -1,6 +1,7 @@
 #include "tiles.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
@@ -75,6 +76,17 @@ void check_widths(const std::string& op, const PackedRows& packed, const Tiles& 
                                   " bits, its tile " + std::to_string(wide) +
                                   "; want rows no wider than their tile, and removed rows in tiles of 0 bits");
   }
+}
+
+InputGrid::InputGrid(const std::string& op, const float* values)
+    : scale(values[0]), code_min(values[1]), code_max(values[2]), centre(0), level_sums(values + 3) {
+  const bool whole = std::nearbyint(code_min) == code_min && std::nearbyint(code_max) == code_max;
+  if (!(scale > 0 && scale <= std::numeric_limits<float>::max() && whole && code_min <= 0 && code_max >= 0 &&
+        code_min < code_max && code_max - code_min <= 255))
+    throw std::invalid_argument(op + ": input_grid has a scale of " + std::to_string(scale) + " and codes " +
+                                std::to_string(code_min) + " .. " + std::to_string(code_max) +
+                                "; want a positive, finite scale, and 2 to 256 codes, 0 among them");
+  if (code_min < -128 || code_max > 127) centre = static_cast<std::int32_t>(code_min) + 128;
 }
 
 void tile(const PackedRows& packed, const LevelOrder& order, const Tiles& shape, std::uint8_t* lines,

@@ -23,6 +23,10 @@ constexpr int LINE = 64;                  // bytes
 constexpr int BLOCK = 32;                 // levels
 constexpr int QUADS = 8;                  // of a block
 constexpr std::int64_t WIDEST = 1 << 15;  // levels whose int8 products still fit 32 bits: 2^15 * (255 + 256) * 127
+constexpr std::int64_t WIDEST_STATIC = 1 << 14;  // the same of codes on an InputGrid: 2^14 * (255 + 256) * 255
+
+// Whether int8 numerics multiply integers; wider rows are computed in exact ones.
+inline bool as_integers(std::int64_t width, bool with_grid) { return width <= (with_grid ? WIDEST_STATIC : WIDEST); }
 
 struct Tiles {
   const std::uint8_t* lines;
@@ -61,10 +65,23 @@ void tile(const PackedRows& packed, const LevelOrder& order, const Tiles& shape,
 // A strip is what a product takes beside the tile: `stride` values side by side, of which it uses the first `m`:
 // (quads, stride, 4) bytes or (levels, stride) floats. Sums are (m, TILE); m is a power of two up to `most`.
 
-// For rows: their offset, the integer before the fraction, scale, and bias. For x: twice its sum, and its step. The
-// integers take part before anything is rounded: as floats, the sum of levels and the offset's share would cancel.
+// A grid of x that is known before x is: code = x / scale within code_min .. code_max, half to even. What is multiplied
+// is code - centre, a signed byte; `centre` times the sum of a row's levels, known beforehand too, makes up for it.
+struct InputGrid {
+  float scale, code_min, code_max;
+  std::int32_t centre;
+  const float* level_sums;  // (rows,) integers
+
+  // Throws std::invalid_argument, naming `op`, unless scale is positive and finite, and the codes are integers, 2 to
+  // 256 of them, and 0 is among them. `values`: scale, code_min, code_max and the sums.
+  InputGrid(const std::string& op, const float* values);
+};
+
+// For rows: their offset, the integer before the fraction, scale, bias, and what the centre of codes brings. For x:
+// twice its sum, and its step. The integers take part before anything is rounded: as floats, the sum of levels and the
+// offset's share would cancel.
 struct Side {
-  std::int32_t whole[TILE];
+  std::int32_t base[TILE], whole[TILE];
   float part[TILE], factor[TILE], add[TILE];
 };
 
@@ -103,8 +120,8 @@ struct TileKernels {
   // What a tile's 16 rows bring to a product, but for their bias.
   void (*side)(const float* scale, const float* offset, Side& rows);
   // From sums (m, TILE), any m, of levels times codes of x to those of real weights times real x, with the bias. Lanes
-  // and strip bring what they have: (sum + lanes.whole * strip.whole + lanes.part * strip.part) * lanes.factor *
-  // strip.factor + lanes.add + strip.add.
+  // and strip bring what they have: (sum + lanes.base + strip.base + lanes.whole * strip.whole + lanes.part *
+  // strip.part) * lanes.factor * strip.factor + lanes.add + strip.add.
   void (*settle)(const std::int32_t* sums, int m, const Side& lanes, const Side& strip, const Target& out);
   // The same of float sums, which hold the offset already: sum * lanes.factor * strip.factor + lanes.add + strip.add.
   void (*scale)(const float* sums, int m, const Side& lanes, const Side& strip, const Target& out);
@@ -119,6 +136,10 @@ struct TileKernels {
   std::int32_t (*quantize)(const float* x, std::int64_t n, float inverse, std::int8_t* out);
   // The same of `planes` <= 4 planes of n values, side by side: (n, 4), zeros for planes that are not there.
   void (*quantize_four)(const float* x, std::int64_t n, std::int64_t planes, float inverse, std::int8_t* out);
+  // Both for a grid: code - centre. Whether all x are numbers; one that is not counts as code_min.
+  bool (*quantize_static)(const float* x, std::int64_t n, const InputGrid& grid, std::int8_t* out, std::int32_t* sum);
+  bool (*quantize_four_static)(const float* x, std::int64_t n, std::int64_t planes, const InputGrid& grid,
+                               std::int8_t* out);
 };
 
 const TileKernels& tile_kernels();

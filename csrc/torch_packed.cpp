@@ -1,4 +1,5 @@
 // The packed operations as torch sees them.
+#include "fake_quantize.h"
 #include "packed_conv2d.h"
 #include "packed_linear.h"
 #include "packed_rows.h"
@@ -119,18 +120,38 @@ Tensor tile(const Tensor& data, const Tensor& bits, const Tensor& starts, const 
   return lines;
 }
 
-// What both products are given beside the tiles: x and bias as they are, and y made.
+// What both products are given beside the tiles: x, bias and the grid of x as they are, and y made.
 struct Operands {
   Type type;
   Tensor x, y;
-  std::optional<Tensor> bias;
+  std::optional<Tensor> bias, values;
+  std::optional<sgsc::InputGrid> grid;
 
+  // `integers`: whether codes are multiplied; else a grid is no longer there, and x is on it.
   Operands(const char* op, const Tensor& input, const Sizes& want, const std::optional<Tensor>& b, int64_t rows,
-           const Sizes& result)
+           const Sizes& result, const std::optional<Tensor>& input_grid, bool integers)
       : type(type_of(op, input, false)), x(take(op, "x", input, input.scalar_type(), want)), y(empty(input, result)) {
     if (b) bias = take(op, "bias", *b, input.scalar_type(), {rows});
+    if (!input_grid) return;
+    values = take(op, "input_grid", *input_grid, ScalarType::Float, {3 + rows});
+    grid.emplace(op, values->const_data_ptr<float>());
+    if (!integers) round();
   }
   const void* bias_data() const { return bias ? bias->const_data_ptr() : nullptr; }
+  const sgsc::InputGrid* grid_data() const { return grid ? &*grid : nullptr; }
+
+ private:
+  void round() {
+    const float shift = 0;
+    sgsc::GridRows row{};
+    row.type = type, row.rows = 1, row.width = x.numel(), row.x = x.const_data_ptr();
+    row.scale = &grid->scale, row.lo = &grid->code_min, row.hi = &grid->code_max, row.shift = &shift;
+    const Tensor rounded = sgsc::empty_reused(x, sizes_of(x), sgsc::size_of(type));
+    row.out = rounded.mutable_data_ptr();
+    sgsc::fake_quantize({row}, threads());
+    x = rounded;
+    grid.reset();
+  }
 };
 
 void check_size(const char* op, const char* name, int64_t size) {
@@ -139,33 +160,38 @@ void check_size(const char* op, const char* name, int64_t size) {
 }
 
 Tensor packed_linear(const Tensor& x, const Tensor& lines, const Tensor& plan, const Tensor& grid,
-                     const std::optional<Tensor>& bias, int64_t rows, int64_t width, bool int8) {
+                     const std::optional<Tensor>& bias, int64_t rows, int64_t width, bool int8,
+                     const std::optional<Tensor>& input_grid) {
   check_size("packed_linear", "rows", rows);
   check_size("packed_linear", "width", width);
   const Tiled tiled("packed_linear", lines, plan, grid, rows, sgsc::LevelOrder(width, 1));
   Sizes want = sizes_of(x), result = want;  // any rank of at least one
   (want.empty() ? want.emplace_back() : want.back()) = width;
   (result.empty() ? result.emplace_back() : result.back()) = rows;
-  const Operands p("packed_linear", x, want, bias, rows, result);
+  const bool integers = int8 && sgsc::as_integers(width, input_grid.has_value());
+  const Operands p("packed_linear", x, want, bias, rows, result, input_grid, integers);
   int64_t m = 1;
   for (size_t i = 0; i + 1 < want.size(); ++i) m *= want[i];
-  const sgsc::Linear layer{p.type, p.x.const_data_ptr(), p.bias_data(), p.y.mutable_data_ptr(), m, width, rows};
-  sgsc::packed_linear(layer, tiled.tiles, int8, threads());
+  const sgsc::Linear layer{p.type, p.x.const_data_ptr(), p.bias_data(), p.y.mutable_data_ptr(), m, width,
+                           rows,   p.grid_data()};
+  sgsc::packed_linear(layer, tiled.tiles, integers, threads());
   return p.y;
 }
 
 Tensor packed_conv2d(const Tensor& x, const Tensor& lines, const Tensor& plan, const Tensor& grid,
                      const std::optional<Tensor>& bias, int64_t rows, const Sizes& kernel, const Sizes& stride,
-                     const Sizes& padding, const Sizes& dilation, int64_t groups, bool int8) {
+                     const Sizes& padding, const Sizes& dilation, int64_t groups, bool int8,
+                     const std::optional<Tensor>& input_grid) {
   check_size("packed_conv2d", "rows", rows);
   const Sizes shape = sizes_of(x);
   const sgsc::Convolution c(shape, rows, kernel, stride, padding, dilation, groups);
   const Tiled tiled("packed_conv2d", lines, plan, grid, rows, c.order());
   sgsc::check_groups(c, tiled.tiles);
+  const bool integers = int8 && c.in_integers(input_grid.has_value());
   const Operands p("packed_conv2d", x, {c.batch, c.inputs, c.height, c.width}, bias, rows,
-                   {c.batch, rows, c.out_height, c.out_width});
-  sgsc::packed_conv2d({p.type, p.x.const_data_ptr(), p.bias_data(), p.y.mutable_data_ptr()}, c, tiled.tiles, int8,
-                      threads());
+                   {c.batch, rows, c.out_height, c.out_width}, input_grid, integers);
+  sgsc::packed_conv2d({p.type, p.x.const_data_ptr(), p.bias_data(), p.y.mutable_data_ptr(), p.grid_data()}, c,
+                      tiled.tiles, integers, threads());
   return p.y;
 }
 

@@ -5,9 +5,11 @@
             an area of height * width, tiles within groups; but where 1 to 3 channels make a group (depthwise), tiles
             as of a matrix: an area of 1, one group
     bias    (C,)  dtype of x, or None                 y   (B, C, H', W')  dtype of x
+    input_grid  (3 + C,) float32 as in input_grid.py, or None
 
 The numerics are those of packed_linear.py; int8 has one step an image, and depthwise layers, where it could gain
-nothing, stay exact. Sums are over the K products of one output, in any order.
+nothing, stay exact. With an input_grid padding is the code 0, and an image that holds NaN gives NaN. Sums are over the
+K products of one output, in any order.
 Floor: tiles plus x plus y once, 2 * B * H' * W' * C * K operations; no im2col matrix in memory.
 """
 
@@ -19,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .input_grid import WIDEST_STATIC, check_grid, codes_on, on_grid, with_sums
 from .op import Op
-from .packed_linear import NUMERICS, WIDEST, grid, quantize_tokens
+from .packed_linear import FORMS, FOUR_BITS, SIGNED, SKEW, UNSIGNED, WIDEST, grid, quantize_tokens, static_grid
 from .packing import PackedRows, case
 from .run_form import TiledRows, tile_rows, tiled_weight
 from .tiling import row_bits
@@ -59,20 +62,24 @@ def reference(
     dilation: Pair,
     groups: int,
     int8: bool,
+    input_grid: Tensor | None = None,
 ) -> Tensor:
     """The meaning: dequantize, then torch's own convolution."""
     check(x, rows, kernel, stride, padding, dilation, groups)
+    check_grid("packed_conv2d", input_grid, rows)
     inputs, taps = x.shape[1] // groups, kernel[0] * kernel[1]
     sliding = slides(x.shape[1], groups)
     tiles = (lines, plan, grid, rows, inputs * taps, 1 if sliding else taps)
-    int8 = int8 and not sliding and inputs * taps <= WIDEST
+    int8 = int8 and not sliding and inputs * taps <= (WIDEST if input_grid is None else WIDEST_STATIC)
     weight, live = tiled_weight(*tiles, torch.float64 if int8 else x.dtype)
     weight = weight.view(rows, inputs, *kernel)
     if int8:
-        codes, step = quantize_tokens(x, (1, 2, 3))
+        image = (1, 2, 3)
+        codes, step = quantize_tokens(x, image) if input_grid is None else codes_on(x, input_grid, image)
         y = F.conv2d(codes.double(), weight, None, stride, padding, dilation, groups) * step
         y = y.to(x.dtype) if bias is None else y.to(x.dtype) + bias[:, None, None]
     else:
+        x = x if input_grid is None else on_grid(x, input_grid)
         y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     alone = torch.zeros_like(y) if bias is None else bias.to(y.dtype)[:, None, None]
     return torch.where(live[:, None, None], y, alone)  # also where x is not finite
@@ -107,8 +114,9 @@ def check(x: Tensor, rows: int, kernel: Pair, stride: Pair, padding: Pair, dilat
             )
 
 
-def _fake(x, lines, plan, grid, bias, rows, kernel, stride, padding, dilation, groups, int8):
+def _fake(x, lines, plan, grid, bias, rows, kernel, stride, padding, dilation, groups, int8, input_grid=None):
     check(x, rows, kernel, stride, padding, dilation, groups)
+    check_grid("packed_conv2d", input_grid, rows)
     height, width = (output_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
     return x.new_empty(x.shape[0], rows, height, width)
 
@@ -127,6 +135,7 @@ def _case(
     with_bias: bool = True,
     shift: float = 0.0,
     int8: bool = False,
+    codes: tuple[int, int] | None = None,
 ) -> tuple:
     bits = (torch.arange(channels) * 5 % 9).to(torch.uint8)
     packed = case(bits, inputs // groups * kernel[0] * kernel[1])[1]
@@ -135,16 +144,17 @@ def _case(
     x = torch.randn(batch, inputs, *size, generator=torch.Generator().manual_seed(channels)).to(dtype)
     bias = bias.to(dtype) if with_bias else None
     geometry = (list(kernel), list(stride), list(padding), list(dilation), groups)
-    return x, *tiles[:3], bias, tiles.rows, *geometry, int8
+    static = with_sums(static_grid(codes), packed) if codes else None
+    return x, *tiles[:3], bias, tiles.rows, *geometry, int8, static
 
 
 def cases() -> dict[str, tuple]:
-    """Geometries, named after the edge each presses on, in both numerics."""
+    """Geometries, named after the edge each presses on, in both numerics and on grids of x."""
     found = {}
-    for number, numerics in enumerate(NUMERICS):
+    for form, (int8, codes) in FORMS.items():
 
-        def of(int8: bool = bool(number), **options) -> tuple:
-            return _case(int8=int8, **options)
+        def of(int8: bool = int8, codes: tuple[int, int] | None = codes, **options) -> tuple:
+            return _case(int8=int8, codes=codes, **options)
 
         wide, odd = of(size=(12, 11)), of()
         odd[0][0, 0, 3, 3], odd[0][1, 1, 0, 0] = float("nan"), float("inf")
@@ -189,12 +199,16 @@ def cases() -> dict[str, tuple]:
             "depthwise-nan-and-infinity": alone,
             "channels-last": (wide[0].to(memory_format=torch.channels_last), *wide[1:]),
         }
-        found |= {f"{numerics}-{name}": arguments for name, arguments in one.items()}
+        found |= {f"{form}-{name}": arguments for name, arguments in one.items()}
+    for name, codes in {"unsigned": UNSIGNED, "signed": SIGNED, "four-bits": FOUR_BITS}.items():
+        found[f"static-{name}"] = _case(int8=True, codes=codes, inputs=6, groups=1)
+    found["static-too-deep"] = _case(int8=True, codes=SKEW, inputs=1821, size=(2, 2), batch=1)
+    found["static-exact"] = _case(codes=UNSIGNED)
     return found
 
 
 def bench_cases() -> dict[str, tuple]:
-    """Layers of a small ResNet and of a MobileNet, one image and a batch, in both numerics."""
+    """Layers of a small ResNet and of a MobileNet, one image and a batch, in both numerics and on a grid."""
     layers = {
         "16x16x3x3-32px": {"channels": 16, "inputs": 16, "size": (32, 32)},
         "64x64x3x3-32px": {"channels": 64, "inputs": 64, "size": (32, 32)},
@@ -204,17 +218,18 @@ def bench_cases() -> dict[str, tuple]:
         "depthwise-64-32px": {"channels": 64, "inputs": 64, "size": (32, 32), "groups": 64},
     }
     return {
-        f"{name}-B{batch}-{numerics}": _case(**layer, batch=batch, int8=numerics == "int8")
+        f"{name}-B{batch}-{form}": _case(**layer, batch=batch, int8=int8, codes=codes and UNSIGNED)
         for name, layer in layers.items()
         for batch in (1, 32)
-        for numerics in NUMERICS
+        for form, (int8, codes) in FORMS.items()
     }
 
 
 OP = Op(
     name="packed_conv2d",
     schema="(Tensor x, Tensor lines, Tensor plan, Tensor grid, Tensor? bias,"
-    " int rows, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, int groups, bool int8) -> Tensor",
+    " int rows, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, int groups, bool int8,"
+    " Tensor? input_grid=None) -> Tensor",
     reference=reference,
     fake=_fake,
     cases=cases,
@@ -239,12 +254,15 @@ def packed_conv2d(
     dilation: Pair,
     groups: int,
     int8: bool = False,
+    input_grid: Tensor | None = None,
 ) -> Tensor:
-    """`torch.nn.functional.conv2d` with packed weights, as `tile_kernel` made them.
+    """`torch.nn.functional.conv2d` with packed weights, as `tile_kernel` made them; the rest as in `packed_linear`.
 
     Raises:
-        ValueError: If x is not (B, I, H, W), `groups` does not divide, or the kernel is larger than the padded input.
+        ValueError: If x is not (B, I, H, W), `groups` does not divide, the kernel is larger than the padded input, or
+            `input_grid` is none.
     """
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)  # as under autocast
-    return OP(x, tiles.lines, tiles.plan, tiles.grid, bias, tiles.rows, kernel, stride, padding, dilation, groups, int8)
+    weights = (tiles.lines, tiles.plan, tiles.grid, bias, tiles.rows)
+    return OP(x, *weights, kernel, stride, padding, dilation, groups, int8, input_grid)

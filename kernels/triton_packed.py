@@ -14,7 +14,8 @@
 Floor, few columns: the bytes of the words, bits / 8 a weight. Float32 x is cut into three bfloat16 parts whose products
 are exact, so that sums have float32's error at three times the operations; of many columns torch decides, as for its
 own layers (`allow_tf32`). int8 numerics bound the error, they ask for no rounding: up to DENSE columns, where bytes
-bind and not operations, x stays as it is, and what is not finite gives what it does in exact numerics.
+bind and not operations, x stays as it is, and what is not finite gives what it does in exact numerics. An input_grid
+is applied first, by fake_quantize, and then the product is the exact one, in either numerics.
 
 Workspaces (sums in parts, dense weights, codes) are plain tensors. torch's allocator is the cache: a call after the
 first gets the same blocks in a microsecond, without a wait for the GPU; the memory is a stream's own until its work is
@@ -46,6 +47,8 @@ from . import (
     triton_packed_kernels,
     triton_tables,
 )
+from .fake_quantize import OP as FAKE_QUANTIZE
+from .input_grid import check_grid, on_grid
 from .op import LIBRARY
 from .packed_conv2d import check as check_conv2d
 from .packed_conv2d import output_size, slides
@@ -230,12 +233,23 @@ def _integer(x: Tensor, t: _Tiles, bias: Tensor | None, y: Tensor) -> Tensor:
 
 
 def linear(
-    x: Tensor, lines: Tensor, plan: Tensor, grid: Tensor, bias: Tensor | None, rows: int, width: int, int8: bool
+    x: Tensor,
+    lines: Tensor,
+    plan: Tensor,
+    grid: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    width: int,
+    int8: bool,
+    input_grid: Tensor | None = None,
 ) -> Tensor:
     """`packed_linear` on a GPU."""
     if not _fits(x, lines, plan, grid, bias, rows):
-        return linear_reference(x, lines, plan, grid, bias, rows, width, int8)
+        return linear_reference(x, lines, plan, grid, bias, rows, width, int8, input_grid)
     check_linear(x, width)
+    if input_grid is not None:
+        check_grid("packed_linear", input_grid, rows)
+        x, int8 = on_grid(x, input_grid, FAKE_QUANTIZE), False
     bias = None if bias is None else bias.contiguous()
     t, x = _tiles(lines, plan, grid, rows), x.contiguous()
     *outer, _ = x.shape
@@ -263,11 +277,16 @@ def convolution(
     dilation: list[int],
     groups: int,
     int8: bool,
+    input_grid: Tensor | None = None,
 ) -> Tensor:
     """`packed_conv2d` on a GPU; in int8 numerics too x stays as it is, which their bound allows."""
+    geometry = (kernel, stride, padding, dilation, groups)
     if not _fits(x, lines, plan, grid, bias, rows):
-        return conv2d_reference(x, lines, plan, grid, bias, rows, kernel, stride, padding, dilation, groups, int8)
-    check_conv2d(x, rows, kernel, stride, padding, dilation, groups)
+        return conv2d_reference(x, lines, plan, grid, bias, rows, *geometry, int8, input_grid)
+    check_conv2d(x, rows, *geometry)
+    if input_grid is not None:
+        check_grid("packed_conv2d", input_grid, rows)
+        x = on_grid(x, input_grid, FAKE_QUANTIZE)
     bias = None if bias is None else bias.contiguous()
     t, taps, inputs = _tiles(lines, plan, grid, rows), prod(kernel), x.shape[1] // groups
     height, width = (output_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1))

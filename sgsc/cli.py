@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +32,9 @@ from rich.text import Text
 from . import cli_search
 from .cli_progress import Progress
 from .config import CompressionConfig, add_settings, from_arguments
+
+if TYPE_CHECKING:
+    from .packed import PackedLayer
 
 # Before torch starts its threads: on a machine that others use too, threads that spin while they wait for one another
 # made a training step 12 times slower (2 threads on 2 busy cores); sleeping ones cost nothing measurable on idle cores.
@@ -234,6 +237,7 @@ def _inspect(options: argparse.Namespace) -> int:
             "mean_bits": float(layer.bits.float().mean()) if len(layer.bits) else 0.0,
             "bits": {str(b): int(n) for b in range(9) if (n := (layer.bits == b).sum())},
             "bytes": layer.data.numel(),
+            "input": _input_of(layer),
         }
         for name, layer in artefact.layers.items()
     ]
@@ -243,18 +247,31 @@ def _inspect(options: argparse.Namespace) -> int:
         _print_json({"file": str(options.file), "bytes": artefact.size, **manifest, "layers": layers, "values": values})
         return 0
     table = Table(title=Text(f"{_plain(options.file.name)}: {artefact.size:,} bytes, format {manifest['format']}"))
-    for column in ("layer", "type", "weight", "mean bits", "rows by bits", "bytes"):
+    with_inputs = any(row["input"] for row in layers)
+    for column in ("layer", "type", "weight", "mean bits", "rows by bits", "bytes", *["input"] * with_inputs):
         table.add_column(column, justify="right" if column in ("mean bits", "bytes") else "left")
     for row in layers:
         shown = " ".join(f"{b}:{n}" for b, n in row["bits"].items())
         name = Text(_plain(row["name"]))  # never markup: a layer may be called "[/bold]"
-        table.add_row(name, row["type"], str(row["shape"]), f"{row['mean_bits']:.2f}", shown, f"{row['bytes']:,}")
+        said = [name, row["type"], str(row["shape"]), f"{row['mean_bits']:.2f}", shown, f"{row['bytes']:,}"]
+        if with_inputs:
+            grid = row["input"]
+            said.append(f"{grid['code_min']}..{grid['code_max']} × {grid['scale']:.4g}" if grid else "float")
+        table.add_row(*said)
     console = Console()
     console.print(table)
     console.print(f"{len(values)} other tensors, {sum(v.numel() for v in artefact.values.values()):,} values")
     console.print(Text(_plain(f"architecture {manifest['architecture']}, notes {manifest['notes']}")))
     console.print(f"sha256 {manifest['sha256']}", soft_wrap=True)
     return 0
+
+
+def _input_of(layer: PackedLayer) -> dict[str, Any] | None:
+    """The grid that the layer rounds its input to, if any."""
+    if getattr(layer, "input_grid", None) is None:
+        return None
+    scale, low, high = layer.get_buffer("input_grid").tolist()
+    return {"scale": scale, "code_min": int(low), "code_max": int(high)}
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "sgsc/layers": {"quantizers"},
     "sgsc/coupling": {"layers"},
     "sgsc/cutting": {"coupling", "layers"},
-    "sgsc/packed": {"kernels", "quantizers", "layers", "cutting"},
+    "sgsc/packed": {"packed", "kernels", "quantizers", "layers", "cutting"},
     "sgsc/files": set(),
     "sgsc/artefact": {"kernels", "artefact", "files", "layers", "packed"},
     "sgsc/preparation": {"layers"},

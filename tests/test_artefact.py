@@ -6,6 +6,7 @@ tests/golden/v1.sgsc was written once, from `golden()` below, by
 
 Its levels count 0, 3, 6, … modulo what a row's width holds, its scales are powers of two and its inputs small whole
 numbers, so that every sum is exact in float32 in whatever order. It must load for ever, with the answers written here.
+tests/golden/v2.sgsc is the same with grids of inputs, and was written alike from `golden(GOLDEN_INPUTS)`.
 """
 
 import copy
@@ -24,11 +25,12 @@ from sgsc.coupling import couple
 from sgsc.kernels import pack as pack_rows
 from sgsc.kernels.packing import unpack
 from sgsc.layers import quant_layers
-from sgsc.packed import PACKED, PackedLayer, pack
+from sgsc.packed import PACKED, PackedLayer, PackedProduct, input_grid, pack, set_numerics
 from sgsc.preparation import prepare
 from tests.checks import assert_same
 
 GOLDEN = Path(__file__).parent / "golden" / "v1.sgsc"
+GOLDEN_2 = GOLDEN.with_name("v2.sgsc")
 
 
 def compressed(model, widths=None, quantizer="integer", remove=True):
@@ -181,10 +183,14 @@ def case(request):
     return CASES[request.param]()
 
 
-@pytest.mark.parametrize("quantizer", ["integer", "half-steps", "ternary", "published", "lsq3"])
+@pytest.mark.parametrize("quantizer", ["integer", "half-steps", "ternary", "published", "lsq3", "static"])
 def test_a_loaded_model_answers_as_the_saved_one_and_saves_to_the_same_bytes(case, quantizer, tmp_path):
     model, inputs = case
-    packed = compressed(model, quantizer=quantizer)
+    packed = compressed(model, quantizer="integer" if quantizer == "static" else quantizer)
+    if quantizer == "static":
+        for i, layer in enumerate(m for m in packed.modules() if isinstance(m, PackedProduct)):
+            layer.input_grid = input_grid(0.03 + 0.01 * i, -7 * i, 127)
+            layer.lay_out()
     before = copy.deepcopy(model.state_dict())
     size = save(packed, tmp_path / "a.sgsc", notes={"n": [1, None, "é"]})
     assert size == stored_size(packed, notes={"n": [1, None, "é"]}) == (tmp_path / "a.sgsc").stat().st_size
@@ -421,7 +427,12 @@ GOLDEN_ANSWERS = [
 ]
 
 
-def golden():
+# Each meets ties and values beyond its ends; the scales are powers of two, so that sums stay exact.
+GOLDEN_INPUTS = {"mix": (0.25, -13, 14), "pair": (0.5, 0, 29), "head": (2.0, -37, 4)}
+GOLDEN_ROUNDED = [[147.0, 549.625, 1.0], [11.0, 489.375, 1.0], [131.0, 548.125, 1.0]]
+
+
+def golden(inputs=()):
     model = GoldenNet().eval().requires_grad_(False)
     for name, (widths, scales, shift) in GOLDEN_LAYERS.items():
         layer = model.get_submodule(name)
@@ -441,6 +452,8 @@ def golden():
         else:
             settings = {}
         rows = pack_rows(levels.to(torch.uint8), bits)
+        if name in inputs:
+            settings = settings | {"input_grid": torch.tensor(inputs[name]).float()}
         model.set_submodule(name, PACKED[type(layer).__name__](rows, scale, offset, bias, **settings))
     for value, numbers in (
         (model.norm.weight, [1.0, 2.0, 0.5]),
@@ -471,8 +484,63 @@ def test_the_golden_file_loads_for_ever():
     assert loaded(torch.tensor(GOLDEN_TOKENS)).tolist() == GOLDEN_ANSWERS
 
 
+@pytest.mark.parametrize("numerics", ["exact", "int8"])
+def test_the_golden_file_of_inputs_loads_for_ever(numerics):
+    assert GOLDEN_2.stat().st_size < 2048
+    assert read(GOLDEN_2).manifest["format"] == 2
+    loaded = load_into(GoldenNet(), GOLDEN_2)
+    for name, grid in GOLDEN_INPUTS.items():
+        assert_same(loaded.get_submodule(name).input_grid, torch.tensor(grid).float(), name)
+    set_numerics(loaded, numerics)
+    assert loaded(torch.tensor(GOLDEN_TOKENS)).tolist() == GOLDEN_ROUNDED
+
+
+def test_the_golden_answers_of_inputs_are_those_of_plain_torch():
+    plain = plain_golden()
+    for name, (scale, low, high) in GOLDEN_INPUTS.items():
+        plain.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, s=scale, a=low, b=high: ((args[0] / s).clamp(a, b).round() * s,)
+        )
+    assert plain(torch.tensor(GOLDEN_TOKENS)).tolist() == GOLDEN_ROUNDED
+
+
+def test_without_grids_of_inputs_the_format_is_the_first():
+    packed = compressed(nn.Sequential(nn.Linear(8, 6)), {"0": [4] * 6})
+    data = to_bytes(packed)
+    assert from_bytes(data).manifest["format"] == 1
+    packed[0].input_grid = torch.tensor([0.1, 0.0, 255.0])
+    assert from_bytes(to_bytes(packed)).manifest["format"] == 2
+    more = stored_size(packed) - len(data)
+    assert abs(more - len(",[0.1,0,255]")) < 8  # a header ends on a multiple of eight bytes
+
+
+def test_every_float32_scale_of_an_input_comes_back():
+    packed = compressed(nn.Sequential(nn.Linear(8, 6)), {"0": [4] * 6})
+    make = torch.Generator().manual_seed(0)
+    ends = [1.4e-45, 1.1754944e-38, 3.4028235e38, 1 / 3]
+    for scale in [*ends, *torch.exp2(200 * torch.rand(200, generator=make) - 100).tolist()]:
+        packed[0].input_grid = torch.tensor([scale, -37.0, 218.0])
+        assert_same(from_bytes(to_bytes(packed)).layers["0"].input_grid, packed[0].input_grid)
+
+
+def test_a_grid_of_an_input_that_a_file_cannot_say_is_not_written():
+    packed = compressed(nn.Sequential(nn.Linear(8, 6)), {"0": [4] * 6})
+    wrong = {"scale 0.0": (0.0, 0, 7), "scale nan": (float("nan"), 0, 7), "codes 0.*300": (1.0, 0, 300)}
+    for said, grid in wrong.items():
+        packed[0].input_grid = torch.tensor(grid)
+        with pytest.raises(ValueError, match=f"layer '0': the input's grid has the {said}"):
+            to_bytes(packed)
+    packed[0].input_grid = torch.tensor([1.0, -0.5, 7.0])
+    with pytest.raises(ValueError, match=r"layer '0': its input's grid .* is not of float32 and integers"):
+        to_bytes(packed)
+
+
 def test_the_golden_answers_are_those_of_plain_torch():
     """From the float weights that the rows stand for, in float64: the constants are not merely what came out once."""
+    assert plain_golden()(torch.tensor(GOLDEN_TOKENS)).tolist() == GOLDEN_ANSWERS
+
+
+def plain_golden():
     plain, was = GoldenNet().eval(), golden()
     state = plain.state_dict()
     for name, value in was.state_dict().items():
@@ -481,7 +549,7 @@ def test_the_golden_answers_are_those_of_plain_torch():
     for name in GOLDEN_LAYERS:
         state[f"{name}.weight"] = was.get_submodule(name).weight_rows().view(state[f"{name}.weight"].shape)
     plain.load_state_dict(state)
-    assert plain.double()(torch.tensor(GOLDEN_TOKENS)).tolist() == GOLDEN_ANSWERS
+    return plain.double()
 
 
 # models that are not the file's

@@ -57,6 +57,15 @@ def base():
     return manifest, tensors
 
 
+def gridded():
+    """The same where both layers round their inputs."""
+    manifest, tensors = base()
+    manifest["format"] = 2
+    manifest["layers"][0].append([0.0123, 0, 255])
+    manifest["layers"][1].append([2, -128, 127])
+    return manifest, tensors
+
+
 NORM = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -106,6 +115,22 @@ def test_the_file_that_all_others_are_made_from_fits_the_model(tmp_path):
     assert loaded[0].bias.tolist() == [1, 2, 3]
     again = from_bytes(to_bytes(loaded))
     assert again.manifest["layers"] == from_bytes(data).manifest["layers"]
+
+
+def test_the_same_with_grids_of_inputs_is_whole(tmp_path):
+    artefact = from_bytes(build(*gridded()))
+    assert_same(artefact.layers["0"].input_grid, torch.tensor([0.0123, 0, 255]))
+    assert_same(artefact.layers["1"].input_grid, torch.tensor([2.0, -128, 127]))
+    assert from_bytes(build(*base())).layers["0"].input_grid is None
+    (tmp_path / "a.sgsc").write_bytes(build(*gridded()))
+    again = to_bytes(load_into(model(), tmp_path / "a.sgsc"))
+    assert from_bytes(again).manifest["layers"] == artefact.manifest["layers"]
+
+
+def test_a_reader_that_knows_no_grids_of_inputs_says_so(monkeypatch):
+    monkeypatch.setattr("sgsc.artefact.header.FORMATS", (1,))  # as released before
+    with pytest.raises(ArtefactError, match=r"^format 2; this version reads 1$"):
+        from_bytes(build(*gridded()))
 
 
 # damage
@@ -486,7 +511,8 @@ def one_wide_row(manifest, tensors):
 
 NESTED = json.loads("[" * 500 + "]" * 500)
 RULES = {
-    "format-2": (key("format", 2), "format 2; this version reads 1"),
+    "format-3": (key("format", 3), "format 3; this version reads 1 and 2"),
+    "format-2.0": (key("format", 2.0), "format 2.0;"),
     "format-0": (key("format", 0), "format 0;"),
     "format-1.0": (key("format", 1.0), "format 1.0;"),
     "format-true": (key("format", True), "format True;"),
@@ -606,6 +632,61 @@ RULES = {
     "one-wide-row": (one_wide_row, "tensor 'codes': 10 bytes of U8, but the layers' widths need 4294967296"),
     "nested-deep": (key("notes", {"a": NESTED}), None),
 }
+
+
+def inputs(grid, index=0):
+    """Another grid of a layer's input."""
+
+    def change(manifest, tensors):
+        manifest["layers"][index][5] = grid
+
+    return change
+
+
+def of_an_embedding(manifest, tensors):
+    manifest["layers"][0][1] = "Embedding"
+
+
+def in_format_1(manifest, tensors):
+    manifest["format"] = 1
+
+
+NOT_THREE = r"layer '0': its input's grid .* is not \[scale, code_min, code_max\]"
+NO_SCALE = "layer '0': the input's grid has the scale .*; want a positive, finite float32"
+NO_CODES = "layer '0': the input's grid has the codes .*; want 2 to 256 integers, 0 among them"
+INPUT_RULES = {
+    "in-format-1": (in_format_1, r"an entry of layers is not \[name, type, \[rows, width\], shift, settings\]$"),
+    "of-an-embedding": (of_an_embedding, "layer '0': the input of a layer of type Embedding has no grid"),
+    "no-list": (inputs({"scale": 1.0}), "entry of layers is not .*, in format 2, the input's grid"),
+    "null": (inputs(None), "entry of layers is not"),
+    "empty": (inputs([]), NOT_THREE),
+    "two": (inputs([1.0, 0]), NOT_THREE),
+    "four": (inputs([1.0, 0, 7, 0]), NOT_THREE),
+    "text": (inputs(["1.0", 0, 7]), NOT_THREE),
+    "true": (inputs([True, 0, 7]), NOT_THREE),
+    "codes-true": (inputs([1.0, False, True]), NOT_THREE),
+    "codes-real": (inputs([1.0, 0.0, 7]), NOT_THREE),
+    "codes-minus-zero": (inputs([1.0, -0.0, 7]), NOT_THREE),
+    "scale-zero": (inputs([0, 0, 7]), NO_SCALE),
+    "scale-negative": (inputs([-1.0, 0, 7]), NO_SCALE),
+    "scale-rounds-to-zero": (inputs([1e-46, 0, 7]), NO_SCALE),
+    "scale-rounds-to-infinity": (inputs([1e39, 0, 7]), NO_SCALE),
+    "scale-infinite": (inputs([1e400, 0, 7]), "the manifest holds Infinity"),
+    "scale-beyond-doubles": (inputs([10**400, 0, 7]), "layer '0': int too large to convert to float"),
+    "codes-without-zero": (inputs([1.0, 1, 7]), NO_CODES),
+    "codes-below-zero": (inputs([1.0, -7, -1]), NO_CODES),
+    "one-code": (inputs([1.0, 0, 0]), NO_CODES),
+    "257-codes": (inputs([1.0, -1, 255]), NO_CODES),
+    "codes-huge": (inputs([1.0, -(2**200), 2**200]), NO_CODES),
+}
+
+
+@pytest.mark.parametrize("name", INPUT_RULES)
+def test_every_rule_of_inputs_refuses_by_itself(name, tmp_path):
+    change, match = INPUT_RULES[name]
+    manifest, tensors = gridded()
+    change(manifest, tensors)
+    refuses(build(manifest, tensors), match, tmp_path)
 
 
 @pytest.mark.parametrize("name", [name for name, (_, match) in RULES.items() if match])
@@ -796,7 +877,7 @@ def mutate_tree(tree, make):
 
 
 def mutate(make):
-    manifest, tensors = base()
+    manifest, tensors = make.choice((base, gridded))()
     for _ in range(make.choice((0, 1, 1, 2, 4))):
         mutate_tree(manifest, make)
     for _ in range(make.choice((0, 0, 1, 2))):

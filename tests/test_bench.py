@@ -181,7 +181,8 @@ def test_no_speed_for_a_wrong_packed_operation(monkeypatch):
 @pytest.mark.parametrize("name", ["packed_linear", "packed_conv2d", "packed_embedding"])
 def test_torchs_own_operation_computes_the_same(name):
     for case, arguments in OPS[name].cases().items():
-        if case.startswith("int8") or "nan-and-infinity" in case:  # rounded; the bias alone in ours, 0 * NaN in torch's
+        rounded = case.startswith(("int8", "static"))
+        if rounded or "nan-and-infinity" in case:  # there ours is the bias alone, torch's 0 * NaN
             continue
         run = kernels.float_form(name, arguments)
         assert run is not None
@@ -406,6 +407,14 @@ def test_contenders_of_a_case_share_a_line(tmp_path):
     assert shown.count("onnxruntime float32 is missing where it failed: no \\| wheel.") == 2
     assert "of our slower width: below 1" in shown
     assert "of our fastest form: below 1" in shown
+
+
+def test_a_grid_known_beforehand_stands_beside_what_it_replaces(tmp_path):
+    times = {"torch_float32": 10.0, "ours_exact": 8.0, "ours_int8": 2.0, "ours_static_int8": 4.0}
+    record.write("deployment", "static", visits({"case": "3x3"}, **times), [], "x", tmp_path)
+    shown = readme.filled(DEPLOYMENT, tmp_path)
+    assert "| case | threads | torch float32 | ours exact | ours int8 | ours static int8 | int8 / static |" in shown
+    assert "| 3x3 | 2 | 10.0 | 8.0 | 2.0 | 4.0 | **0.50×** | 2.00× |\n" in shown
 
 
 def test_loading_is_a_table_and_its_memory_a_sentence(tmp_path):

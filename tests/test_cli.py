@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from sgsc import cli
 from sgsc.artefact import load, read, save
@@ -21,6 +22,7 @@ from sgsc.demos import job, tasks
 from sgsc.kernels import OPS
 from sgsc.packed import pack
 from sgsc.preparation import prepare
+from sgsc.quantizers import StaticInput
 
 ROOT = Path(__file__).parents[1]
 FILES = {
@@ -496,6 +498,22 @@ def test_inspect_and_verify_a_whole_file(run, capsys):
     out = capsys.readouterr().out
     assert all(row["name"] in out for row in said["layers"])
     assert "digits-cnn" in out
+
+
+def test_inspect_shows_the_grids_of_inputs(tmp_path, capsys):
+    model = prepare(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))).model
+    model[1].input_quantizer = StaticInput(0.0125, -37, 218)
+    save(pack(model), tmp_path / "a.sgsc")
+    assert main(["inspect", str(tmp_path / "a.sgsc"), "--json"]) == 0
+    said = document(capsys.readouterr().out)
+    assert said["format"] == 2
+    scale = pytest.approx(0.0125)
+    assert [row["input"] for row in said["layers"]] == [None, {"scale": scale, "code_min": -37, "code_max": 218}]
+    assert main(["inspect", str(tmp_path / "a.sgsc")]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "format 2" in out
+    assert "-37..218" in out
+    assert "float" in out
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])

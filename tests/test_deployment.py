@@ -8,7 +8,15 @@ import shutil
 import pytest
 import torch
 
-from bench import deployment, deployment_memory, deployment_networks, deployment_peers, deployment_timing, record
+from bench import (
+    deployment,
+    deployment_memory,
+    deployment_networks,
+    deployment_peers,
+    deployment_static,
+    deployment_timing,
+    record,
+)
 from bench.deployment_timing import Contender
 from sgsc.kernels import Op
 
@@ -24,6 +32,7 @@ OTHERS = {
         "onnxruntime int8 static",
     },
     "overhead": {"torch"},
+    "static": {"torch float32"},
 }
 OURS = {
     "convolution": {f"ours {widths} {numerics}" for widths in ("mixed", "8 bits") for numerics in deployment.NUMERICS},
@@ -31,6 +40,7 @@ OURS = {
         f"ours {form} {numerics}" for form in ("eager", "compiled", "exported") for numerics in deployment.NUMERICS
     },
     "overhead": {f"ours {numerics}" for numerics in deployment.NUMERICS},
+    "static": {"ours exact", "ours int8", "ours static int8"},
 }
 
 
@@ -91,7 +101,7 @@ def test_the_peak_of_memory_is_that_of_the_load(tmp_path):
 
 
 def test_claims_are_written_with_their_command(results):
-    counts = {"convolution": 3, "network": 3 * len(deployment_networks.SMALL), "load": 3, "overhead": 2}
+    counts = {"convolution": 3, "network": 3 * len(deployment_networks.SMALL), "load": 3, "overhead": 2, "static": 3}
     for section, count in counts.items():
         found = [claim for claim in results["claims"] if claim["section"] == section]
         assert len(found) == count
@@ -312,6 +322,32 @@ def test_claims_about_calls_take_the_median_of_the_slower_numerics():
         claims = deployment_memory.overhead_claims(changed)
         assert [claim["holds"] for claim in claims] == holds
         assert [claim["claim"].split("packed ")[1].split(",")[0] for claim in claims] == ["Linear", "Conv2d"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "holds"),
+    [({}, [True, True, True]), ({"ours int8": 2.0}, [False, True, True]), ({"ours exact": 0.9}, [True, False, True])],
+)
+def test_claims_about_grids_take_the_median_name_the_worst_and_can_be_lost(changed, holds):
+    times = {"torch float32": 1.0, "ours exact": 5.0, "ours int8": 3.0, "ours static int8": 3.0}
+    rows = [row("a", by, t, error=1e-7) for by, t in times.items()]
+    rows += [row("b", by, t, error=2e-7) for by, t in (times | changed).items()]
+    claims = deployment_static.static_claims(rows)
+    assert [claim["holds"] for claim in claims] == holds
+    assert all(claim["claim"].endswith("is b") for claim, held in zip(claims, holds, strict=True) if not held)
+    rows[-1]["error"] = 2e-6
+    assert not deployment_static.static_claims(rows)[-1]["holds"]
+    assert deployment_static.static_claims(rows)[-1]["measured"] == 2e-6
+
+
+def test_a_grid_is_judged_by_the_rounded_input():
+    layer, x = deployment_static.SMALL["Linear 32x32, 3 tokens"]()
+    packed, plain = deployment_networks.compressed(layer, deployment_networks.MIXED)
+    found = deployment_static.contenders(packed, plain, x)
+    static, measured_anew = (found[name] for name in ("ours static int8", "ours int8"))
+    assert deployment_timing.relative_error(static.make()(), static.exact) < 1e-6
+    assert deployment_timing.relative_error(static.make()(), measured_anew.exact) > 1e-4
+    assert deployment_timing.relative_error(measured_anew.make()(), static.exact) > static.allowed
 
 
 def test_the_command_line_refuses_what_it_does_not_know(capsys):

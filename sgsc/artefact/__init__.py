@@ -1,4 +1,4 @@
-"""The file format `.sgsc`, version 1, and its writer and reader.
+"""The file format `.sgsc`, versions 1 and 2, and its writer and reader.
 
 One safetensors file: 8 bytes little-endian length of the header, the header (JSON, padded with spaces), the payload.
 Nothing in it is code: no pickle, no class paths, no file names. It is independent of instruction sets; repacking for
@@ -16,16 +16,20 @@ Few tensors, because each costs about 70 bytes of header, and channels of small 
 
 The header's only metadata is "sgsc", the manifest, JSON again:
 
-    format        1
+    format        1; 2 where a layer rounds its input to a grid: readers from before know no such layer and say so
     sha256        of the whole file, these 64 digits read as zeros
     architecture  [name, arguments] of a builder in ARCHITECTURES, or null
     layers        [name, type, [rows, width], shift, settings] each; type is a key of packed.PACKED; rows of at most
                   shift bits have their levels at half steps (1: a bit means -1/2 or +1/2); settings are those that
-                  differ from the usual
+                  differ from the usual. In format 2 a sixth part, where there is one, is the grid of the layer's
+                  input, [scale, code_min, code_max]
     values        {DTYPE: [[name, shape], …]}, biases of packed layers among them
     notes         free JSON of the writer
 
 A row of b bits stands for (level + offset) * scale with offset = -2^(b-1), plus 1/2 where b <= shift.
+
+An input x of a layer with a grid stands for round(clamp(x / scale, code_min, code_max)) * scale, in float32, half to
+even. The scale is a decimal number, read as the nearest float32; the codes are 2 to 256 whole numbers, 0 among them.
 
 A reader trusts nothing: every length is checked against the bytes that are there before a tensor is made, the header
 may have 16 MiB, and whatever does not fit exactly is refused with an `ArtefactError` that names it. The digest finds

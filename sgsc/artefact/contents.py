@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sgsc.kernels import PackedRows
-from sgsc.packed import PACKED, PackedConv2d, PackedLayer
+from sgsc.packed import PACKED, PackedConv2d, PackedLayer, input_grid
 
 from .format import DTYPES, USUAL, ArtefactError, offsets
 from .header import Places, is_size, is_sizes
@@ -75,7 +75,7 @@ def _layers(manifest: dict, places: Places, tensors: dict[str, Tensor]) -> dict[
     bits = bits[:rows]
     position = 0
     spans = []
-    for name, _, (count, width), _, _ in manifest["layers"]:
+    for name, _, (count, width), *_ in manifest["layers"]:
         own = bits[position : position + count]
         if (own > 8).any():
             raise ArtefactError(f"layer {name!r}: a row of {int(own.max())} bits; want 0 to 8")
@@ -94,7 +94,7 @@ def _layers(manifest: dict, places: Places, tensors: dict[str, Tensor]) -> dict[
     data = tensors.get("codes", none)
     layers: dict[str, PackedLayer] = {}
     first_scale = first_byte = 0
-    for (name, kind, (_, width), shift, settings), (own, length) in zip(manifest["layers"], spans, strict=True):
+    for (name, kind, (_, width), shift, settings, *grid), (own, length) in zip(manifest["layers"], spans, strict=True):
         alive = own > 0
         scale = torch.ones(len(own))
         scale[alive] = scales[first_scale : first_scale + int(alive.sum())]
@@ -104,18 +104,30 @@ def _layers(manifest: dict, places: Places, tensors: dict[str, Tensor]) -> dict[
         used = own.long() * width % 8  # bits of a row's last byte; 0 where all are
         if (codes.data[codes.starts[1:][used > 0] - 1] >> used[used > 0]).any():
             raise ArtefactError(f"layer {name!r}: the unused bits of a row's last byte are not 0")
-        layers[name] = _layer(name, kind, codes, scale, offsets(own, shift), settings)
+        layers[name] = _layer(name, kind, codes, scale, offsets(own, shift), settings, *grid)
         first_scale += int(alive.sum())
         first_byte += length
     return layers
 
 
-def _layer(name: str, kind: str, rows: PackedRows, scale: Tensor, offset: Tensor, settings: dict) -> PackedLayer:
+def _layer(
+    name: str,
+    kind: str,
+    rows: PackedRows,
+    scale: Tensor,
+    offset: Tensor,
+    settings: dict,
+    grid: list[float] | None = None,
+) -> PackedLayer:
     cls = PACKED[kind]
+    try:
+        given = {} if grid is None else {"input_grid": input_grid(*grid)}
+    except (ValueError, OverflowError) as error:
+        raise ArtefactError(f"layer {name!r}: {error}") from None
     if not issubclass(cls, PackedConv2d):
         if settings:
             raise ArtefactError(f"layer {name!r}: a {kind} has no settings, got {sorted(settings)}")
-        return cls(rows, scale, offset, None)
+        return cls(rows, scale, offset, None, **given)
     axes = 1 if kind == "Conv1d" else 2
     kernel = settings.get("kernel")
     full: dict[str, Any] = {k: [usual] * (2 * axes if k == "padding" else axes) for k, usual in USUAL.items()}
@@ -129,4 +141,4 @@ def _layer(name: str, kind: str, rows: PackedRows, scale: Tensor, offset: Tensor
         raise ArtefactError(f"layer {name!r}: settings {settings} do not fit a {kind}")
     if rows.width % math.prod(full["kernel"]) or len(rows.bits) % full["groups"]:
         raise ArtefactError(f"layer {name!r}: {len(rows.bits)} rows of {rows.width} do not fit its kernel and groups")
-    return cls(rows, scale, offset, None, **full)
+    return cls(rows, scale, offset, None, **given, **full)

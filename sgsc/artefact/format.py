@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FORMAT = 1
+FORMAT, WITH_INPUTS = 1, 2  # of a file, and of one in which a layer rounds its input to a grid
+FORMATS = (FORMAT, WITH_INPUTS)
 MAX_HEADER = 16 * 2**20
 MAX_RANK = 8
 ZEROS = "0" * 64  # stands for the digest while it is computed

@@ -7,9 +7,9 @@ import math
 import re
 from typing import Any
 
-from sgsc.packed import PACKED
+from sgsc.packed import PACKED, PackedProduct
 
-from .format import DTYPES, FORMAT, MAX_RANK, ArtefactError
+from .format import DTYPES, FORMATS, MAX_RANK, WITH_INPUTS, ArtefactError
 
 Places = dict[str, tuple[str, int, int]]  # dtype, elements and first byte in the payload of each tensor
 
@@ -117,8 +117,9 @@ def parse_manifest(header: dict[str, Any]) -> dict[str, Any]:
         raise ArtefactError("no manifest: the metadata must hold the one key 'sgsc'")
     text = meta["sgsc"].encode("utf-8", "surrogatepass")  # half a character is refused as it is in the header
     manifest = _json(text, "the manifest")
-    if manifest.get("format") != FORMAT or type(manifest["format"]) is not int:
-        raise ArtefactError(f"format {manifest.get('format')!r}; this version reads {FORMAT}")
+    if type(manifest.get("format")) is not int or manifest["format"] not in FORMATS:
+        known = " and ".join(map(str, FORMATS))
+        raise ArtefactError(f"format {manifest.get('format')!r}; this version reads {known}")
     keys = {"format", "sha256", "architecture", "layers", "values", "notes"}
     if manifest.keys() != keys:
         raise ArtefactError(f"the manifest's keys differ from the format's in {sorted(manifest.keys() ^ keys)}")
@@ -133,14 +134,21 @@ def parse_manifest(header: dict[str, Any]) -> dict[str, Any]:
         raise ArtefactError("the manifest's notes and values must be objects")
     if not isinstance(manifest["layers"], list) or not manifest["layers"]:
         raise ArtefactError("the manifest's layers must be a list of at least one")
+    parts = [str, str, list, int, dict]
+    both = (parts, [*parts, list]) if manifest["format"] == WITH_INPUTS else (parts,)
     for entry in manifest["layers"]:
-        if not isinstance(entry, list) or [type(e) for e in entry] != [str, str, list, int, dict]:
-            raise ArtefactError("an entry of layers is not [name, type, [rows, width], shift, settings]")
-        name, kind, shape, shift, _ = entry
+        if not isinstance(entry, list) or [type(e) for e in entry] not in both:
+            more = " and, in format 2, the input's grid" if len(both) > 1 else ""
+            raise ArtefactError(f"an entry of layers is not [name, type, [rows, width], shift, settings]{more}")
+        name, kind, shape, shift, _, *grid = entry
         if kind not in PACKED:
             raise ArtefactError(f"layer {name!r}: type {kind!r} is not one of {', '.join(sorted(PACKED))}")
         if not _is_shape(shape, 2) or not 0 <= shift <= 8:
             raise ArtefactError(f"layer {name!r}: rows and width {shape} or shift {shift} out of range")
+        if grid and [type(value) for value in grid[0]] not in ([float, int, int], [int, int, int]):
+            raise ArtefactError(f"layer {name!r}: its input's grid {grid[0]} is not [scale, code_min, code_max]")
+        if grid and not issubclass(PACKED[kind], PackedProduct):
+            raise ArtefactError(f"layer {name!r}: the input of a layer of type {kind} has no grid")
     names = [entry[0] for entry in manifest["layers"]]
     for dtype, listed in manifest["values"].items():
         if dtype not in DTYPES or not isinstance(listed, list):

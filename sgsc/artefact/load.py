@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sgsc.layers import unfuse_attention
-from sgsc.packed import PackedConv2d, PackedEmbedding, PackedLayer, _geometry
+from sgsc.packed import PackedConv2d, PackedEmbedding, PackedLayer, geometry
 
 from .format import ArtefactError
 from .read import Artefact, read
@@ -153,7 +153,7 @@ def _check_fits(name: str, module: Any, layer: PackedLayer) -> None:
     if not fits:
         raise ArtefactError(f"layer {name!r}: weight {list(have)} in the file, {list(want)} in the model")
     if isinstance(layer, PackedConv2d):
-        in_model = _geometry(module) | {"groups": have[0] if depthwise else groups}
+        in_model = geometry(module) | {"groups": have[0] if depthwise else groups}
         for key, value in layer.settings().items():
             if value != in_model[key]:
                 raise ArtefactError(f"layer {name!r}: {key} {value} in the file, {in_model[key]} in the model")

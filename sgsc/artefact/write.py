@@ -8,15 +8,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sgsc.files import write_atomically
-from sgsc.packed import PackedConv2d, PackedLayer
+from sgsc.packed import PackedConv2d, PackedLayer, PackedProduct, input_grid
 
-from .format import DTYPES, FORMAT, MAX_HEADER, MAX_RANK, USUAL, ZEROS, offsets
+from .format import DTYPES, FORMAT, MAX_HEADER, MAX_RANK, USUAL, WITH_INPUTS, ZEROS, offsets
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -42,7 +43,7 @@ def to_bytes(
         halves = m.bits[(m.bits > 0) & (m.offset != offsets(m.bits, 0).to(m.offset))]
         shift = int(halves.max()) if len(halves) else 0
         _check_grid(name, m, shift)
-        layers.append([name, m.type_name, [len(m.bits), m.width], shift, _unusual(m)])
+        layers.append([name, m.type_name, [len(m.bits), m.width], shift, _unusual(m), *_input(name, m)])
     parts = list(packed.values())
     scales = torch.cat([m.scale[m.bits > 0].float() for m in parts])
     short = scales.bfloat16()
@@ -57,7 +58,7 @@ def to_bytes(
     for dtype, values in flat.items():
         tensors[f"values.{dtype}"] = torch.cat(values)
     manifest = {
-        "format": FORMAT,
+        "format": WITH_INPUTS if any(len(entry) > 5 for entry in layers) else FORMAT,
         "sha256": ZEROS,
         "architecture": list(architecture) if architecture else None,
         "layers": layers,
@@ -103,6 +104,25 @@ def _check_grid(name: str, layer: PackedLayer, shift: int) -> None:
         raise ValueError(f"layer {name!r}: a scale is not a positive and finite float32, as a file holds them")
     if not torch.equal(offset.float(), offsets(layer.bits, shift)[alive]):
         raise ValueError(f"layer {name!r}: its offsets are not those of its widths, half a step more up to one width")
+
+
+def _input(name: str, layer: PackedLayer) -> list[list[float]]:
+    """The grid of the layer's input as the manifest has it; nothing where there is none.
+
+    Raises:
+        ValueError: If it is none that the format can say.
+    """
+    if not isinstance(layer, PackedProduct) or layer.input_grid is None:
+        return []
+    scale, low, high = layer.input_grid.tolist()
+    try:
+        said = [float(str(np.float32(scale))), int(low), int(high)]  # in the fewest digits that tell the float32
+        same = torch.equal(input_grid(*said).to(layer.input_grid), layer.input_grid)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"layer {name!r}: {error}") from None
+    if not same:
+        raise ValueError(f"layer {name!r}: its input's grid {[scale, low, high]} is not of float32 and integers")
+    return [said]
 
 
 def _values(model: nn.Module) -> list[tuple[str, Tensor]]:

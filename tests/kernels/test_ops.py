@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgsc.kernels import NUMERICS, OPS, extension, tile_kernel, tile_rows
+from sgsc.kernels import OPS, extension, tile_kernel, tile_rows
+from sgsc.kernels.input_grid import with_sums
 from sgsc.kernels.op import set_isa
-from sgsc.kernels.packed_linear import grid
+from sgsc.kernels.packed_linear import FORMS, grid, static_grid
 from sgsc.kernels.packing import case
 from tests.checks import as_list, assert_agrees, assert_same
 
@@ -22,6 +23,10 @@ RUNS = [
     pytest.param(op, arguments, id=f"{op.name}-{case}") for op in OPS.values() for case, arguments in op.cases().items()
 ]
 FIRST = [pytest.param(op, next(iter(op.cases().values())), id=op.name) for op in OPS.values() if op.cases()]
+# and a first with a grid of x
+FIRST += [
+    next(run for run in RUNS if run.id.startswith(f"{name}-static")) for name in ("packed_linear", "packed_conv2d")
+]
 needs_extension = pytest.mark.skipif(not extension.LOADED, reason=f"no C++ extension: {extension.WHY}")
 
 
@@ -74,16 +79,19 @@ def large_arguments() -> dict[str, tuple]:
         "groups": ((2, 24, 9, 10), 2, [3, 3], [1, 1]),
         "sliding": ((2, 100, 20, 17), 100, [3, 3], [1, 1]),
     }
-    for int8, numerics in enumerate(NUMERICS):
+    for form, (int8, codes) in FORMS.items():
         for m in (1, 8, 9, 16, 17, 201):
-            operands = (torch.randn(m, 601, generator=make), *tiles[:3], bias, 100, 601, bool(int8))
-            found[f"packed_linear, {m} rows, {numerics}"] = operands
+            static = None if codes is None else with_sums(static_grid(codes), packed)
+            operands = (torch.randn(m, 601, generator=make), *tiles[:3], bias, 100, 601, int8, static)
+            found[f"packed_linear, {m} rows, {form}"] = operands
         for name, (shape, groups, kernel, padding) in convolutions.items():
             width = shape[1] // groups * kernel[0] * kernel[1]
-            kernels = tile_kernel(case(bits, width)[1], scale, offset, inputs=shape[1], kernel=kernel, groups=groups)
+            its = case(bits, width)[1]
+            kernels = tile_kernel(its, scale, offset, inputs=shape[1], kernel=kernel, groups=groups)
             geometry = (kernel, [1, 1], padding, [1, 1], groups)
-            operands = (torch.randn(shape, generator=make), *kernels[:3], bias, 100, *geometry, bool(int8))
-            found[f"packed_conv2d, {name}, {numerics}"] = operands
+            static = None if codes is None else with_sums(static_grid(codes), its)
+            operands = (torch.randn(shape, generator=make), *kernels[:3], bias, 100, *geometry, int8, static)
+            found[f"packed_conv2d, {name}, {form}"] = operands
     return found
 
 

@@ -147,6 +147,18 @@ def check_many_tokens(device="cpu"):
             check_all(LINEAR, cases, device, lambda name: "17-rows" in name or "exact" in name)
 
 
+def check_static(device="cpu"):
+    """A grid of x is applied first; few columns and many, in either numerics."""
+    for op, few, many in ((LINEAR, "-17-rows", "DENSE"), (CONV2D, "", "DENSE_PIXELS")):
+        for settings in ({}, {many: -1}):
+            with with_settings(linear_reference=refused, conv2d_reference=refused, **settings):
+                cases = {name: case for name, case in op.cases().items() if name.startswith("static")}
+                some = [name for name in cases if few in name and "nan" not in name][:8]
+                some += [name for name in cases if name.startswith("static-exact")]
+                assert len(some) >= 9
+                check_all(op, {name: cases[name] for name in some}, device)
+
+
 def refused(*_, **__):
     raise AssertionError("left to the reference, or to a dense copy of the weights")
 
@@ -257,6 +269,7 @@ CHECKS = {
     "packed-counters": check_counters,
     "packed-shares": check_shares,
     "packed-linear-of-many-tokens": check_many_tokens,
+    "packed-static": check_static,
     "packed-conv2d": check_conv2d,
     "packed-conv2d-channels-in-runs": check_channels_in_runs,
     "packed-conv2d-of-many-pixels": check_many_pixels,

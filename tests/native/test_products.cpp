@@ -1,7 +1,7 @@
 // packed_linear and packed_conv2d beside plain loops in double.
 //
 // Int8 products of x with `step` = max |x| / 127 err by step / 2 * sum |w| beside what floats err by; by nothing more
-// where x are multiples of the step.
+// where x are multiples of the step, or on a grid.
 #include <algorithm>
 #include <limits>
 #include <numeric>
@@ -94,6 +94,27 @@ static Array<float> values(int64_t n, int64_t lot, bool kept) {
   return x;
 }
 
+// Grids of x, with what they say of the levels of some weights.
+struct Grids {
+  Array<float> values;
+  InputGrid grid;
+
+  Grids(const Weights& w, bool skew) : values(sums(w, skew)), grid("test", values.data()) {}
+  Array<float> round(Array<float> x) const {
+    for (float& value : x)
+      value = grid.scale * std::nearbyint(std::min(std::max(value / grid.scale, grid.code_min), grid.code_max));
+    return x;
+  }
+
+ private:
+  static Array<float> sums(const Weights& w, bool skew) {
+    Array<float> all{0.0043f, skew ? -37.0f : 0.0f, skew ? 218.0f : 255.0f};
+    for (int64_t r = 0; r < w.rows; ++r)
+      all.push_back(std::accumulate(w.levels.begin() + r * w.width, w.levels.begin() + (r + 1) * w.width, 0.0f));
+    return all;
+  }
+};
+
 static float step_of(const float* x, int64_t n) {
   float largest = 0;
   for (int64_t i = 0; i < n; ++i) largest = std::max(largest, std::fabs(x[i]));
@@ -123,20 +144,22 @@ static void test_linear(const std::string& set) {
   for (const auto& [rows, width] : SHAPES) {
     const Weights w(set, rows, width, LevelOrder(width, 1), 1);
     for (int64_t m : {1, 2, 3, 4, 5, 16, 17, 40})
-      for (int kind = 0; kind < 4; ++kind) {
-        const bool int8 = kind % 2, kept = kind / 2;
-        const auto x = values(m * width, width, kept), bias = reals(rows);
+      for (int kind = 0; kind < 6; ++kind) {
+        const bool on_grid = kind > 3, int8 = on_grid || kind % 2, kept = kind / 2 == 1;
+        const Grids grids(w, kind % 2);
+        const auto x = values(m * width, width, kept), bias = reals(rows), q = on_grid ? grids.round(x) : x;
         Array<float> y(m * rows, std::numeric_limits<float>::quiet_NaN());
-        packed_linear({Type::f32, x.data(), kept ? bias.data() : nullptr, y.data(), m, width, rows}, w.tiles, int8,
-                      three());
+        packed_linear({Type::f32, x.data(), kept ? bias.data() : nullptr, y.data(), m, width, rows,
+                       on_grid ? &grids.grid : nullptr},
+                      w.tiles, int8, three());
         Wanted want;
         for (int64_t t = 0; t < m; ++t)
           for (int64_t r = 0; r < rows; ++r)
-            want.push(w, r, kept ? bias[r] : 0, int8 && !kept ? step_of(&x[t * width], width) / 2 : 0,
+            want.push(w, r, kept ? bias[r] : 0, int8 && !kept && !on_grid ? step_of(&x[t * width], width) / 2 : 0,
                       [&](const auto& add) {
-                        for (int64_t k = 0; k < width; ++k) add(k, x[t * width + k]);
+                        for (int64_t k = 0; k < width; ++k) add(k, q[t * width + k]);
                       });
-        report.near(y.data(), want.value.data(), want.bound.data(), m * rows, {rows, width, m, int8, kept});
+        report.near(y.data(), want.value.data(), want.bound.data(), m * rows, {rows, width, m, kind});
       }
   }
 }
@@ -155,15 +178,18 @@ static void test_conv2d(const std::string& set) {
                                 {{1, 16, 4, 16}, 6, {3, 1}, {2, 1}, {1, 0}, {1, 1}, 2}};
   for (const Convolution& c : shapes) {
     const Weights w(set, c.rows, c.levels, c.order(), c.sliding() ? 1 : c.groups);
-    for (int kind = 0; kind < 4; ++kind) {
-      const bool int8 = kind % 2, kept = kind / 2;
+    for (int kind = 0; kind < (c.sliding() ? 4 : 6); ++kind) {  // what slides is on its grid before
+      const bool on_grid = kind > 3, int8 = on_grid || kind % 2, kept = kind / 2 == 1;
       const int64_t image = c.inputs * c.height * c.width;
-      const auto x = values(c.batch * image, image, kept), bias = reals(c.rows);
+      const Grids grids(w, kind % 2);
+      const auto x = values(c.batch * image, image, kept), bias = reals(c.rows), q = on_grid ? grids.round(x) : x;
       Array<float> y(c.batch * c.rows * c.area(), std::numeric_limits<float>::quiet_NaN());
-      packed_conv2d({Type::f32, x.data(), kept ? bias.data() : nullptr, y.data()}, c, w.tiles, int8, three());
+      packed_conv2d({Type::f32, x.data(), kept ? bias.data() : nullptr, y.data(), on_grid ? &grids.grid : nullptr}, c,
+                    w.tiles, int8, three());
       Wanted want;
       for (int64_t b = 0; b < c.batch; ++b) {
-        const double half_step = int8 && !kept && !c.sliding() ? step_of(&x[b * image], image) / 2 : 0;
+        const bool measured = int8 && !kept && !on_grid && !c.sliding();
+        const double half_step = measured ? step_of(&x[b * image], image) / 2 : 0;
         for (int64_t r = 0; r < c.rows; ++r)
           for (int64_t p = 0; p < c.area(); ++p)
             want.push(w, r, kept ? bias[r] : 0, half_step, [&](const auto& add) {
@@ -172,12 +198,11 @@ static void test_conv2d(const std::string& set) {
                 const int64_t v = p / c.out_width * c.stride[0] + tap / c.kernel[1] * c.dilation[0] - c.padding[0];
                 const int64_t h = p % c.out_width * c.stride[1] + tap % c.kernel[1] * c.dilation[1] - c.padding[1];
                 const bool inside = v >= 0 && v < c.height && h >= 0 && h < c.width;
-                add(k, inside ? x[b * image + (channel * c.height + v) * c.width + h] : 0);
+                add(k, inside ? q[b * image + (channel * c.height + v) * c.width + h] : 0);
               }
             });
       }
-      report.near(y.data(), want.value.data(), want.bound.data(), static_cast<int64_t>(y.size()),
-                  {&c - shapes, int8, kept});
+      report.near(y.data(), want.value.data(), want.bound.data(), static_cast<int64_t>(y.size()), {&c - shapes, kind});
     }
   }
 }

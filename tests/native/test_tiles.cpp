@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "report.h"
 
@@ -67,8 +68,8 @@ static void test_lines(const std::string& set, const TileKernels& kernels) {
     for (int64_t count : counts) {
       const int64_t blocks = std::abs(count), n = blocks * BLOCK;
       auto lines = integers<uint8_t>(bits * blocks * LINE, count < 0 ? 255 : 0, 255);
-      auto x = integers<int8_t>(n * TILE, -127, 127);
-      for (std::size_t i = 0; count < 0 && i < x.size(); ++i) x[i] = i / 4 % 2 ? 127 : -127;
+      auto x = integers<int8_t>(n * TILE, -128, 127);
+      for (std::size_t i = 0; count < 0 && i < x.size(); ++i) x[i] = i / 4 % 2 ? 127 : -128;
       const auto exact = offsets(true), fine = offsets(false), small = integers<float>(n * TILE, -3, 3);
 
       Array<uint8_t> quads(n * TILE), want_quads(n * TILE);
@@ -127,8 +128,8 @@ static void test_unpacked(const std::string& set, const TileKernels& kernels) {
   for (int64_t n = 1; n <= 70; ++n) counts.push_back(n);
   for (int64_t count : counts) {
     const int64_t n = std::abs(count);
-    auto codes = integers<int8_t>(n * LINE, -127, 127);
-    for (std::size_t i = 0; count < 0 && i < codes.size(); ++i) codes[i] = i / 4 % 2 ? 127 : -127;
+    auto codes = integers<int8_t>(n * LINE, -128, 127);
+    for (std::size_t i = 0; count < 0 && i < codes.size(); ++i) codes[i] = i / 4 % 2 ? 127 : -128;
     const auto whole = integers<int32_t>(TILE * TILE, -9999, 9999);
     for (int bits = 1; bits <= 8; ++bits) {
       const int top = (1 << bits) - 1;
@@ -179,6 +180,7 @@ static void test_unpacked(const std::string& set, const TileKernels& kernels) {
 static Side side() {
   Side all;
   for (int r = 0; r < TILE; ++r) {
+    all.base[r] = chance(-(1 << 28), 1 << 28);
     all.whole[r] = chance(-30000, 30000);
     all.part[r] = reals(1)[0];
     all.factor[r] = r == 5 ? std::numeric_limits<float>::quiet_NaN() : reals(1)[0];
@@ -189,7 +191,8 @@ static Side side() {
 
 static void test_loops(const std::string& set, const TileKernels& kernels) {
   Report rows(set, "side"), settle(set, "settle"), scale(set, "scale"), interleave(set, "interleave"),
-      slide(set, "slide"), largest(set, "largest"), quantize(set, "quantize"), four(set, "quantize_four");
+      slide(set, "slide"), largest(set, "largest"), quantize(set, "quantize"), four(set, "quantize_four"),
+      on_grid(set, "quantize_static"), four_on_grid(set, "quantize_four_static");
   const TileKernels& plain = tile_kernels_scalar;
   for (int m = 1; m <= TILE; ++m) {
     const Side lanes = side(), strip = side();
@@ -269,6 +272,32 @@ static void test_loops(const std::string& set, const TileKernels& kernels) {
         for (int64_t i = 0; i < planes * n; ++i) side_by_side[i % n * 4 + i / n] = want[i];
         kernels.quantize_four(x.data(), n, planes, inverse, got.data());
         four.same(got.data(), side_by_side.data(), 4 * n, {n, planes, ties});
+      }
+      for (const auto& [low, high] : {std::pair{0.0f, 255.0f}, {-128.0f, 127.0f}, {-37.0f, 218.0f}, {0.0f, 15.0f}}) {
+        const float values[] = {ties ? 2.0f : 0.013f, low, high};  // no power of two: 1 / scale would miss ties
+        const InputGrid grid("test", values);
+        for (bool numbers : {true, false}) {
+          auto odd = x;
+          if (n) odd[0] = INF, odd[n - 1] = -INF;
+          if (!numbers && n) odd[n / 2] = NAN_;
+          int32_t its = 0, levels = 0;
+          for (int64_t i = 0; i < 4 * n; ++i) {
+            const float code = odd[i] != odd[i] ? low : std::min(std::max(odd[i] / values[0], low), high);
+            its += want[i] = static_cast<int8_t>(static_cast<int>(std::nearbyint(code)) - grid.centre);
+          }
+          const bool all = kernels.quantize_static(odd.data(), 4 * n, grid, got.data(), &levels);
+          on_grid.same(got.data(), want.data(), 4 * n, {n, ties, int(low), numbers});
+          on_grid.same(&levels, &its, 1, {n, ties, int(low), numbers});
+          const bool good = numbers || !n;
+          on_grid.same(&all, &good, 1, {n, ties, int(low), numbers});
+          for (int64_t planes = 1; planes <= 4; ++planes) {
+            Array<int8_t> side_by_side(4 * n);
+            for (int64_t i = 0; i < planes * n; ++i) side_by_side[i % n * 4 + i / n] = want[i];
+            const bool four = kernels.quantize_four_static(odd.data(), n, planes, grid, got.data());
+            four_on_grid.same(got.data(), side_by_side.data(), 4 * n, {n, planes, ties, int(low)});
+            four_on_grid.same(&four, &good, 1, {n, planes, ties, int(low)});
+          }
+        }
       }
     }
   }
