@@ -68,6 +68,7 @@ class Problem:
     left: dict[str, str]
     at_once: int
     inputs: dict[str, dict[str, InputQuantizer]] = field(default_factory=dict)
+    place: int = 0  # of the batch that `judge` is at
 
     def set(self, choice: Choice) -> None:
         """Give every layer the candidates of that choice."""
@@ -84,7 +85,7 @@ class Problem:
         """Mean loss of the model as it stands over the samples of `select`."""
         total, count = 0.0, 0
         with evaluating(self.model):
-            for x, wanted in zip(self.select, self.wanted[1], strict=True):
+            for self.place, (x, wanted) in enumerate(zip(self.select, self.wanted[1], strict=True)):
                 total += len(x) * self.loss(self.model(x), wanted).item()
                 count += len(x)
         return total / count

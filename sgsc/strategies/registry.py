@@ -102,15 +102,17 @@ class WeightStrategy(Quantizer):
             return torch.full_like(self.scale, SMALLEST_STEP)
         rows = rows.detach().to(self.scale.dtype)
         seen = rows if self.per_channel else rows.reshape(1, -1)
-        most = seen.abs().amax(1, keepdim=True).clamp_min(SMALLEST_STEP)
+        largest = seen.abs().amax(1, keepdim=True).clamp_min(SMALLEST_STEP)
+        unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
         codes = int(2 ** (int(self.bit_depth.max()) - 1) - 1)
-        # a row of magnitudes up to 1: squares of the largest weights of float32 would overflow, of the least vanish
-        steps = self.steps(seen / most, max(codes, 1)).clamp_min(1e-6) * most[:, 0]
+        # magnitudes up to 2: squares of the largest weights of float32 would overflow, of the least vanish; the unit is
+        # a power of two, so that a step rounds here as it does there
+        steps = self.steps(seen / unit, max(codes, 1)).clamp_min(1e-6) * unit[:, 0]
         return steps.bfloat16().to(rows.dtype).clamp_min(SMALLEST_STEP).expand(len(rows)).contiguous()
 
     @abstractmethod
     def steps(self, rows: Tensor, most: int) -> Tensor:
-        """(C, K) with magnitudes up to 1 -> (C,) steps of codes -most - 1 .. most."""
+        """(C, K) with magnitudes up to 2 -> (C,) steps of codes -most - 1 .. most."""
 
     def extra_repr(self) -> str:
         """Width, and how many steps there are."""

@@ -23,6 +23,7 @@ from sgsc.layers import quant_layers
 from .calibration import round_biases
 from .mixture import MixedInput, MixedWeights, entropy, mixtures, set_temperature
 from .problem import Choice, Loss, Problem, make_problem
+from .settled import Settled
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 
@@ -224,23 +225,25 @@ def greedy(problem: Problem, start: Choice, progress: Progress, phase: str) -> P
     problem.set(choice)
     best = first = problem.judge()
     losses: dict[str, tuple[dict[str, float], dict[str, float]]] = {}
-    for place, name in enumerate(problem.layers):
-        losses[name] = ({}, {})
-        for side, candidates in enumerate((problem.weights[name], problem.inputs.get(name, {}))):
-            known = [(grid_of(candidates[choice[name][side]]), best)] if candidates else []  # pyright: ignore
-            for strategy, quantizer in candidates.items():
-                grid = grid_of(quantizer)
-                loss = next((v for g, v in known if torch.equal(g, grid)), None)
-                if loss is None:
-                    pair = (strategy, choice[name][1]) if side == 0 else (choice[name][0], strategy)
-                    problem.set({name: pair})
-                    loss = problem.judge()
-                    known.append((grid, loss))
-                    if loss < best:
-                        best, choice[name] = loss, pair
-                losses[name][side][strategy] = loss
-            problem.set({name: choice[name]})
-        progress(phase, place + 1, len(problem.layers), {"loss": best})
+    with Settled(problem) as settled:
+        for place, name in enumerate(problem.layers):
+            losses[name] = ({}, {})
+            for side, candidates in enumerate((problem.weights[name], problem.inputs.get(name, {}))):
+                known = [(grid_of(candidates[choice[name][side]]), best)] if candidates else []  # pyright: ignore
+                for strategy, quantizer in candidates.items():
+                    grid = grid_of(quantizer)
+                    loss = next((v for g, v in known if torch.equal(g, grid)), None)
+                    if loss is None:
+                        pair = (strategy, choice[name][1]) if side == 0 else (choice[name][0], strategy)
+                        problem.set({name: pair})
+                        loss = problem.judge()
+                        known.append((grid, loss))
+                        if loss < best:
+                            best, choice[name] = loss, pair
+                    losses[name][side][strategy] = loss
+                problem.set({name: choice[name]})
+            settled.add(name)
+            progress(phase, place + 1, len(problem.layers), {"loss": best})
     return Pass(choice, first, best, losses)
 
 

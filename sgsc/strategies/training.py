@@ -132,7 +132,7 @@ class LearnedInput(InputStrategy, InputQuantizer):
 
     def __init__(self, scale: float, code_min: int, code_max: int, values: int) -> None:
         super().__init__()
-        self.step = nn.Parameter(torch.tensor([scale]))
+        self.step = nn.Parameter(torch.tensor([float(scale)]))
         self.register_buffer("code_min", torch.tensor([float(code_min)]))
         self.register_buffer("code_max", torch.tensor([float(code_max)]))
         self.slowness = 1 / math.sqrt(max(values, 1) * max(code_max, -code_min, 1))
@@ -165,7 +165,7 @@ class LSQPlusInput(LearnedInput, name="lsq+"):
 
     def __init__(self, scale: float, code_min: int, code_max: int, values: int) -> None:
         super().__init__(scale, code_min, code_max, values)
-        self.offset = nn.Parameter(torch.tensor([scale * code_min]))  # the least value, in the unit of the input
+        self.offset = nn.Parameter(torch.tensor([float(scale * code_min)]))  # the least value, in the unit of the input
 
     def grid(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `InputQuantizer`."""
@@ -210,8 +210,8 @@ class MinMaxInput(LearnedInput, name="straight-through"):
     def __init__(self, scale: float, code_min: int, code_max: int, values: int) -> None:
         super().__init__(scale, code_min, code_max, values)
         self.step.requires_grad_(False)
-        self.register_buffer("least", torch.tensor([scale * code_min]))
-        self.register_buffer("most", torch.tensor([scale * code_max]))
+        self.register_buffer("least", torch.tensor([float(scale * code_min)]))
+        self.register_buffer("most", torch.tensor([float(scale * code_max)]))
 
     @classmethod
     def fitted(cls, seen: InputStatistics, bits: int) -> InputQuantizer:
