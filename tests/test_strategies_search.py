@@ -87,7 +87,8 @@ def test_what_runs_from_the_file_is_the_derived_model(found, tmp_path):
     try:
         packed = pack(found.model)
     except ValueError as error:
-        assert "input_quantizer has no packed form yet" in str(error)
+        if "input_quantizer has no packed form yet" not in str(error):
+            raise
         pytest.skip("packed layers hold no input grid yet")
     x = data(20, 5)
     with torch.no_grad():
@@ -205,7 +206,7 @@ def test_another_dtype_is_refused():
 
 
 def test_data_on_another_device_is_moved():
-    with pytest.raises(NotImplementedError, match="meta"):  # a device that every machine has: the data was moved there
+    with pytest.raises(RuntimeError, match="on meta tensors"):  # a device that every machine has: data was moved there
         search_strategies(network().to("meta"), data(), **QUICK)
 
 

@@ -74,14 +74,21 @@ def test_the_temperature_falls_while_it_searches():
 
 
 def test_training_wins_back_what_rounding_lost():
-    net, x, y = problem()
-    run = run_of(net, x, steps=150, rate=3e-3, edge_bits=None, bits_weights=2, bits_activations=2)
+    x = torch.randn(512, 8)
+    y = ((x[:, :4] * x[:, 4:]).sum(1) > 0).long()
+    net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.BatchNorm1d(32), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
+    optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for _ in range(200):
+        optimiser.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimiser.step()
+    run = run_of(net, x, steps=150, rate=1e-2, edge_bits=None, bits_weights=2, bits_activations=2)
     with torch.no_grad():
         start = F.cross_entropy(run.model.eval()(x), y).item()
     run.model.train()
     train(run, x, y)
     with torch.no_grad():
-        assert F.cross_entropy(run.model.eval()(x), y).item() < 0.7 * start
+        assert F.cross_entropy(run.model.eval()(x), y).item() < 0.5 * start  # measured: 0.26
 
 
 def test_what_is_trained_is_what_is_stored():
