@@ -21,9 +21,13 @@ def arguments_of(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--calibration", type=Path, default=None, help="of --model: .npy of inputs, (samples, ...)")
     sub.add_argument("--bits-weights", type=int, default=4, help="2 to 8 (default: 4)")
     sub.add_argument("--bits-activations", type=int, default=8, help="2 to 8 (default: 8), or 0: inputs stay float")
-    sub.add_argument("--edge-bits", type=int, default=8, help="least bits of first and last layer (default: 8; 0: none)")
+    sub.add_argument(
+        "--edge-bits", type=int, default=8, help="least bits of first and last layer (default: 8; 0: none)"
+    )
     sub.add_argument("--per-tensor", action="store_true", help="one step a weight instead of one a channel")
-    sub.add_argument("--weights", type=_names, default=None, help="strategies to choose from, with commas (default: all)")
+    sub.add_argument(
+        "--weights", type=_names, default=None, help="strategies to choose from, with commas (default: all)"
+    )
     sub.add_argument("--inputs", type=_names, default=None, help="the same of activations (default: all)")
     sub.add_argument("--skip", type=_names, default=(), help="layers to leave float, with commas")
     sub.add_argument("--loss", default="kl", help="kl (default: of the answers) or l1 (of images)")
@@ -100,7 +104,7 @@ def _named(name: str) -> Any:
         if home.endswith(".py"):
             spec = importlib.util.spec_from_file_location(Path(home).stem, home)
             if spec is None or spec.loader is None:
-                raise ImportError(f"{home} is no Python file")
+                raise ValueError(f"{home} is no Python file")
             found = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(found)
         else:
@@ -110,7 +114,9 @@ def _named(name: str) -> Any:
         raise ValueError(f"--model {name!r}: {error}; want module:name or file.py:name") from None
     made = made if isinstance(made, nn.Module) else made()
     if not isinstance(made, nn.Module):
-        raise ValueError(f"--model {name!r} is a {type(made).__name__}; want an nn.Module, or a function that makes one")
+        raise ValueError(
+            f"--model {name!r} is a {type(made).__name__}; want an nn.Module, or a function that makes one"
+        )
     return made
 
 

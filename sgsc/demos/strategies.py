@@ -75,16 +75,16 @@ def search(
 
 def search_any(
     network: nn.Module,
-    inputs: Tensor,
+    calibration: Tensor,
     folder: Path,
     *,
     seed: int = 0,
     progress: Progress = lambda phase, step, steps, values: None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """The same for a network and inputs of the user's own, without labels; returns the report."""
-    found = search_strategies(network, inputs, seed=seed, progress=progress, **settings)
-    kept = {"kind": "strategies", "task": type(network).__name__, "samples": len(inputs)}
+    """The same for a network and data of the user's own, without labels; returns the report."""
+    found = search_strategies(network, calibration, seed=seed, progress=progress, **settings)
+    kept = {"kind": "strategies", "task": type(network).__name__, "samples": len(calibration)}
     return {**kept, "float_bytes": float_bytes(network), **found.report, **store(found, folder, {})}
 
 

@@ -8,7 +8,7 @@ from .registry import RangeStrategy, grid_between
 from .statistics import InputStatistics
 
 RATIOS = np.linspace(0.02, 1.0, 99)  # parts of the range that are tried
-ROUNDS = 20
+ROUNDS, STARTS = 20, (1.0, 0.7, 0.45)  # of alternation, as for weights
 
 
 class MinMax(RangeStrategy, name="min-max"):
@@ -80,7 +80,7 @@ class MSE(RangeStrategy, name="mse"):
 
 
 class LeastSquares(RangeStrategy, name="least-squares"):
-    """Alternates codes and the step that suits them, from that of min-max on; the best on the way."""
+    """Alternates codes and the step that suits them, from parts of that of min-max on; the best on the way."""
 
     @classmethod
     def ends(cls, seen: InputStatistics, bits: int) -> tuple[float, float]:
@@ -90,12 +90,14 @@ class LeastSquares(RangeStrategy, name="least-squares"):
         if not len(values):
             return 0.0, 0.0
         found = []
-        for _ in range(ROUNDS):
-            found.append((_error(values, counts, scale, first, last), scale))
-            codes = np.clip(np.rint(values / scale), first, last)
-            if not codes.any():
-                break
-            scale = float((counts * values * codes).sum() / (counts * codes * codes).sum())
+        for start in STARTS:
+            step = start * scale
+            for _ in range(ROUNDS):
+                found.append((_error(values, counts, step, first, last), step))
+                codes = np.clip(np.rint(values / step), first, last)
+                if not codes.any():
+                    break
+                step = float((counts * values * codes).sum() / (counts * codes * codes).sum())
         scale = min(found)[1]
         return scale * first, scale * last
 

@@ -85,7 +85,8 @@ class Problem:
         """Mean loss of the model as it stands over the samples of `select`."""
         total, count = 0.0, 0
         with evaluating(self.model):
-            for self.place, (x, wanted) in enumerate(zip(self.select, self.wanted[1], strict=True)):
+            for place, (x, wanted) in enumerate(zip(self.select, self.wanted[1], strict=True)):
+                self.place = place
                 total += len(x) * self.loss(self.model(x), wanted).item()
                 count += len(x)
         return total / count
