@@ -178,7 +178,7 @@ def test_a_module_called_twice_has_one_strategy_and_the_right_loss():
     order = torch.randperm(80, generator=torch.Generator().manual_seed(0))
     select = x[order[:20]]
     with torch.no_grad():
-        assert divergence(found.model(select), net(select)).item() == pytest.approx(found.loss, rel=1e-3)
+        assert divergence(found.model(select), net(select)).item() == pytest.approx(found.loss, rel=1e-2, abs=1e-6)
 
 
 # ---- bad input ----

@@ -25,16 +25,6 @@ from sgsc.layers import quant_layers
 from sgsc.quantizers import InputQuantizer, Quantizer
 
 
-def shares_of(logits: Tensor, temperature: float, draw: torch.Generator | None) -> Tensor:
-    """The softmax; with a generator, one candidate drawn from it, with the gradient of the softmax."""
-    soft = (logits / temperature).softmax(0)
-    if draw is None:
-        return soft
-    picked = torch.multinomial(soft.detach().cpu(), 1, generator=draw).to(soft.device)
-    hard = torch.zeros_like(soft).scatter_(0, picked, 1.0)
-    return hard + (soft - soft.detach())
-
-
 class MixedWeights(Quantizer):
     """sum_j beta_j W_j. Its grid and its codes are those of the leading candidate.
 
@@ -52,14 +42,13 @@ class MixedWeights(Quantizer):
         device = next(iter(candidates.values())).grid()[0].device
         self.logits = nn.Parameter(torch.zeros(len(self.names), device=device))
         self.temperature = 1.0
-        self.draw: torch.Generator | None = None
         with torch.no_grad():
             made = None if rows is None else torch.stack([q(rows) for q in candidates.values()])
         self.register_buffer("fixed", made, persistent=False)
 
     def shares(self) -> Tensor:
         """(J,) beta."""
-        return shares_of(self.logits, self.temperature, self.draw)
+        return (self.logits / self.temperature).softmax(0)
 
     def leading(self) -> int:
         """Place of the candidate with the largest share."""
@@ -97,11 +86,10 @@ class MixedInput(InputQuantizer):
         device = next(iter(candidates.values())).grid()[0].device
         self.logits = nn.Parameter(torch.zeros(len(self.names), device=device))
         self.temperature = 1.0
-        self.draw: torch.Generator | None = None
 
     def shares(self) -> Tensor:
         """(N,) alpha."""
-        return shares_of(self.logits, self.temperature, self.draw)
+        return (self.logits / self.temperature).softmax(0)
 
     def leading(self) -> int:
         """Place of the candidate with the largest share."""
@@ -125,8 +113,6 @@ class _Mix(torch.autograd.Function):
         ctx.save_for_backward(x, shares, scale, lo, hi, shift)
         row, out = x.reshape(1, -1), None
         for i, share in enumerate(shares.tolist()):
-            if share == 0:
-                continue
             part = OP(row, *(v[i : i + 1] for v in (scale, lo, hi, shift)))
             out = part.mul_(share) if out is None else out.add_(part, alpha=share)
         return x.clone() if out is None else out.view(x.shape)
@@ -141,7 +127,7 @@ class _Mix(torch.autograd.Function):
         for i, share in enumerate(shares.tolist()):
             one = [v[i : i + 1] for v in grid]
             of_shares[i] = torch.dot(g[0].to(shares.dtype), OP(row, *one)[0].to(shares.dtype))
-            if share == 0 or not any(ctx.needs_input_grad[k] for k in (0, 2, 3, 4)):
+            if not any(ctx.needs_input_grad[k] for k in (0, 2, 3, 4)):
                 continue
             gx, *rest = BACKWARD(g, row, *one)
             total = gx.mul_(share) if total is None else total.add_(gx, alpha=share)

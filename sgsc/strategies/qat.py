@@ -20,9 +20,10 @@ from sgsc.layers import quant_layers
 
 from .mixture import MixedInput, MixedWeights, entropy, mixtures, set_temperature, settle
 from .problem import Choice, make_problem
-from .search import COLDEST, RATE, SHARP
+from .search import COLDEST, RATE
 
 WARM, SEARCH = 0.1, 0.3  # shares of the steps; the rest is settled
+SHARP = 1.0  # weight of the entropy at the end of the search, in units of the loss at its start
 CLIP = 1.0  # norm of all gradients of weights
 
 

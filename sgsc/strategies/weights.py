@@ -69,8 +69,7 @@ class HalfQuadratic(WeightStrategy, name="half-quadratic"):
     Their solver moves zero points of groups of weights at given scales. Our grids hold 0, so it is the scale that is
     solved for here; and errors are measured in steps, so that one beta suits all rows: it starts at 1, at which an
     error is an outlier from one step on, and ends where half a step is one, the most that rounding alone makes. From
-    the step of max-abs alone: from smaller ones it finds less of that sum, and worse networks, at 8 bits 20 times the
-    squared error, for it pays half of the weights to clip the others.
+    the step of max-abs alone: smaller ones lead to less of that sum and, at 8 bits, to 20 times the squared error.
     """
 
     power = NORM
