@@ -78,20 +78,7 @@ def _one(section: Section, of: Network, setting: str, seed: int, randoms: int, r
         said = {**{key: f.report[key] for key in kept}, **kinds, "search_seconds": f.report["seconds"]}
         return {"select_loss": f.loss, **of.judge(f.model), **said, "layers": len(f.choice)}
 
-    section.row({**row, "method": "DQSS"}, lambda: timed(dqss))
-    section.row({**row, "method": "greedy"}, lambda: timed(lambda: judged(found().greedy, False)))
-    pairs = [(w, START) for w in strategies(WEIGHTS)]
-    pairs += [(START, a) for a in strategies(INPUTS) if a != START] if bits_activations else []
-    for w, a in pairs:
-        name = f"uniform {w}" + (f" + {a}" if bits_activations else "")
-        section.row({**row, "method": name}, lambda w=w, a=a: timed(lambda: judged(problem().uniform(w, a))))
-    if randoms:
-        section.row({**row, "method": "random", "assignments": randoms}, lambda: timed(lambda: _random(randoms)))
-    if bits_activations is None:
-        for library in LIBRARIES:
-            section.row({**row, "method": library}, lambda library=library: _library(of, library, bits_weights))
-
-    def _random(count: int) -> Row:
+    def drawn(count: int) -> Row:
         rng, made = random.Random(seed), problem()
         said = []
         for _ in range(count):
@@ -105,6 +92,19 @@ def _one(section: Section, of: Network, setting: str, seed: int, randoms: int, r
             said.append(judged(choice, False))
         means = {key: statistics.fmean(s[key] for s in said) for key in said[0]}
         return means | {f"{of.metric}_worst": min((s[of.metric] for s in said), key=lambda v: of.sign * v)}
+
+    section.row({**row, "method": "DQSS"}, lambda: timed(dqss))
+    section.row({**row, "method": "greedy"}, lambda: timed(lambda: judged(found().greedy, False)))
+    pairs = [(w, START) for w in strategies(WEIGHTS)]
+    pairs += [(START, a) for a in strategies(INPUTS) if a != START] if bits_activations else []
+    for w, a in pairs:
+        name = f"uniform {w}" + (f" + {a}" if bits_activations else "")
+        section.row({**row, "method": name}, lambda w=w, a=a: timed(lambda: judged(problem().uniform(w, a))))
+    if randoms:
+        section.row({**row, "method": "random", "assignments": randoms}, lambda: timed(lambda: drawn(randoms)))
+    if bits_activations is None:
+        for library in LIBRARIES:
+            section.row({**row, "method": library}, lambda library=library: _library(of, library, bits_weights))
 
 
 def _library(of: Network, library: str, bits: int) -> Row:

@@ -2,8 +2,8 @@
 
 A mixture of roundings has less error than any of them, so the relaxed loss is optimistic, and its winner need not be
 the best network. So the mixture only proposes: temperature and entropy close it, and its argmax is judged on its way
-as the discrete network that it stands for, on samples that neither grids nor mixture have seen. From the best of them one
-greedy pass goes through the layers, and another from the best uniform choice; the better of the two is the result,
+as the discrete network that it stands for, on samples that neither grids nor mixture have seen. From the best of them
+one greedy pass goes through the layers, and another from the best uniform choice; the better of the two is the result,
 which therefore is never worse, on those samples, than the best uniform choice and than greed alone.
 
 The constants were tried on the digits network at 2 and 3 bits: no rate, temperature or weight of the entropy was best
