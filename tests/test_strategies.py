@@ -324,6 +324,13 @@ def test_the_divergence_is_none_where_every_bin_has_a_code_and_grows_with_clippi
     assert 0 < found[0] < found[1] < found[2]
 
 
+def test_a_range_of_one_bin_is_not_taken_for_perfect():
+    values, counts = np.array([0.01, 0.5, 1.0]), np.array([10.0, 500.0, 500.0])
+    assert _divergence(values, counts, 0.01, 0, 15) > 4  # 1 % of the values are in the range
+    few = seen_of(torch.tensor([0.0, 0.02, 0.5, 0.5, 0.51, 0.9, 1.0]).repeat(100, 1))
+    assert INPUTS["kl"].fitted(few, 4)(torch.tensor([1.0])).item() > 0.8
+
+
 # ---- statistics ----
 
 
