@@ -284,3 +284,14 @@ def test_the_divergence_is_that_of_the_answers():
     p, q = b.softmax(-1), a.softmax(-1)
     assert divergence(a, b).item() == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
     assert divergence(a, a).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_attention_and_half_precision_are_served():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, dtype=torch.bfloat16).eval()
+    net, x = nn.Sequential(layer, nn.Linear(8, 3, dtype=torch.bfloat16)), torch.randn(24, 5, 8).bfloat16()
+    found = search_strategies(net, x, bits_weights=8, bits_activations=8, steps=3)
+    assert {"0.self_attn.q_proj", "0.self_attn.out_proj", "0.linear1", "1"} <= found.choice.keys()
+    with torch.no_grad():
+        torch.testing.assert_close(found.model(x), net(x), rtol=0.1, atol=0.1)
+    assert found.model(x).dtype == torch.bfloat16

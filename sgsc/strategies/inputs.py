@@ -120,6 +120,6 @@ def _divergence(values: np.ndarray, counts: np.ndarray, scale: float, first: int
     clipped = kept.copy()
     clipped[-1] += counts[codes > last].sum()
     clipped[0] += counts[codes < first].sum()
-    # q lacks what is clipped, and is not made whole: a range of one bin, which is all of it, would be without divergence
+    # q lacks what is clipped and is not made whole: a range of one bin would else be without divergence
     p, q = clipped / counts.sum(), spread / counts.sum()
     return float((p * np.log(p / q)).sum())
