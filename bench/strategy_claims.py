@@ -43,6 +43,9 @@ def network_claims(rows: list[Row]) -> list[Row]:
             best = max(means, key=lambda m: sign * means[m])
             leads = [factor * sign * (r[metric] - uniform[best][seed]) for seed, r in ours.items()]
             noise = statistics.stdev(leads) / len(leads) ** 0.5 if len(leads) > 1 else 0.0
+            if metric == "accuracy":  # draws share their test samples, which may be few
+                share = statistics.fmean(r[metric] for r in ours.values())
+                noise = (noise**2 + factor**2 * share * (1 - share) / rows[0]["test_samples"]) ** 0.5
             text = (
                 f"{name}: test {metric} ahead of the best single strategy by test ({best}; standard error {noise:.3g})"
             )

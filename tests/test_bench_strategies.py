@@ -46,12 +46,12 @@ def test_a_network_s_rows_and_claims(short, monkeypatch):
 def row(method, accuracy, seed=0, loss=0.1, **more):
     return {
         **{"task": "resnet20", "setting": "W8A8", "method": method, "seed": seed, "accuracy": accuracy},
-        **{"select_loss": loss, "test_samples": 10, **more},
+        **{"select_loss": loss, "test_samples": 10**8, **more},
     }
 
 
 def of(*rows):
-    reference = {"task": "resnet20", "method": "float", "accuracy": 0.88, "test_samples": 10}
+    reference = {"task": "resnet20", "method": "float", "accuracy": 0.88, "test_samples": 10**8}
     return {
         c["claim"].split(": ")[1].split(" (")[0]: c["holds"] for c in strategy_claims.network_claims([reference, *rows])
     }

@@ -161,6 +161,8 @@ def test_a_layer_called_twice_is_calibrated_on_both_inputs(parts):
     assert shown["first"].count == 2 * x.numel()
     assert shown["first"].most > 5 > x.max().item()
     assert shown["first"].least == x.min().item()
+    scale, _, last, _ = (v.item() for v in quant_layers(model)["first"].input_quantizer.grid())
+    assert scale * last > shown["first"].most - scale  # chosen when both had been seen
 
 
 def test_a_layer_never_called_is_named():

@@ -146,6 +146,16 @@ def test_integer_biases_are_asked_for():
     assert found.report["biases_cut"] == 0
 
 
+def test_one_pass_starts_from_the_best_uniform_choice_and_one_from_the_mixture(monkeypatch):
+    starts = []
+    monkeypatch.setattr(
+        "sgsc.strategies.search.greedy", lambda p, start, *rest: starts.append(start) or greedy(p, start, *rest)
+    )
+    found = search_strategies(network(), data(), **QUICK)
+    assert set(starts[0].values()) == {found.uniform} == {tuple(found.report["best_uniform"])}
+    assert len(set(starts[1].values())) > 1
+
+
 # ---- the pass ----
 
 

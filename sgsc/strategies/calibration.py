@@ -49,7 +49,7 @@ def calibrate(model: nn.Module, batches: Sequence[Tensor], choose: Choose, obser
     if not len(batches):
         raise ValueError("no calibration data: want at least one batch of inputs")
     layers = quant_layers(model)
-    calls = _calls(model, layers, batches[0])
+    calls = count_calls(model, layers, batches[0])
     never = [name for name in layers if name not in calls]
     if never:
         raise ValueError(
@@ -69,7 +69,8 @@ def calibrate(model: nn.Module, batches: Sequence[Tensor], choose: Choose, obser
     return list(calls)
 
 
-def _calls(model: nn.Module, layers: dict[str, QuantLayer], batch: Tensor) -> dict[str, int]:
+@torch.no_grad()
+def count_calls(model: nn.Module, layers: dict[str, QuantLayer], batch: Tensor) -> dict[str, int]:
     """Layer -> number of its calls for one batch, in the order of the last ones."""
     found: dict[str, int] = {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .calibration import count_calls
 from .problem import Problem
 
 MOST_BYTES = 2**30  # of outputs that are kept
@@ -12,12 +13,13 @@ MOST_BYTES = 2**30  # of outputs that are kept
 class Settled:
     """A context in which layers that were `add`ed, first to last in the order of their calls, answer from memory.
 
-    Half of a greedy pass is saved. A layer that is called more than once a batch ends the saving, for what it is given
-    the second time may depend on a later layer; so does too little memory. The answers are the same either way.
+    Half of a greedy pass is saved. Nothing is where any layer is called more than once a batch: one in between is then
+    given what a layer makes whose turn is later. Nor is where memory ends. The answers are the same either way.
     """
 
     def __init__(self, problem: Problem, most_bytes: int = MOST_BYTES) -> None:
-        self.problem, self.left = problem, most_bytes
+        calls = count_calls(problem.model, problem.layers, problem.select[0])
+        self.problem, self.left = problem, most_bytes if max(calls.values()) == 1 else 0
         self.added: list[nn.Module] = []
 
     def __enter__(self) -> Settled:
@@ -44,8 +46,7 @@ class Settled:
             problem.judge()
         finally:
             hook.remove()
-        if self.left <= 0 or any(len(of_batch) != 1 for of_batch in outputs):
-            self.left = 0
+        if self.left <= 0:
             return
         layer.__dict__["forward"] = lambda *_args, **_kwargs: outputs[problem.place][0]
         self.added.append(layer)
