@@ -62,7 +62,7 @@ def test_claims_can_fail():
     uniform = row("uniform mse + mse", 0.879)
     assert set(of(good, uniform).values()) == {True}
     assert not of(row("DQSS", 0.8785, greedy_loss=0.1), uniform)["test accuracy lost against float"]
-    assert not of(good, row("uniform mse + mse", 0.8799))["test accuracy ahead of the best single strategy by test"]
+    assert not of(good, row("uniform mse + mse", 0.8799))["test accuracy ahead of the best by test of 1 uniform ones"]
     assert not of(row("DQSS", 0.88, greedy_loss=0.09), uniform)[
         "loss on the judging samples above that of greed alone, largest"
     ]
