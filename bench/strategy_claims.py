@@ -46,7 +46,8 @@ def network_claims(rows: list[Row]) -> list[Row]:
             if metric == "accuracy":  # draws share their test samples, which may be few
                 share = statistics.fmean(r[metric] for r in ours.values())
                 noise = (noise**2 + factor**2 * share * (1 - share) / rows[0]["test_samples"]) ** 0.5
-            text = f"{name}: test {metric} ahead of the best by test of {len(means)} uniform ones ({best}; standard error {noise:.3g})"
+            text = f"{name}: test {metric} ahead of the best by test of {len(means)} uniform ones "
+            text += f"({best}; standard error {noise:.3g})"
             mean = statistics.fmean(leads)
             made.append(claim(text, 0, mean, unit, mean >= -2 * noise))
         worst = max(r["select_loss"] - r["greedy_loss"] for r in ours.values())
