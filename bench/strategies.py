@@ -232,6 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     chosen = record.options(arguments, str(__doc__).splitlines()[0], _more)
     known = (*NETWORKS, "mixture", "qat")
+    chosen.sections = [name.removeprefix("strategies-") for name in chosen.sections]  # as results call them
     settings_wanted = chosen.settings.split(",")
     unknown = [n for n in chosen.sections if n not in known] + [n for n in settings_wanted if n not in SETTINGS]
     if unknown:
