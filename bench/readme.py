@@ -29,6 +29,7 @@ from .peer_problem import EXACT, INT8, WIDTHS
 from .record import RESULTS, read
 from .search_claims import LAYOUTS as SEARCH
 from .sgsc_tables import LAYOUTS as SGSC
+from .strategy_claims import LAYOUTS as STRATEGIES
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BLOCK = re.compile(r"(<!-- tables: (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
@@ -324,6 +325,7 @@ LAYOUTS: dict[str, Callable[[Rows], str]] = {
     "crossovers": crossovers,
     **SGSC,
     **SEARCH,
+    **STRATEGIES,
 }
 
 

@@ -46,6 +46,8 @@ _HOME = {
     "Budget": "search.cost",
     "KMeansTPESampler": "search.kmeans_tpe",
     "search_network": "search.study",
+    "StrategyTraining": "strategies.qat",
+    "search_strategies": "strategies.search",
     "load_checkpoint": "checkpoint",
     "save_checkpoint": "checkpoint",
 }
@@ -64,6 +66,7 @@ __all__ = [
     "QuantLinear",
     "QuantMultiheadAttention",
     "SelfCompression",
+    "StrategyTraining",
     "adopt_widths",
     "certify",
     "fake_quantize",
@@ -81,6 +84,7 @@ __all__ = [
     "save",
     "save_checkpoint",
     "search_network",
+    "search_strategies",
     "set_numerics",
     "stored_size",
 ]
@@ -100,6 +104,8 @@ if TYPE_CHECKING:
     from .search.kmeans_tpe import KMeansTPESampler
     from .search.study import search_network
     from .size import file_bits, float_bytes, nominal_bits
+    from .strategies.qat import StrategyTraining
+    from .strategies.search import search_strategies
     from .together import quantize_together
 
 

@@ -2,6 +2,7 @@
 
     sgsc compress TASK   train, compress, pack, save, certify in a fresh process, report
     sgsc search TASK     bits and channels of each layer under a budget, pack, report
+    sgsc strategies TASK  the quantization strategy of each layer, without retraining, report
     sgsc certify RUN     load RUN/model.sgsc and compare it with the float network of the run
     sgsc inspect FILE    what a file holds
     sgsc verify FILE     whether a file is whole
@@ -29,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import cli_search
+from . import cli_search, cli_strategies
 from .cli_progress import Progress
 from .config import CompressionConfig, add_settings, from_arguments
 
@@ -88,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     add_settings(sub, CompressionConfig, {"steps": None, "tolerance": None, "cut": True})
 
     cli_search.arguments_of(command("search", cli_search.run, "search bits and channels of each layer under a budget"))
+
+    strategies = "find the quantization strategy of each layer, without retraining"
+    cli_strategies.arguments_of(command("strategies", cli_strategies.run, strategies))
 
     compare = "compare a run's packed network with its float network"
     for name, run, help in (("certify", _certify, compare), ("report", _report, "write report.html again")):
@@ -211,11 +215,13 @@ def _read_report(folder: Path) -> dict[str, Any]:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from .report import runs_beside, write_html, write_search_html
+    from .report import runs_beside, write_html, write_search_html, write_strategies_html
 
     report = _read_report(options.folder)
     if report.get("kind") == "search":
         write_search_html(report, options.folder / PAGE)
+    elif report.get("kind") == "strategies":
+        write_strategies_html(report, options.folder / PAGE)
     else:
         write_html(report, options.folder / PAGE, runs_beside(options.folder, report))
     _print_json({"file": str(options.folder / PAGE)}) if options.json else print(f"wrote {options.folder / PAGE}")

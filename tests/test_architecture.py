@@ -49,6 +49,7 @@ MAY_IMPORT = {
     },
     "sgsc/integrations": {"checkpoint", "compression", "distributed", "preservation"},
     "sgsc/search": {"search", "artefact", "coupling", "layers", "packed", "preparation", "quantizers", "samples"},
+    "sgsc/strategies": {"kernels", "layers", "preparation", "quantizers", "samples", "strategies"},
     "sgsc/report": {"report"},
     "sgsc/measure": {"kernels"},
     "sgsc/environment": {"__version__"},

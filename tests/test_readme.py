@@ -18,7 +18,8 @@ from tests.trainers import Tokens, lit
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 
 
-TRAINING, EXPORT, TRANSFORMERS, LIGHTNING, SHARDED, AVERAGE = re.findall(r"```python\n(.*?)```", README, re.S)
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+TRAINING, EXPORT, STRATEGIES, STRATEGIES_TRAINED, TRANSFORMERS, LIGHTNING, SHARDED, AVERAGE = BLOCKS
 
 
 def test_the_example_has_at_most_twenty_lines():
@@ -66,6 +67,16 @@ def small() -> dict:
     keep = sgsc.PreservationSet.select(net, TensorDataset(x, y), 24)
     model = sgsc.prepare(net).model
     return {"sgsc": sgsc, "torch": torch, "F": F, "net": net, "keep": keep, "model": model, "x": x, "y": y}
+
+
+def test_the_strategy_examples_run():
+    names = small()
+    names |= {"network": names["net"], "inputs": names["x"], "loss": F.cross_entropy}
+    exec(compile(STRATEGIES, "README.md", "exec"), names)
+    assert set(names["found"].choice) == {"0", "2"}
+    names |= {"data": [(names["x"], names["y"])] * 3}
+    exec(compile(STRATEGIES_TRAINED.replace("2000", "3"), "README.md", "exec"), names)
+    assert names["run"].done
 
 
 def loop(names: dict, steps: int, after: str = "") -> None:

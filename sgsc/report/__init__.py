@@ -14,7 +14,17 @@ from __future__ import annotations
 from .beside import runs_beside
 from .page import write_html
 from .search_page import search_summary, write_search_html
+from .strategies_page import strategies_summary, write_strategies_html
 from .strict import to_json
 from .terminal import summary
 
-__all__ = ["runs_beside", "search_summary", "summary", "to_json", "write_html", "write_search_html"]
+__all__ = [
+    "runs_beside",
+    "search_summary",
+    "strategies_summary",
+    "summary",
+    "to_json",
+    "write_html",
+    "write_search_html",
+    "write_strategies_html",
+]

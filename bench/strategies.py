@@ -1,0 +1,285 @@
+"""The strategy search: what each layer's own strategies gain over one for all, and what a mixture costs.
+
+    python -m bench.strategies [digits] [char-lm] [resnet20] [resnet56] [stories260k] [vdsr] [mixture] [qat]
+                               [--settings W8A8,W4A8,W4A4,W3] [--draws N] [--test N] [--data PATH] [--seconds N]
+
+A row is one network, setting and draw of calibration data by one method. Test data judges what was chosen; it chooses
+nothing. What is in the results at this commit is not measured again, so that a call cut off goes on when repeated.
+--test judges by the first so many test samples, --random draws so many random assignments; rows say how many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sgsc.demos.training import batches, mirror_and_shift, shift
+from sgsc.strategies import INPUTS, WEIGHTS, StrategyTraining, make_problem, search_strategies
+from sgsc.strategies.folding import fold_batch_norms
+from sgsc.strategies.problem import Choice, Problem
+from sgsc.strategies.registry import strategies
+
+from . import record
+from .runs import OutOfTime, Row, Section, Settings
+from .sgsc_peers import LIBRARIES, ROW
+from .strategy_claims import mixture_claims, network_claims, qat_claims
+from .strategy_networks import Network, network
+
+NETWORKS = ("digits", "char-lm", "resnet20", "resnet56", "stories260k", "vdsr")
+SETTINGS: dict[str, tuple[int, int | None]] = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W3": (3, None)}
+CANDIDATES = (1, 2, 4, 8, 16)
+START = "mse"  # of the other side, where strategies of one side are compared
+
+
+def measure_network(section: Section, of: Network, settings: Sequence[str], draws: int, randoms: int) -> None:
+    """Every method in every setting on every draw."""
+    common = {"task": section.name.removeprefix("strategies-"), "test_samples": of.test_samples}
+    section.row({**common, "method": "float"}, lambda: timed(lambda: of.judge(of.model)))
+    for setting in settings:
+        for seed in range(draws):
+            _one(section, of, setting, seed, randoms, {**common, "setting": setting, "seed": seed})
+
+
+def _one(section: Section, of: Network, setting: str, seed: int, randoms: int, row: Row) -> None:
+    bits_weights, bits_activations = SETTINGS[setting]
+    how = {"bits_weights": bits_weights, "bits_activations": bits_activations, "skip": of.skip, "loss": of.loss}
+
+    @cache
+    def found() -> Any:
+        return search_strategies(of.model, of.calibration(seed), **how, seed=seed)
+
+    @cache
+    def problem() -> Problem:
+        return make_problem(of.model, of.calibration(seed), **how, seed=seed)
+
+    def judged(choice: Choice, recalibrate: bool = True) -> Row:
+        made = problem()
+        before = {name: dict(quantizers) for name, quantizers in made.inputs.items()}
+        made.recalibrate(choice) if recalibrate else made.set(choice)
+        said = {"select_loss": made.judge(), **of.judge(made.model)}
+        made.inputs = before
+        return said
+
+    def dqss() -> Row:
+        f = found()
+        kept = ("origin", "best_uniform", "best_uniform_loss", "greedy_loss", "mixture_argmax_loss", "recalibrated")
+        kinds = {f"different_{side}s": len({row[side] for row in f.report["layers"]}) for side in ("weight", "input")}
+        said = {**{key: f.report[key] for key in kept}, **kinds, "search_seconds": f.report["seconds"]}
+        return {"select_loss": f.loss, **of.judge(f.model), **said, "layers": len(f.choice)}
+
+    def drawn(count: int) -> Row:
+        rng, made = random.Random(seed), problem()
+        said = []
+        for _ in range(count):
+            choice: Choice = {
+                name: (
+                    rng.choice(list(made.weights[name])),
+                    rng.choice(list(made.inputs[name])) if made.inputs.get(name) else None,
+                )
+                for name in made.layers
+            }
+            said.append(judged(choice, False))
+        means = {key: statistics.fmean(s[key] for s in said) for key in said[0]}
+        return means | {f"{of.metric}_worst": min((s[of.metric] for s in said), key=lambda v: of.sign * v)}
+
+    section.row({**row, "method": "DQSS"}, lambda: timed(dqss))
+    section.row({**row, "method": "greedy"}, lambda: timed(lambda: judged(found().greedy, False)))
+    pairs = [(w, START) for w in strategies(WEIGHTS)]
+    pairs += [(START, a) for a in strategies(INPUTS) if a != START] if bits_activations else []
+    for w, a in pairs:
+        name = f"uniform {w}" + (f" + {a}" if bits_activations else "")
+        section.row({**row, "method": name}, lambda w=w, a=a: timed(lambda: judged(problem().uniform(w, a))))
+    if randoms:
+        section.row({**row, "method": "random", "assignments": randoms}, lambda: timed(lambda: drawn(randoms)))
+    if bits_activations is None:
+        for library in LIBRARIES:
+            section.row({**row, "method": library}, lambda library=library: _library(of, library, bits_weights))
+
+
+def _library(of: Network, library: str, bits: int) -> Row:
+    """Weights as another library rounds them, norms folded, 8 bits in the first and the last layer, inputs float."""
+    model = fold_batch_norms(of.model).model
+    layers = [
+        m
+        for name, m in model.named_modules()
+        if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d)) and name not in of.skip
+    ]
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                width = 8 if layer in (layers[0], layers[-1]) else bits
+                rows = layer.weight.flatten(1)
+                layer.weight.copy_(LIBRARIES[library][0](rows.clone(), width, ROW)[0].view_as(layer.weight))
+    except ImportError as error:
+        return {"missing": f"{type(error).__name__}: {error}"}
+    return timed(lambda: of.judge(model))
+
+
+def timed(run: Callable[[], Row]) -> Row:
+    """What it returns, and its seconds."""
+    started = time.perf_counter()
+    return {**run(), "seconds": time.perf_counter() - started}
+
+
+# ---- the cost of a mixture ----
+
+
+def measure_mixture(section: Section) -> None:
+    """One layer, forward and backward: time, multiplications and what is kept, against the number of candidates."""
+    for count in CANDIDATES:
+        section.row({"task": "mixture", "method": "ours", "candidates": count}, lambda c=count: _mixture(c, True))
+        section.row(
+            {"task": "mixture", "method": "a product a pair", "candidates": count}, lambda c=count: _mixture(c, False)
+        )
+
+
+def _mixture(count: int, together: bool) -> Row:
+    """A convolution of 64 to 64 channels on 16 images of 32 x 32, `count` candidates of weight and of input each."""
+    from sgsc.preparation import prepare
+    from sgsc.quantizers import StaticInput
+    from sgsc.strategies.mixture import MixedInput, MixedWeights
+
+    torch.manual_seed(0)
+    layer = prepare(nn.Conv2d(64, 64, 3, padding=1), quantizer="lsq4").model
+    of_weights = {}
+    for i in range(count):
+        of_weights[str(i)] = WEIGHTS["max-abs"](64, 2 + i % 7)
+        of_weights[str(i)].fit(layer.rows().detach() * (1 - 0.01 * i))
+    weights = MixedWeights(of_weights, layer.rows().detach())
+    inputs = MixedInput({str(i): StaticInput(0.02 * (1 + i), -128, 127) for i in range(count)})
+    layer.requires_grad_(False)
+    layer.weight_quantizer, layer.input_quantizer = weights, inputs
+    x = torch.randn(16, 64, 32, 32).requires_grad_()
+
+    def once() -> None:
+        if together:
+            y = layer(x)
+        else:
+            kernels = [w.view_as(layer.weight) for w in weights.fixed]
+            y = torch.zeros(())
+            for a, q in zip(inputs.shares(), inputs.candidates, strict=True):
+                for b, kernel in zip(weights.shares(), kernels, strict=True):
+                    y = y + a * b * torch.conv2d(q(x), kernel, None, padding=1)
+        y.square().mean().backward()
+
+    kept: dict[int, int] = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t
+    ):
+        once()
+    times, began = [], time.process_time()
+    while len(times) < 3 or (time.process_time() - began < 1 and len(times) < 20):
+        started = time.process_time()  # of all threads: others use this machine too
+        once()
+        times.append(time.process_time() - started)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"cpu_seconds": statistics.median(times), "kept_bytes": sum(kept.values()), "process_peak_kilobytes": peak}
+
+
+# ---- training ----
+
+
+def measure_qat(section: Section, of: Network, steps: int, draws: int, rate: float) -> None:
+    """ResNet-20 at 4 bits: strategies that are searched, and LSQ in all layers, equally long."""
+    common = {"task": "resnet20", "setting": "W4A4", "steps": steps, "rate": rate, "test_samples": of.test_samples}
+    section.row(
+        {**{k: common[k] for k in ("task", "test_samples")}, "method": "float"},
+        lambda: timed(lambda: of.judge(of.model)),
+    )
+    for seed in range(draws):
+        for method, names in (("DQSS", None), ("lsq", ["lsq"])):
+            section.row(
+                {**common, "seed": seed, "method": method},
+                lambda s=seed, n=names: timed(lambda: _train(of, steps, s, n, rate)),
+            )
+
+
+def _train(of: Network, steps: int, seed: int, names: list[str] | None, rate: float) -> Row:
+    assert of.train is not None
+    how = {"weights": names, "inputs": names, "bits_weights": 4, "bits_activations": 4}
+    run = StrategyTraining(of.model, of.calibration(seed), steps=steps, seed=seed, rate=rate, **how)
+    colour = of.train.tensors[0].shape[1] == 3
+    data = batches(of.train, 64, torch.Generator().manual_seed(seed), mirror_and_shift if colour else shift)
+    losses = []
+    while not run.done:
+        x, y = next(data)
+        with torch.no_grad():
+            wanted = of.model(x).log_softmax(-1)
+        outputs = run.model(x)
+        # half of the loss is that of the float network's answers: the labels alone forget what few steps do not show
+        answers = nn.functional.kl_div(outputs.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
+        losses.append(run.step(0.5 * nn.functional.cross_entropy(outputs, y) + 0.5 * answers)["loss"])
+    kinds = {
+        f"different_{side}s": len({pair[i] for pair in run.choice.values()})
+        for i, side in enumerate(("weight", "input"))
+    }
+    return {**of.judge(run.model.eval()), "last_loss": statistics.fmean(losses[-20:]), **kinds}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what is not there yet; 0 also where time ran out before all of it was."""
+    started = time.monotonic()
+    chosen = record.options(arguments, str(__doc__).splitlines()[0], _more)
+    known = (*NETWORKS, "mixture", "qat")
+    chosen.sections = [name.removeprefix("strategies-") for name in chosen.sections]  # as results call them
+    settings_wanted = chosen.settings.split(",")
+    unknown = [n for n in chosen.sections if n not in known] + [n for n in settings_wanted if n not in SETTINGS]
+    if unknown:
+        print(
+            f"bench.strategies: {unknown[0]!r} is unknown; there are {', '.join((*known, *SETTINGS))}", file=sys.stderr
+        )
+        raise SystemExit(2)
+    deadline = float("inf") if chosen.seconds is None else started + chosen.seconds
+    work = Path("runs/bench")
+    shared = Settings("full", {}, chosen.data, "cpu", None, chosen.results, work, deadline=deadline)
+    for name in chosen.sections or known:
+        claims = {"mixture": mixture_claims, "qat": qat_claims}.get(name, network_claims)
+        section = Section(f"strategies-{name}", shared, claims, file="strategies")
+        try:
+            if name == "mixture":
+                measure_mixture(section)
+            elif name == "qat":
+                measure_qat(
+                    section,
+                    network("resnet20", chosen.data, work, chosen.test),
+                    chosen.steps,
+                    chosen.draws,
+                    chosen.rate,
+                )
+            else:
+                of = network(name, chosen.data, work, chosen.test)
+                of.samples = min(of.samples, chosen.samples)
+                measure_network(section, of, settings_wanted, 1 if chosen.quick else chosen.draws, chosen.random)
+        except OutOfTime:
+            print(f"{name}: time is up with {len(section.rows)} rows; repeat the call to go on", file=sys.stderr)
+            return 0
+        print(f"{name}: {len(section.rows)} rows", file=sys.stderr)
+    return 0
+
+
+def _more(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help="networks, mixture, qat (default: all)")
+    parser.add_argument("--settings", default=",".join(SETTINGS), help=f"of {', '.join(SETTINGS)} (default: all)")
+    parser.add_argument("--draws", type=int, default=3, help="of calibration data (default: 3)")
+    parser.add_argument("--samples", type=int, default=1024, help="of a draw (default: 1024)")
+    parser.add_argument("--random", type=int, default=10, help="random assignments a draw (default: 10)")
+    parser.add_argument("--test", type=int, default=None, help="at most so many test samples, and rows say so")
+    parser.add_argument("--steps", type=int, default=2000, help="of the section qat (default: 2000)")
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of the section qat (default: 1e-3)")
+    parser.add_argument("--data", type=Path, default=None, help="folder of load.py, for pretrained networks")
+    parser.add_argument("--seconds", type=float, default=None, help="stop before, with what is measured by then")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""The command `strategies`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .cli_progress import Progress
+
+
+def arguments_of(sub: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    sub.add_argument("task", nargs="?", help="digits, char-lm, mnist, names, cifar10, resnet20 or shakespeare")
+    sub.add_argument("--model", default=None, help="instead of a task: module:name or file.py:name of a network")
+    sub.add_argument("--calibration", type=Path, default=None, help="of --model: .npy of inputs, (samples, ...)")
+    sub.add_argument("--bits-weights", type=int, default=4, help="2 to 8 (default: 4)")
+    sub.add_argument("--bits-activations", type=int, default=8, help="2 to 8 (default: 8), or 0: inputs stay float")
+    sub.add_argument(
+        "--edge-bits", type=int, default=8, help="least bits of first and last layer (default: 8; 0: none)"
+    )
+    sub.add_argument("--per-tensor", action="store_true", help="one step a weight instead of one a channel")
+    sub.add_argument(
+        "--weights", type=_names, default=None, help="strategies to choose from, with commas (default: all)"
+    )
+    sub.add_argument("--inputs", type=_names, default=None, help="the same of activations (default: all)")
+    sub.add_argument("--skip", type=_names, default=(), help="layers to leave float, with commas")
+    sub.add_argument("--loss", default="kl", help="kl (default: of the answers) or l1 (of images)")
+    sub.add_argument("--steps", type=int, default=100, help="of the mixture (default: 100)")
+    sub.add_argument("--samples", type=int, default=1024, help="of calibration (default: 1024)")
+    sub.add_argument("--integer-bias", action="store_true", help="biases in whole steps of int32 sums")
+    sub.add_argument("--out", type=Path, default=None, help="run folder (default: runs/strategies-TASK)")
+    sub.add_argument("--seed", type=int, default=0, help="seed of every random choice (default: 0)")
+    sub.add_argument("--data", type=Path, default=None, help="file or folder of the data, where the task needs one")
+    sub.add_argument("--limit", type=int, default=None, help="at most so many samples a split")
+    sub.add_argument("--float-steps", type=int, default=None, help="steps of the float training (default: the task's)")
+    sub.add_argument("--start", type=Path, default=None, help="float.safetensors of another run, instead of training")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Search, write the derived network and the report; 0.
+
+    Raises:
+        ValueError: If neither or both of a task and a model are named, or a file is not what is asked for.
+    """
+    if (options.task is None) == (options.model is None) or (options.model is None) != (options.calibration is None):
+        raise ValueError("name a task, or --model with --calibration; `sgsc strategies --help` says what they are")
+    from . import report as reports
+    from .demos.strategies import draw, search, search_any
+    from .demos.tasks import load
+    from .demos.training import from_file
+    from .environment import environment
+    from .files import write_atomically
+
+    settings: dict[str, Any] = {
+        **{key: vars(options)[key] for key in ("bits_weights", "weights", "inputs", "skip", "loss", "steps", "seed")},
+        **{"bits_activations": options.bits_activations or None, "edge_bits": options.edge_bits or None},
+        **{"per_channel": not options.per_tensor, "integer_bias": options.integer_bias},
+    }
+    folder = options.out or Path("runs") / f"strategies-{options.task or 'model'}"
+    with Progress(quiet=options.json) as progress:
+        if options.model:
+            network, inputs = _named(options.model), draw(_read(options.calibration), options.samples, options.seed)
+            folder.mkdir(parents=True, exist_ok=True)
+            report = search_any(network, inputs, folder, progress=progress, **settings)
+        else:
+            task = load(options.task, options.data, options.seed, options.limit)
+            task = from_file(task, options.start, options.float_steps)
+            folder.mkdir(parents=True, exist_ok=True)
+            report = search(task, folder, samples=options.samples, progress=progress, **settings)
+    report |= {"limit": options.limit, **environment()}
+    write_atomically(folder / "report.json", reports.to_json(report).encode())
+    reports.write_strategies_html(report, folder / "report.html")
+    if options.json:
+        print(reports.to_json(report))
+        return 0
+    Console().print(reports.strategies_summary(report))
+    written = ["derived.safetensors", *(["model.sgsc"] if not report["not_packed"] else []), "report.json, report.html"]
+    print(f"wrote {folder}/: {', '.join(written)}")
+    if report["not_packed"]:
+        print(f"no model.sgsc: {report['not_packed']}", file=sys.stderr)
+    return 0
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _named(name: str) -> Any:
+    """What module:name or file.py:name gives: a module, or what a function of no arguments returns.
+
+    Raises:
+        ValueError: If there is no such thing, or it is no module.
+    """
+    from torch import nn
+
+    home, _, attribute = name.rpartition(":")
+    try:
+        if home.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(home).stem, home)
+            if spec is None or spec.loader is None:
+                raise ValueError(f"{home} is no Python file")
+            found = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(found)
+        else:
+            found = importlib.import_module(home)
+        made = getattr(found, attribute)
+    except (ImportError, AttributeError, ValueError, OSError) as error:
+        raise ValueError(f"--model {name!r}: {error}; want module:name or file.py:name") from None
+    made = made if isinstance(made, nn.Module) else made()
+    if not isinstance(made, nn.Module):
+        raise ValueError(
+            f"--model {name!r} is a {type(made).__name__}; want an nn.Module, or a function that makes one"
+        )
+    return made
+
+
+def _read(path: Path) -> Any:
+    """A tensor from an .npy file, without pickle.
+
+    Raises:
+        ValueError: If it is no such file.
+    """
+    import numpy as np
+    import torch
+
+    try:
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    except (ValueError, OSError, TypeError, EOFError) as error:
+        raise ValueError(f"--calibration {str(path)!r}: {error}; want what numpy.save writes") from None

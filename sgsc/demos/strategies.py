@@ -1,0 +1,99 @@
+"""The strategy search on a demo task, or on any network: derive, pack, judge. The test split is read once, at the end.
+
+The run folder holds derived.safetensors, the state of the derived network with all grids, and model.sgsc, the file that
+runs, unless the network cannot be packed; then the report says why.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from sgsc.artefact import save
+from sgsc.files import write_atomically
+from sgsc.packed import pack
+from sgsc.size import float_bytes
+from sgsc.strategies.search import Strategies, search_strategies
+
+from .job import MODEL, Progress, float_model
+from .task import Task
+from .training import evaluate
+
+DERIVED = "derived.safetensors"
+SAMPLES = 1024  # of calibration
+
+
+def draw(data: Tensor, samples: int, seed: int) -> Tensor:
+    """Some of the samples, (N, ...), at random.
+
+    Raises:
+        ValueError: If `samples` is below 1.
+    """
+    if samples < 1:
+        raise ValueError(f"samples={samples} calibrates nothing; give 1 or more")
+    return data[torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:samples]]
+
+
+def search(
+    task: Task,
+    folder: Path,
+    *,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    progress: Progress = lambda phase, step, steps, values: None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Float network, calibration on training data, search, files, test split; returns the report.
+
+    Args:
+        task: Data, network and schedule.
+        folder: The run folder; it exists.
+        samples: Of calibration, drawn from the training split.
+        seed: Of every random choice.
+        progress: Called as progress(phase, step, steps, values).
+        **settings: As `search_strategies` takes them.
+    """
+    started = time.perf_counter()
+    network = float_model(task, seed, folder, progress).eval()
+    inputs = draw(task.train.tensors[0], samples, seed)
+    found = search_strategies(network, inputs, seed=seed, progress=progress, **settings)
+    report = {
+        **{"kind": "strategies", "task": task.name, "sources": task.sources, "samples": len(inputs)},
+        **{"float_bytes": float_bytes(network), **found.report, **store(found, folder, {"task": task.name})},
+        "validation": {"float": evaluate(network, task.validation), "derived": evaluate(found.model, task.validation)},
+    }
+    test = task.test()
+    for name, model in (("float", network), ("derived", found.model)):
+        report |= {f"{name}_{key}": value for key, value in evaluate(model, test).items()}
+    return report | {"seconds": time.perf_counter() - started}
+
+
+def search_any(
+    network: nn.Module,
+    calibration: Tensor,
+    folder: Path,
+    *,
+    seed: int = 0,
+    progress: Progress = lambda phase, step, steps, values: None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """The same for a network and data of the user's own, without labels; returns the report."""
+    found = search_strategies(network, calibration, seed=seed, progress=progress, **settings)
+    kept = {"kind": "strategies", "task": type(network).__name__, "samples": len(calibration)}
+    return {**kept, "float_bytes": float_bytes(network), **found.report, **store(found, folder, {})}
+
+
+def store(found: Strategies, folder: Path, notes: dict[str, Any]) -> dict[str, Any]:
+    """Write the derived network; returns what the report says of its files."""
+    state = {name: value.contiguous() for name, value in found.model.state_dict().items()}
+    write_atomically(folder / DERIVED, safetensors.torch.save(state))
+    try:
+        size = save(pack(found.model, remove=False), folder / MODEL, notes={**notes, "strategies": True})
+    except ValueError as error:
+        return {"stored_bytes": None, "not_packed": str(error)}
+    return {"stored_bytes": size, "not_packed": ""}

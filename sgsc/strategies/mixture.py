@@ -1,0 +1,179 @@
+"""Layers that hold all their candidates at once, and multiply once.
+
+Products are bilinear, so that a mixture of products is the product of two mixtures:
+
+    sum_ij alpha_i beta_j (W_j * A_i(x))  =  (sum_j beta_j W_j) * (sum_i alpha_i A_i(x))
+
+alpha, beta  softmax of a layer's logits over a temperature, (N,) and (J,)
+W_j          (C, K) the weight on the grid of candidate j; A_i(x) the input on that of candidate i
+
+The layer stays what it is: its weight quantizer and its input quantizer are mixtures. Backward rounds the input again
+instead of keeping N roundings of it: memory is that of one candidate, whatever their number, and so is the product.
+What grows with N is one pass over the input a candidate, forward and backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from sgsc.kernels.fake_quantize import BACKWARD, OP
+from sgsc.layers import quant_layers
+from sgsc.quantizers import InputQuantizer, Quantizer
+
+
+class MixedWeights(Quantizer):
+    """sum_j beta_j W_j. Its grid and its codes are those of the leading candidate.
+
+    Args:
+        candidates: Name -> fitted quantizer.
+        rows: (C, K) the weight, if it will not change: then every W_j is made once, here.
+    """
+
+    fixed: Tensor | None
+
+    def __init__(self, candidates: Mapping[str, Quantizer], rows: Tensor | None = None) -> None:
+        super().__init__()
+        self.names = list(candidates)
+        self.candidates = nn.ModuleList(candidates.values())
+        device = next(iter(candidates.values())).grid()[0].device
+        self.logits = nn.Parameter(torch.zeros(len(self.names), device=device))
+        self.temperature = 1.0
+        with torch.no_grad():
+            made = None if rows is None else torch.stack([q(rows) for q in candidates.values()])
+        self.register_buffer("fixed", made, persistent=False)
+
+    def shares(self) -> Tensor:
+        """(J,) beta."""
+        return (self.logits / self.temperature).softmax(0)
+
+    def leading(self) -> int:
+        """Place of the candidate with the largest share."""
+        return int(self.logits.argmax())
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(C, K) -> (C, K)."""
+        made = torch.stack([q(rows) for q in self.candidates]) if self.fixed is None else self.fixed
+        return torch.tensordot(self.shares().to(made.dtype), made, 1)
+
+    def grid(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See the class."""
+        return self.candidates[self.leading()].grid()  # pyright: ignore  a Quantizer
+
+    def bit_cost(self) -> Tensor:
+        """(C,) of the leading candidate."""
+        return self.candidates[self.leading()].bit_cost()  # pyright: ignore
+
+    def fit(self, rows: Tensor, where: Tensor | None = None) -> None:
+        """Fit every candidate anew."""
+        for candidate in self.candidates:
+            candidate.fit(rows, where)  # pyright: ignore
+        if self.fixed is not None:
+            with torch.no_grad():
+                self.fixed.copy_(torch.stack([q(rows) for q in self.candidates]))
+
+
+class MixedInput(InputQuantizer):
+    """sum_i alpha_i A_i(x). Its grid is that of the leading candidate."""
+
+    def __init__(self, candidates: Mapping[str, InputQuantizer]) -> None:
+        super().__init__()
+        self.names = list(candidates)
+        self.candidates = nn.ModuleList(candidates.values())
+        device = next(iter(candidates.values())).grid()[0].device
+        self.logits = nn.Parameter(torch.zeros(len(self.names), device=device))
+        self.temperature = 1.0
+
+    def shares(self) -> Tensor:
+        """(N,) alpha."""
+        return (self.logits / self.temperature).softmax(0)
+
+    def leading(self) -> int:
+        """Place of the candidate with the largest share."""
+        return int(self.logits.argmax())
+
+    def grid(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See the class."""
+        return self.candidates[self.leading()].grid()  # pyright: ignore
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> the same."""
+        grids = [torch.cat(parts) for parts in zip(*(q.grid() for q in self.candidates), strict=True)]  # pyright: ignore
+        return _Mix.apply(x, self.shares(), *grids)
+
+
+class _Mix(torch.autograd.Function):
+    """x, alpha (N,), scale, lo, hi, shift (N,) -> sum_i alpha_i fake_quantize(x, grid i)."""
+
+    @staticmethod
+    def forward(ctx, x, shares, scale, lo, hi, shift):
+        ctx.save_for_backward(x, shares, scale, lo, hi, shift)
+        row, out = x.reshape(1, -1), None
+        for i, share in enumerate(shares.tolist()):
+            part = OP(row, *(v[i : i + 1] for v in (scale, lo, hi, shift)))
+            out = part.mul_(share) if out is None else out.add_(part, alpha=share)
+        return x.clone() if out is None else out.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, shares, *grid = ctx.saved_tensors
+        row, g = x.reshape(1, -1), grad.reshape(1, -1)
+        total = None
+        of_shares, of_grid = torch.zeros_like(shares), [torch.zeros_like(v) for v in grid[:3]]
+        for i, share in enumerate(shares.tolist()):
+            one = [v[i : i + 1] for v in grid]
+            of_shares[i] = torch.dot(g[0].to(shares.dtype), OP(row, *one)[0].to(shares.dtype))
+            if not any(ctx.needs_input_grad[k] for k in (0, 2, 3, 4)):
+                continue
+            gx, *rest = BACKWARD(g, row, *one)
+            total = gx.mul_(share) if total is None else total.add_(gx, alpha=share)
+            for into, value in zip(of_grid, rest, strict=True):
+                into[i] = share * value[0]
+        return None if total is None else total.view(x.shape), of_shares, *of_grid, None
+
+
+Mixture = MixedWeights | MixedInput
+
+
+def mixtures(model: nn.Module) -> list[Mixture]:
+    """All mixtures of a model, weights before inputs, in the model's order."""
+    return [m for m in model.modules() if isinstance(m, MixedWeights)] + [
+        m for m in model.modules() if isinstance(m, MixedInput)
+    ]
+
+
+def set_temperature(model: nn.Module, temperature: float) -> None:
+    """Of all mixtures: the lower, the closer to one candidate."""
+    for mixed in mixtures(model):
+        mixed.temperature = temperature
+
+
+def entropy(model: nn.Module) -> Tensor:
+    """Mean entropy of the shares of all mixtures of several candidates, in units of the largest it can be; a scalar."""
+    found = [m.shares() for m in mixtures(model) if len(m.names) > 1]
+    parts = [-(p * p.clamp_min(1e-12).log()).sum() / torch.tensor(float(len(p))).log() for p in found]
+    return torch.stack(parts).mean() if parts else torch.zeros(())
+
+
+def settle(model: nn.Module) -> dict[str, tuple[str, str | None]]:
+    """Leave every layer its leading candidates alone; layer -> names of those of its weight and of its input.
+
+    Raises:
+        ValueError: If a layer holds no mixture.
+    """
+    found: dict[str, tuple[str, str | None]] = {}
+    for name, layer in quant_layers(model).items():
+        weight, given = layer.weight_quantizer, layer.input_quantizer
+        if not isinstance(weight, MixedWeights):
+            raise ValueError(f"layer {name!r} holds a {type(weight).__name__}, not a mixture; it is settled already")
+        layer.weight_quantizer = weight.candidates[weight.leading()]  # pyright: ignore
+        other = None
+        if isinstance(given, MixedInput):
+            other = given.names[given.leading()]
+            layer.input_quantizer = given.candidates[given.leading()]
+        found[name] = weight.names[weight.leading()], other
+    return found

@@ -1,0 +1,175 @@
+"""Training with strategies: one backward for weights and for the choice of a strategy, in three stages.
+
+warm-up    shares stay uniform while weights get used to rounding
+search     weights and shares learn from the same backward, each by an optimiser of its own; temperature falls,
+           entropy costs more and more
+settled    every layer keeps its leading candidate; the learning rate starts anew, and the network trains as it
+           will be deployed: in a mixture no candidate was trained on its own, and that is what it lacked
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgsc.layers import quant_layers
+
+from .mixture import MixedInput, MixedWeights, entropy, mixtures, set_temperature, settle
+from .problem import Choice, make_problem
+from .search import COLDEST, RATE
+
+WARM, SEARCH = 0.1, 0.3  # shares of the steps; the rest is settled
+SHARP = 1.0  # weight of the entropy at the end of the search, in units of the loss at its start
+CLIP = 1.0  # norm of all gradients of weights
+
+
+class StrategyTraining:
+    """Quantization-aware training that finds each layer's strategies on its way; owns no loop.
+
+        run = StrategyTraining(network, inputs, steps=2000, bits_weights=4, bits_activations=4)
+        for x, y in data:                                     # until run.done
+            run.step(loss(run.model(x), y))
+        packed = pack(run.model.eval())
+
+    Args:
+        network: Trained, in float; it is left as it is.
+        calibration: Inputs, (samples, ...) or a list of such batches, that learned grids start from.
+        steps: Of the whole training.
+        bits_weights: 2 to 8.
+        bits_activations: 2 to 8, or None to leave inputs float.
+        edge_bits: Least bits of the first and the last layer; None for no exception.
+        per_channel: Whether each output channel has a step of its own.
+        weights: Names of WEIGHTS that are for training; all if None. With one of each nothing is to be searched.
+        inputs: Names of INPUTS, likewise.
+        skip: Names of layers to leave float.
+        fold: Whether batch norms are folded before; else they train on, and stay.
+        rate: Peak of the learning rate of the weights; shares have their own.
+        optimiser: Called with groups of parameters; AdamW if None.
+        seed: Of the order in which calibration data is read.
+
+    Raises:
+        ValueError: If `steps` is below 1, or as `search_strategies` does.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        calibration: Tensor | Sequence[Tensor],
+        *,
+        steps: int,
+        bits_weights: int = 4,
+        bits_activations: int | None = 4,
+        edge_bits: int | None = 8,
+        per_channel: bool = True,
+        weights: Iterable[str] | None = None,
+        inputs: Iterable[str] | None = None,
+        skip: Iterable[str] = (),
+        fold: bool = False,
+        rate: float = 1e-3,
+        optimiser: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if steps < 1:
+            raise ValueError(f"steps={steps} trains nothing; give 1 or more")
+        problem = make_problem(
+            *(network, calibration),
+            **{"bits_weights": bits_weights, "bits_activations": bits_activations, "edge_bits": edge_bits},
+            **{"per_channel": per_channel, "weights": weights, "inputs": inputs, "skip": skip, "seed": seed},
+            fold=fold,
+            trained=True,
+        )
+        self.model = problem.model.requires_grad_(True)
+        self.steps, self.done_steps, self.rate = steps, 0, rate
+        self.choice: Choice = {}
+        self.first: float | None = None
+        self._make = optimiser or (lambda groups: torch.optim.AdamW(groups, lr=rate, weight_decay=0.01))
+        for name, layer in problem.layers.items():
+            layer.weight_quantizer = MixedWeights(problem.weights[name])
+            layer.input_quantizer = MixedInput(problem.inputs[name]) if problem.inputs.get(name) else None
+        self.model.train()
+        self.logits = [m.logits for m in mixtures(self.model) if len(m.names) > 1]
+        self.warm, self.search = (round(share * steps) for share in (WARM, SEARCH))
+        self.of_shares = torch.optim.Adam(self.logits, lr=RATE) if self.logits else None
+        self._start()
+        if not self.logits:
+            self._settle()
+
+    @property
+    def stage(self) -> str:
+        """ "warm-up", "search" or "settled"."""
+        if self.choice:
+            return "settled"
+        return "warm-up" if self.done_steps < self.warm else "search"
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are done."""
+        return self.done_steps >= self.steps
+
+    def step(self, loss: Tensor) -> dict[str, float]:
+        """Learn from the loss of one batch; returns what it was made of.
+
+        Raises:
+            ValueError: If the loss is NaN or infinite.
+            RuntimeError: If all steps are done.
+        """
+        if self.done:
+            raise RuntimeError(f"all {self.steps} steps are done; make a new StrategyTraining to go on")
+        value = loss.item()
+        if not math.isfinite(value):
+            raise ValueError(f"the loss is {value} at step {self.done_steps}; lower the rate, or look at the data")
+        said = {"loss": value}
+        searching = self.stage == "search" and self.of_shares is not None
+        if searching:
+            part = (self.done_steps - self.warm) / max(self.search - 1, 1)
+            self.first = value if self.first is None else self.first
+            sharp = entropy(self.model)
+            said["entropy"] = sharp.item()
+            loss = loss + SHARP * self.first * part * sharp
+            set_temperature(self.model, COLDEST ** min((part * (self.search - 1) + 1) / max(self.search, 1), 1.0))
+        for logits in self.logits:
+            logits.grad = None
+        self.optimiser.zero_grad()
+        loss.backward()
+        factor = self._factor()
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate * group["of"] * factor
+        nn.utils.clip_grad_norm_([p for g in self.optimiser.param_groups for p in g["params"]], CLIP)
+        self.optimiser.step()
+        if searching and self.of_shares is not None:
+            self.of_shares.step()
+        self.done_steps += 1
+        if not self.choice and self.done_steps >= min(self.warm + self.search, self.steps):
+            self._settle()
+        return said | {"learning_rate": self.rate * factor}
+
+    def _settle(self) -> None:
+        self.choice = settle(self.model)
+        self.logits, self.of_shares = [], None
+        self._start()
+
+    def _start(self) -> None:
+        """A new optimiser for what is to be trained now; its learning rate starts anew."""
+        own: dict[int, float] = {}
+        for layer in quant_layers(self.model).values():
+            for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+                for name, p in [] if quantizer is None else quantizer.named_parameters():
+                    # relative to its start: an optimiser that normalises gradients would else move all steps alike
+                    own[id(p)] = 0.0 if name == "logits" else max(p.detach().abs().mean().item(), 1e-8)
+        learned = [p for p in self.model.parameters() if p.requires_grad]
+        plain = [p for p in learned if id(p) not in own]
+        groups: list[dict[str, Any]] = [{"params": plain, "of": 1.0}]
+        groups += [{"params": [p], "of": own[id(p)], "weight_decay": 0.0} for p in learned if own.get(id(p), 0.0) > 0]
+        self.optimiser = self._make(groups)
+        self.began = self.done_steps
+
+    def _factor(self) -> float:
+        """Share of the peak learning rate: a short rise, then a cosine to a tenth; settled, to 0."""
+        end = self.steps if self.choice else min(self.warm + self.search, self.steps)
+        part = (self.done_steps - self.began) / max(end - self.began, 1)
+        least = 0.0 if self.choice else 0.1
+        return min(part / 0.05 + 0.05, least + (1 - least) * 0.5 * (1 + math.cos(math.pi * part)))

@@ -1,0 +1,114 @@
+"""`sgsc strategies` from the command line: files, page, a network of one's own, errors."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.torch
+
+from sgsc.cli import main
+from sgsc.report import strategies_summary
+from sgsc.report.strategies_page import render_strategies
+
+QUICK = ["--samples", "48", "--steps", "3", "--weights", "max-abs,mse", "--inputs", "min-max,mse,kl"]
+TASK = ["strategies", "digits", "--limit", "64", "--float-steps", "20"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    how = ["--bits-weights", "3", "--bits-activations", "4", "--out", str(folder), "--json"]
+    assert main([*TASK, *QUICK, *how]) == 0
+    return folder, json.loads((folder / "report.json").read_text())
+
+
+def test_a_run_writes_its_files_and_reports_every_candidate_of_every_layer(run):
+    folder, report = run
+    files = {p.name for p in folder.iterdir()}
+    assert {"derived.safetensors", "float.safetensors", "report.html", "report.json"} <= files
+    assert ("model.sgsc" in files) == (report["not_packed"] == "")
+    assert len(report["layers"]) == 6
+    for row in report["layers"]:
+        assert row["weight"] in row["weight_losses"].keys() == {"max-abs", "mse"}
+        assert row["input"] in row["input_losses"].keys() == {"min-max", "mse", "kl"}
+    assert report["layers"][0]["bits_input"] == report["layers"][-1]["bits_weight"] == 8
+    assert report["samples_fit"] + report["samples_select"] == 48
+    assert 0 <= report["derived_accuracy"] <= 1
+
+
+def test_the_derived_state_holds_every_grid(run):
+    state = safetensors.torch.load_file(run[0] / "derived.safetensors")
+    assert state["first.0.weight_quantizer.bit_depth"].unique().tolist() == [3]
+    assert state["first.0.input_quantizer.code_max"].item() - state["first.0.input_quantizer.code_min"].item() == 15
+
+
+def test_the_page_shows_every_part_and_is_written_again(run, capsys):
+    page = (run[0] / "report.html").read_text()
+    for part in (
+        "weights of 3 bits, activations of 4 bits",
+        "Best uniform choice",
+        "shortcut.0",
+        "Uniform choices",
+        "<b>",
+    ):
+        assert part in page
+    assert page.count("<svg") == 2
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert main(["report", str(run[0]), "--json"]) == 0
+    assert (run[0] / "report.html").read_text() == page
+
+
+def test_the_page_escapes_and_survives_what_is_missing(run):
+    assert "not recorded" in render_strategies({})
+    hostile = {**run[1], "task": "<script>x</script>", "not_packed": "<b>"}
+    assert "<script>" not in render_strategies(hostile)
+    strategies_summary({})
+    render_strategies({"layers": [{"name": "a"}], "uniform": [{}], "course": [{}]})
+
+
+def test_the_terminal_shows_choices(run, tmp_path, capsys):
+    start = ["--start", str(run[0] / "float.safetensors"), "--bits-activations", "0"]
+    assert main([*TASK, *QUICK, *start, "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert "best uniform" in said.out
+    assert "float" in said.out
+    assert f"wrote {tmp_path}/: derived.safetensors, model.sgsc, report.json" in said.out  # weights alone pack
+    assert "greedy pass from the mixture" in said.err
+
+
+def test_a_network_of_one_s_own(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\ndef net():\n    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))\n"
+    )
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(40, 4)).astype("float32"))
+    how = ["--model", f"{tmp_path / 'mine.py'}:net", "--calibration", str(tmp_path / "x.npy"), "--out", str(tmp_path)]
+    assert main(["strategies", *how, *QUICK, "--json"]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["name"] for row in report["layers"]] == ["0", "2"]
+    assert "float_accuracy" not in report
+    assert "Sequential" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ([], "name a task, or --model with --calibration"),
+        (["digits", "--model", "a:b", "--calibration", "x.npy"], "name a task, or --model"),
+        (["--model", "a:b"], "name a task, or --model with --calibration"),
+        (
+            ["--model", "no_such_module:net", "--calibration", "x.npy"],
+            "No module named 'no_such_module'; want module:name",
+        ),
+        (["--model", "torch:nothing", "--calibration", "x.npy"], "has no attribute 'nothing'"),
+        (["--model", "torch.nn:Identity", "--calibration", "x.npy"], "No such file or directory: 'x.npy'"),
+        (["--model", "os:getcwd", "--calibration", "x.npy"], "is a str; want an nn.Module"),
+        (["digits", "--bits-weights", "9", "--limit", "32", "--float-steps", "1"], "strategies serve 2 to 8"),
+        (["digits", "--inputs", "pact", "--limit", "32", "--float-steps", "1"], "'pact' is not known without training"),
+        (["digits", "--samples", "0", "--limit", "32", "--float-steps", "1"], "samples=0 calibrates nothing"),
+        (["nothing"], "no task is called 'nothing'"),
+    ],
+)
+def test_wrong_use_is_answered(wrong, said, tmp_path, capsys):
+    assert main(["strategies", *wrong, *(["--out", str(tmp_path)] if wrong else [])]) == 2
+    assert said in capsys.readouterr().err

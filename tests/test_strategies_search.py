@@ -1,0 +1,307 @@
+"""`search_strategies`: never worse than what it compares with, right on odd networks, clear about bad input."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sgsc import load_into, pack, save, search_strategies
+from sgsc.layers import quant_layers
+from sgsc.quantizers import StaticInput
+from sgsc.strategies import WEIGHTS, make_problem
+from sgsc.strategies.problem import distance, divergence
+from sgsc.strategies.search import greedy
+from sgsc.strategies.settled import Settled
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        *(nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()),
+        *(nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(8 * 9, 10), nn.SiLU(), nn.Linear(10, 4)),
+    )
+    with torch.no_grad():
+        net(torch.randn(64, 1, 6, 6))
+        net[0].weight[2, 0, 1, 1] = 9.0  # outliers, so that strategies differ
+        net[7].weight[:, 5] *= 12
+        for layer in (net[0], net[3], net[7], net[9]):
+            layer.weight.mul_(2)
+    return net.eval()
+
+
+def data(n=160, seed=1):
+    return torch.randn(n, 1, 6, 6, generator=torch.Generator().manual_seed(seed)).abs() ** 1.5
+
+
+QUICK = {"steps": 8, "batch_size": 32, "bits_weights": 3, "bits_activations": 4, "edge_bits": None}
+
+
+@pytest.fixture(scope="module")
+def found():
+    return search_strategies(network(), data(), **QUICK)
+
+
+def test_the_result_is_no_worse_than_any_uniform_choice_and_than_greed_alone(found):
+    report = found.report
+    losses = [row["loss"] for row in report["uniform"]]
+    assert len(losses) == 5 * 6
+    assert found.loss <= report["greedy_loss"] <= min(losses) == report["best_uniform_loss"]
+    assert found.loss < 0.8 * min(losses)  # there is something to choose
+    assert max(losses) > 2 * min(losses)
+    assert report["mixture_greedy_loss"] <= report["mixture_argmax_loss"]
+
+
+def test_every_layer_reports_its_choice_and_each_candidate_s_loss(found):
+    assert [row["name"] for row in found.report["layers"]] == ["0", "3", "7", "9"] == list(found.choice)
+    for row in found.report["layers"]:
+        assert (
+            set(row["weight_losses"])
+            == set(row["weight_shares"])
+            == set(WEIGHTS) - {*("lsq", "lsq+", "straight-through", "dorefa")}
+        )
+        assert len(row["input_losses"]) == len(row["input_shares"]) == 6
+        assert sum(row["input_shares"].values()) == pytest.approx(1)
+        assert row["weight_losses"][row["weight"]] <= min(row["weight_losses"].values()) + 1e-12
+        assert row["input_losses"][row["input"]] == min(row["input_losses"].values())
+        assert (row["bits_weight"], row["bits_input"]) == (3, 4)
+
+
+def test_the_derived_model_is_what_was_judged_and_can_be_packed(found):
+    net, x = network(), data()
+    order = torch.randperm(160, generator=torch.Generator().manual_seed(0))
+    select = x[order[:40]]
+    with torch.no_grad():
+        assert divergence(found.model(select), net(select)).item() == pytest.approx(found.loss, rel=1e-3)
+    for name, layer in quant_layers(found.model).items():
+        assert isinstance(layer.input_quantizer, StaticInput), name
+        codes = layer.weight_quantizer.codes(layer.rows())
+        assert (codes.bits == 3).all()
+        assert codes.levels.max() < 8
+    assert not [m for m in found.model.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def test_what_runs_from_the_file_is_the_derived_model(found, tmp_path):
+    try:
+        packed = pack(found.model)
+    except ValueError as error:
+        if "input_quantizer has no packed form yet" not in str(error):
+            raise
+        pytest.skip("packed layers hold no input grid yet")
+    x = data(20, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), found.model(x), rtol=1e-4, atol=1e-4)
+        save(packed, tmp_path / "m.sgsc")
+        again = load_into(network(), tmp_path / "m.sgsc")
+        torch.testing.assert_close(again(x), packed(x), rtol=1e-6, atol=1e-6)
+
+
+def test_weights_alone_run_from_the_file(tmp_path):
+    found = search_strategies(network(), data(), **{**QUICK, "bits_activations": None, "edge_bits": 8})
+    x = data(20, 5)
+    packed = pack(found.model)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), found.model(x), rtol=1e-5, atol=1e-5)
+    assert [row["bits_weight"] for row in found.report["layers"]] == [8, 3, 3, 8]
+    assert {row["input"] for row in found.report["layers"]} == {None}
+    assert save(packed, tmp_path / "m.sgsc") > 0
+
+
+def test_the_same_seed_gives_the_same_network(found):
+    again = search_strategies(network(), data(), **QUICK)
+    assert (again.choice, again.loss) == (found.choice, found.loss)
+    other = search_strategies(network(), data(), **QUICK, seed=3)
+    assert other.loss != found.loss
+
+
+def test_the_float_model_is_left_as_it_is():
+    net = network().train()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    search_strategies(net, data(), **QUICK)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert all(p.requires_grad for p in net.parameters())
+    assert net.training
+
+
+def test_one_strategy_of_each_is_taken_everywhere():
+    found = search_strategies(network(), data(), **QUICK, weights=["max-abs"], inputs=["kl"])
+    assert set(found.choice.values()) == {("max-abs", "kl")}
+
+
+def test_images_are_judged_by_distance_and_may_differ_in_size():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 1, 3, padding=1))
+    images = [torch.rand(2, 1, 5 + i % 3, 6) for i in range(8)]
+    found = search_strategies(net, images, loss="l1", steps=4, bits_weights=4, bits_activations=4, seed=1)
+    with torch.no_grad():
+        assert distance(found.model(images[0]), net(images[0])) < 0.1
+
+
+def test_integer_biases_are_asked_for():
+    found = search_strategies(network(), data(), **QUICK, integer_bias=True)
+    layer = quant_layers(found.model)["7"]
+    code = layer.bias / (layer.weight_quantizer.grid()[0] * layer.input_quantizer.grid()[0])
+    torch.testing.assert_close(code, code.round(), rtol=0, atol=1e-3)
+    assert found.report["biases_cut"] == 0
+
+
+def test_one_pass_starts_from_the_best_uniform_choice_and_one_from_the_mixture(monkeypatch):
+    starts = []
+    monkeypatch.setattr(
+        "sgsc.strategies.search.greedy", lambda p, start, *rest: starts.append(start) or greedy(p, start, *rest)
+    )
+    found = search_strategies(network(), data(), **QUICK)
+    assert set(starts[0].values()) == {found.uniform} == {tuple(found.report["best_uniform"])}
+    assert len(set(starts[1].values())) > 1
+
+
+# ---- the pass ----
+
+
+def test_answers_from_memory_change_nothing(monkeypatch):
+    ends = []
+    for most in (2**30, 0):
+        problem = make_problem(network(), data(), bits_weights=3, bits_activations=4, edge_bits=None)
+        monkeypatch.setattr("sgsc.strategies.search.Settled", lambda p, most=most: Settled(p, most))
+        ends.append(greedy(problem, problem.uniform("mse", "mse"), lambda *_: None, ""))
+    assert ends[0] == ends[1]
+    assert not any("forward" in vars(m) for m in problem.model.modules())
+
+
+class Twice(nn.Module):
+    """A layer that is called twice, with another in between."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.shared, self.between, self.head = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.shared(F.relu(self.between(self.shared(x)))))
+
+
+def test_a_module_called_twice_has_one_strategy_and_the_right_loss():
+    net, x = Twice(), torch.randn(80, 5)
+    found = search_strategies(net, x, **QUICK)
+    assert set(found.choice) == {"shared", "between", "head"}
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(0))
+    select = x[order[:20]]
+    with torch.no_grad():
+        assert divergence(found.model(select), net(select)).item() == pytest.approx(found.loss, rel=1e-2, abs=1e-6)
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize("nothing", [torch.zeros(0, 1, 6, 6), [], [torch.zeros(0, 1, 6, 6)]])
+def test_no_calibration_data_is_refused(nothing):
+    with pytest.raises(ValueError, match="no calibration data: want a tensor"):
+        search_strategies(network(), nothing, **QUICK)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_calibration_data_that_is_not_finite_is_named(bad):
+    x = data(20)
+    x[7, 0, 2, 2] = bad
+    with pytest.raises(ValueError, match="sample 7 holds NaN or infinity"):
+        search_strategies(network(), x, **QUICK)
+    with pytest.raises(ValueError, match="batch 3 holds NaN or infinity"):
+        search_strategies(network(), list(x.split(2)), **QUICK)
+
+
+def test_another_dtype_is_refused():
+    with pytest.raises(ValueError, match=r"calibration data is torch.float64, the model torch.float32; convert it"):
+        search_strategies(network(), data().double(), **QUICK)
+
+
+def test_data_on_another_device_is_moved():
+    with pytest.raises(RuntimeError, match="on meta tensors"):  # a device that every machine has: data was moved there
+        search_strategies(network().to("meta"), data(), **QUICK)
+
+
+def test_labels_among_the_data_are_refused():
+    with pytest.raises(ValueError, match="a batch is a tuple; want tensors"):
+        search_strategies(network(), [(data(4), torch.zeros(4))], **QUICK)
+
+
+def test_constant_activations_give_the_right_answers():
+    net = network()
+    for x in (torch.zeros(12, 1, 6, 6), torch.full((12, 1, 6, 6), 0.7)):
+        found = search_strategies(net, x, **{**QUICK, "bits_weights": 8, "bits_activations": 8})
+        with torch.no_grad():
+            torch.testing.assert_close(found.model(x), net(x), rtol=0.1, atol=0.1)
+
+
+def test_a_single_sample_serves():
+    assert search_strategies(network(), data(1), **QUICK).report["samples_fit"] == 1
+
+
+def test_a_layer_never_called_is_named_and_may_be_skipped():
+    net = Twice()
+    net.unused = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="never called on the calibration data: unused"):
+        search_strategies(net, torch.randn(20, 5), **QUICK)
+    assert "unused" not in search_strategies(net, torch.randn(20, 5), **QUICK, skip=["unused"]).choice
+
+
+def test_two_modules_of_one_weight_are_refused_by_name():
+    net = Twice()
+    net.between.weight = net.shared.weight
+    with pytest.raises(ValueError, match="'shared' and 'between' share one weight"):
+        search_strategies(net, torch.randn(20, 5), **QUICK)
+
+
+def test_a_network_that_has_diverged_is_refused():
+    net = network()
+    with torch.no_grad():
+        net[9].bias[0] = math.nan
+    with pytest.raises(ValueError, match="the float model answers NaN or infinity"):
+        search_strategies(net, data(), **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"bits_weights": 1}, "bits=1: strategies serve 2 to 8"),
+        ({"bits_activations": 9}, "bits=9: strategies serve 2 to 8"),
+        ({"edge_bits": 12}, "bits=12: strategies serve 2 to 8"),
+        ({"loss": "l3"}, r"loss='l3' is not known; choose one of kl, l1"),
+        ({"steps": -1}, "steps=-1: want 0 or more"),
+        ({"select_share": 1.0}, "select_share=1.0"),
+        ({"weights": ["lsq"]}, "'lsq' is not known without training"),
+        ({"inputs": []}, "no strategy is named"),
+    ],
+)
+def test_arguments_are_checked(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        search_strategies(network(), data(20), **{**QUICK, **wrong})
+
+
+def test_progress_is_told():
+    phases = {}
+    search_strategies(
+        network(), data(40), **QUICK, progress=lambda phase, step, steps, values: phases.update({phase: (step, steps)})
+    )
+    assert list(phases) == [
+        *("uniform strategies", "mixture", "greedy pass from the best uniform", "greedy pass from the mixture")
+    ]
+    assert all(step == steps for step, steps in phases.values())
+
+
+def test_the_divergence_is_that_of_the_answers():
+    a, b = torch.randn(3, 2, 5), torch.randn(3, 2, 5)
+    p, q = b.softmax(-1), a.softmax(-1)
+    assert divergence(a, b).item() == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
+    assert divergence(a, a).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_attention_and_half_precision_are_served():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, dtype=torch.bfloat16).eval()
+    net, x = nn.Sequential(layer, nn.Linear(8, 3, dtype=torch.bfloat16)), torch.randn(24, 5, 8).bfloat16()
+    found = search_strategies(net, x, bits_weights=8, bits_activations=8, steps=3)
+    assert {"0.self_attn.q_proj", "0.self_attn.out_proj", "0.linear1", "1"} <= found.choice.keys()
+    with torch.no_grad():
+        torch.testing.assert_close(found.model(x), net(x), rtol=0.1, atol=0.1)
+    assert found.model(x).dtype == torch.bfloat16
