@@ -2,7 +2,7 @@
 
 Every row and claim carries its `section`; writing a section replaces that section alone, so that a bench can be
 repeated without the others. Machine, commit and date are those of the bench that wrote the section; a row that was read
-from the file before, and is written again beside new ones, keeps its own.
+from the file before, and is written again beside new ones, keeps its own, and so does a claim that names a commit.
 
     from bench.record import claim, write
 
@@ -95,7 +95,7 @@ def write(
             raise ValueError(f"claim {dict(c)}: want {', '.join(sorted(CLAIM))}, holds true or false; use claim(...)")
     new = {
         "rows": [{"section": section, **row, **{k: row.get(k, v) for k, v in stamp.items()}} for row in rows],
-        "claims": [{"section": section, **c, "command": command, **stamp} for c in claims],
+        "claims": [{"section": section, "command": command, **stamp, **c} for c in claims],
     }
     merged = {}
     for kind, entries in new.items():

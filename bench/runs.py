@@ -166,7 +166,7 @@ class Section:
                 return row
         if self.settings.left <= self._expected(of):
             raise OutOfTime
-        made = {**of, **measure()}
+        made = {**of, **measure(), "commit": self.settings.commit}
         self.rows = [row for row in self.rows if row not in same] + [made]
         self.write()
         return made

@@ -37,7 +37,8 @@ FORMS = ("integer", "half-steps", "ternary", "interpolated")  # of learned width
 FORMS_AT = (0.05, 0.02, 0.01, 0.007)  # on digits
 STEPS, STEPS_AT = (500, 1000, 2000), 0.02  # on digits
 ABLATED = {"mnist": 0.01, "names": 0.10, "resnet20": 0.05}  # task -> target size
-WITHOUT = ("--preservation-weight", "0", "--tolerance", "0.999")  # neither a loss on the set nor a guard that acts
+# neither a loss on the set nor a guard that acts
+WITHOUT = ("--preservation-weight", "0", "--tolerance", "0.999", "--margin-tolerance", "1")
 # task -> steps of the float training and of the compression, for two CPU cores
 REDUCED = {
     **{"mnist": (500, 1000), "names": (800, 1200), "cifar10": (150, 200), "resnet20": (300, 500)},

@@ -9,6 +9,9 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import scipy.stats
 
 from .record import claim
 from .runs import Row
@@ -17,7 +20,7 @@ OFF_TARGET = 0.01  # of the target, that a stored size may be away from it
 ACCURACY = {0.02: 0.994, 0.01: 0.985}  # MNIST: stored share -> to reach
 LOSS = (0.10, 1.626)  # names: stored share, to reach
 NO_WORSE = 0.20  # names: stored share at which the loss is to be no worse than the float network's
-HARM = ("guard_regressions", "preservation_regressions", "guard_upper_bound_95")
+CHANCE = 0.05  # that a difference of means may come by chance
 
 
 def named(rows: Sequence[Row]) -> str:
@@ -41,14 +44,37 @@ def pick(rows: Iterable[Row], **of: object) -> list[Row]:
 
 
 def over_seeds(
-    text: str, rows: Sequence[Row], value: Callable[[Row], float], need: int, target: float, unit: str, least: bool
+    text: str,
+    rows: Sequence[Row],
+    value: Callable[[Row], float],
+    need: int,
+    target: float,
+    unit: str,
+    least: bool,
+    sure: bool = False,
 ) -> Row:
-    """A claim on the mean over seeds: at least `target`, or else at most."""
-    seeds = len({row["seed"] for row in rows})
-    measured = statistics.fmean(map(value, rows)) if rows else None
+    """A claim on the mean over seeds: at least `target`, or else at most; `sure`: beyond chance, too.
+
+    Chance is a t-test of the seeds, one-sided at 5 %. Rows of several commits are no one sample: the claim does not
+    hold then, and says so.
+    """
+    seeds, commits = len({row["seed"] for row in rows}), {row.get("commit") for row in rows}
+    found = [value(row) for row in rows]
+    measured = statistics.fmean(found) if rows else None
     reached = measured is not None and (measured >= target if least else measured <= target)
+    if reached and sure:
+        side = "greater" if least else "less"
+        reached = len(found) > 1 and bool(scipy.stats.ttest_1samp(found, target, alternative=side).pvalue < CHANCE)
     count = f"mean of {seeds} seeds" if seeds >= need else f"mean of {seeds} of {need} seeds"
-    return claim(f"{text}, {count}", target, measured, unit, reached and seeds >= need)
+    count += f" at {len(commits)} commits" if len(commits) > 1 else ""
+    made = claim(f"{text}, {count}", target, measured, unit, reached and seeds >= need and len(commits) <= 1)
+    return made | _commit(commits)
+
+
+def _commit(commits: set[str | None]) -> Row:
+    """What the stamp of a claim takes from its rows: their commit, where they have one."""
+    (only,) = commits if len(commits) == 1 else (None,)
+    return {} if only is None else {"commit": only}
 
 
 def on_target(rows: list[Row], section: str) -> list[Row]:
@@ -62,7 +88,8 @@ def on_target(rows: list[Row], section: str) -> list[Row]:
         ]
         if off:
             text = f"{section}: stored size off its target, worst of {len(off)} runs{says(schedule)}"
-            found.append(claim(text, OFF_TARGET, max(off), "of it", max(off) <= OFF_TARGET))
+            made = claim(text, OFF_TARGET, max(off), "of it", max(off) <= OFF_TARGET)
+            found.append(made | _commit({row.get("commit") for row in pick(rows, schedule=schedule)}))
     return found
 
 
@@ -124,7 +151,10 @@ def ahead(rows: list[Row], need: int) -> list[Row]:
 def _lead(text: str, pairs: Sequence[tuple[Row, Row]], need: int) -> Row:
     loss = any("packed_loss" in mine and mine["task"] in ("names", "shakespeare") for mine, _ in pairs)
     key, sign, unit = ("packed_loss", -1, "nats") if loss else ("packed_accuracy", 1, "share")
-    leads = [{"seed": mine["seed"], "lead": sign * (mine[key] - point[key])} for mine, point in pairs]
+    leads = [
+        {"seed": mine["seed"], "commit": mine.get("commit"), "lead": sign * (mine[key] - point[key])}
+        for mine, point in pairs
+    ]
     return over_seeds(text, leads, lambda row: row["lead"], need, 0.0, unit, True)
 
 
@@ -151,7 +181,11 @@ def of_steps(rows: list[Row], counts: Sequence[int], need: int) -> list[Row]:
         error = statistics.fmean(row["accuracy_standard_error"] for row in of)
         for few, many in itertools.pairwise(counts):
             pairs = [
-                {"seed": row["seed"], "change": other["packed_accuracy"] - row["packed_accuracy"]}
+                {
+                    "seed": row["seed"],
+                    "commit": row.get("commit"),
+                    "change": other["packed_accuracy"] - row["packed_accuracy"],
+                }
                 for row in pick(of, steps=few)
                 for other in pick(of, steps=many, seed=row["seed"], target_size=row["target_size"])
             ]
@@ -165,15 +199,37 @@ def of_steps(rows: list[Row], counts: Sequence[int], need: int) -> list[Row]:
 
 
 def ablated(rows: list[Row]) -> list[Row]:
-    """Held-out regressions with the preservation set, against those without it, at equal size and seed."""
+    """Held-out regressions with the preservation set, against those without it, at equal size and seed.
+
+    In all, in the class that suffers most and in the hard tail. A difference that chance may have made is none.
+    """
     found = []
     for schedule in schedules(rows):
         for task in dict.fromkeys(row["task"] for row in pick(rows, schedule=schedule)):
             of = pick(rows, schedule=schedule, task=task)
-            pairs = []
-            for row in pick(of, method="without"):
-                mine = pick(of, method="with", seed=row["seed"], target_size=row["target_size"])
-                pairs += [{"seed": row["seed"], "fewer": row[HARM[0]] - m[HARM[0]]} for m in mine]
-            text = f"{task}: guard regressions without the preservation set, less those with it{says(schedule)}"
-            found.append(over_seeds(text, pairs, lambda row: row["fewer"], 5, 0.0, "samples", True))
+            pairs = [
+                (row, mine)
+                for row in pick(of, method="without")
+                for mine in pick(of, method="with", seed=row["seed"], target_size=row["target_size"])
+                if abs(mine["stored_bytes"] / row["stored_bytes"] - 1) <= OFF_TARGET
+            ]
+            for what, unit, value in SUFFERED:
+                leads = [
+                    {"seed": row["seed"], "commit": mine.get("commit"), "fewer": value(row) - value(mine)}
+                    for row, mine in pairs
+                    if value(row) is not None and value(mine) is not None
+                ]
+                text = f"{task}: {what} without the preservation set, less those with it{says(schedule)}"
+                found.append(over_seeds(text, leads, lambda row: row["fewer"], 5, 0.0, unit, True, sure=True))
     return found
+
+
+def _share(row: Row, part: str) -> float | None:
+    return row[part]["share"] if part in row else None
+
+
+SUFFERED: tuple[tuple[str, str, Callable[[Row], Any]], ...] = (
+    ("guard regressions", "samples", lambda row: row["guard_regressions"]),
+    ("regressions in the worst class", "share", lambda row: _share(row, "worst_class")),
+    ("regressions in the hard tail", "share", lambda row: _share(row, "tail")),
+)

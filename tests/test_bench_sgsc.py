@@ -12,7 +12,9 @@ import torch
 
 from bench import claims, readme, record, runs, sgsc, sgsc_claims, sgsc_peers, uniform
 from sgsc import cli, report
+from sgsc.certificate import allowed
 from sgsc.demos import jpeg, load
+from sgsc.guard import Check
 from tests.test_demos import write_mnist
 from tests.test_demos_cifar import plays, write_cifar
 
@@ -198,6 +200,38 @@ def test_more_and_fewer_steps_are_rows_of_their_own(bench, monkeypatch):
     assert all(f"| sgsc at 60 % | quick, {n} |" in shown for n in (1, 2, 4))
 
 
+def ablation_rows(fewer, seeds=5, **more):
+    def row(method, seed, regressions):
+        share = {"share": regressions / 1000}
+        of = {"task": "mnist", "method": method, "seed": seed, "guard_regressions": regressions, "commit": "abc"}
+        of |= {"tail": share, "worst_class": share, "target_size": 0.01, "schedule": "full", "stored_bytes": 1000}
+        return {**of, **(more if method == "with" else {})}
+
+    found = []
+    for seed in range(seeds):
+        found += [row("without", seed, 60 + seed % 2), row("with", seed, 60 - fewer)]
+    return found
+
+
+def test_the_set_must_buy_something_beyond_chance_at_equal_bytes():
+    made = sgsc_claims.ablated(ablation_rows(9))
+    assert [c["holds"] for c in made] == [True] * 3
+    assert [c["measured"] for c in made] == pytest.approx([9.4, 0.0094, 0.0094])
+    assert {c["commit"] for c in made} == {"abc"}
+    for rows in (
+        ablation_rows(0, guard_regressions=61),  # worse
+        ablation_rows(9, seeds=4),
+        ablation_rows(9, stored_bytes=1011),
+        ablation_rows(9, commit="def")[:-1] + ablation_rows(9)[-1:],
+        [row | {"guard_regressions": 60} for row in ablation_rows(9)],  # alike
+        [
+            row | {"guard_regressions": 60 - 40 * (row["seed"] == 1) * (row["method"] == "with")}
+            for row in ablation_rows(9)
+        ],
+    ):
+        assert not sgsc_claims.ablated(rows)[0]["holds"]
+
+
 def test_a_size_off_its_target_counts_either_way_in_the_worst_run():
     def rows(*ratios, **more):
         return [{"schedule": "full", "target_size": 0.02, "stored_ratio": r, **more} for r in ratios]
@@ -233,14 +267,17 @@ def test_without_the_set_neither_loss_nor_guard_act_and_the_same_samples_are_com
     monkeypatch.setattr(sgsc, "ABLATED", {"names": 0.6})
     with_it, without = bench("ablation")
     at = without.index("--preservation-weight")
-    assert without[at : at + 4] == list(sgsc.WITHOUT)
-    assert not any(flag in with_it for flag in ("--preservation-weight", "--tolerance"))
-    others = without[:at] + without[at + 4 :]
+    count = len(sgsc.WITHOUT)
+    assert without[at : at + count] == list(sgsc.WITHOUT)
+    assert not any(flag in with_it for flag in sgsc.WITHOUT[::2])
+    others = without[:at] + without[at + count :]
     assert others[: others.index("--out")] == with_it[: with_it.index("--out")]
     assert others[others.index("--json") : -2] == with_it[with_it.index("--json") :]
     assert others[-2] == "--start"
     first, second = rows_of(bench, "ablation")
     assert (first["method"], second["method"], second["tolerance"]) == ("with", "without", 0.999)
+    config = cli._parser().parse_args(without[3:])
+    assert Check(9, allowed(config.tolerance, 10), 10, 0.99, config.margin_tolerance).held  # next to all may be lost
     for same in ("target_size", "steps", "seed", "preservation_samples", "guard_samples", "float_loss"):
         assert first[same] == second[same]
 
