@@ -7,7 +7,7 @@ error, and not trained; the loss is that of the first validation images. With ev
 
     alone   (L, 5)  loss with one layer at 2, 3, 4, 6 or 8 bits, less that with all at 8, nats
     pairs   (L, L)  above the diagonal: loss with two layers at 2 bits, less what each of them costs alone, nats
-    checks          random configurations of at most 4 bits a weight, seed 0, and their losses, which nothing is fitted to
+    checks          random configurations of at most 4 bits a weight, seed 0, and their losses: for judging the fit
 """
 
 from __future__ import annotations

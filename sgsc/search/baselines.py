@@ -103,7 +103,7 @@ class RandomSampler(KMeansTPESampler):
 
 
 class FeasibleTPE(optuna.samplers.TPESampler):
-    """Optuna's TPE, multivariate, asked again until it proposes something within the budget, for comparison."""
+    """Optuna's TPE, multivariate, asked again until it proposes something new within the budget, for comparison."""
 
     def __init__(self, seed: int, feasible: Callable[..., bool], space: Mapping[str, BaseDistribution]) -> None:
         super().__init__(seed=seed, multivariate=True)
@@ -117,12 +117,13 @@ class FeasibleTPE(optuna.samplers.TPESampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """A configuration within the budget; at random where it starts, or gives none in 100 tries."""
+        """A new configuration within the budget; at random where it starts, or gives none in 100 tries."""
+        tried = [t.params for t in study.get_trials(deepcopy=False) if t.number != trial.number]
         for _ in range(100):
             params = super().sample_relative(study, trial, search_space)
             if not params:
                 break
-            if self._feasible(params):
+            if params not in tried and self._feasible(params):
                 return params
         return self._random.sample_relative(study, trial, search_space)
 
