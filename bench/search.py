@@ -35,11 +35,11 @@ from . import record
 from .runs import OutOfTime, Row, Section, Settings
 from .search_claims import kill_claims, network_claims, proposal_claims, surrogate_claims
 from .search_networks import FULL, network
-from .search_surrogates import BITS, METHODS, Surrogate, measure
+from .search_surrogates import BITS, MEASURED, METHODS, Surrogate, measure, problem_of
 
 SEEDS = {"surrogates": 20, "proposal": 3, "kills": 1}  # of other sections 3
 FRESH = 100  # first seed of the surrogates: on those from 0 the sampler's constants were chosen
-LAYERS = (12, 24, 60)
+LAYERS = (12, MEASURED, 24, 60)
 MOST = {"random": 5000, "k-means TPE": 1000, "TPE, multivariate": 1000, "TPE, independent": 300}
 PARAMETERS, TRIALS = 60, 500
 KILLS = 100
@@ -47,7 +47,7 @@ KILLS = 100
 
 def surrogates(section: Section, seeds: Sequence[int]) -> None:
     """Every method on every problem, the slowest one last; no seed that the sampler was tuned on."""
-    target = functools.cache(lambda layers, seed: Surrogate(layers, seed).target())
+    target = functools.cache(lambda layers, seed: problem_of(layers, seed).target())
     for method in METHODS:
         for layers in LAYERS:
             for seed in (FRESH + s for s in seeds):

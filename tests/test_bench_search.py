@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from bench import readme, record, runs, search, search_claims
-from bench.search_surrogates import METHODS, Surrogate, measure
+from bench import readme, record, runs, search, search_claims, search_surrogates
+from bench.search_surrogates import MEASURED, METHODS, Measured, Surrogate, measure
 
 
 @pytest.fixture
@@ -26,6 +26,18 @@ def test_a_surrogate_behaves_as_bit_widths_do():
     assert 0 < levels[-1] < levels[0] < 1
     assert problem.excess(np.full((1, 12), 2))[0] == pytest.approx(0)  # uniform 4 bits are the budget
     assert Surrogate(12, 1).target() != problem.target() == Surrogate(12, 0).target()
+
+
+def test_the_measured_surrogate_ranks_as_the_network_does():
+    problem = Measured()
+    assert problem.layers == MEASURED
+    assert problem.agreement() > 0.8  # of 60 configurations; chance is below 0.33 in 99 of 100
+    pair = np.full((1, MEASURED), 4)
+    pair[0, [2, 7]] = 0
+    said = json.loads((search_surrogates.FILE).read_text())
+    alone, pairs = np.array(said["alone"]), np.array(said["pairs"])
+    assert problem.loss(pair)[0] == pytest.approx(alone[2, 0] + alone[7, 0] + pairs[2, 7])  # as it was measured
+    assert problem.excess(np.full((1, MEASURED), 2))[0] == pytest.approx(0)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -56,12 +68,13 @@ def test_rows_of_this_commit_are_not_measured_again(tmp_path, commit, monkeypatc
     monkeypatch.setattr(search, "measure", fake)
     arguments = ["surrogates", "--seeds", "2", "--results", str(tmp_path)]
     assert search.main(arguments) == search.main(arguments) == 0
-    assert len(calls) == len(set(calls)) == 3 * 2 * len(METHODS)
+    assert len(calls) == len(set(calls)) == 4 * 2 * len(METHODS)
+    assert min(seed for _, seed, _ in calls) >= 100  # constants were chosen on those before
     said = json.loads((tmp_path / "search.json").read_text())
     assert [c["measured"] for c in said["claims"][:3]] == [25.0, 1.5, 1.5]
     assert all(c["holds"] for c in said["claims"])
     shown = readme.tables(said)
-    assert "| 12 | 2 | 1,000 (1,000 to 1,000) | 40 (40 to 40) | 60 (60 to 60) | 60 (60 to 60) |" in shown
+    assert "| 12 layers | 2 | 1,000 (1,000 to 1,000) | 40 (40 to 40) | 60 (60 to 60) | 60 (60 to 60) |" in shown
 
 
 def test_claims_fail_where_the_numbers_do():
