@@ -65,7 +65,7 @@ class Plan:
 FULL = {"digits": Plan("11%", 100), "mnist": Plan("11%", 100), "resnet20": Plan("11%", 120)}
 REDUCED = {
     "digits": Plan("11%", 30, 40, 300, None, 12),
-    "mnist": Plan("11%", 24, 30, 150, 300, 8),
+    "mnist": Plan("11%", 20, 12, 50, 200, 6),
     "resnet20": Plan("11%", 20, 10, 40, None, 6),
 }
 

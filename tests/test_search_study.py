@@ -258,3 +258,16 @@ def test_optuna_s_tpe_does_not_stop_at_its_first_repetition(network):
     found = search(network, sampler="tpe", trials=32, widths=False)
     tried = [str(t["params"]) for t in found.report["trials"]]
     assert len(set(tried)) == len(tried) == 32  # of 38
+
+
+def test_a_baseline_is_never_stopped(network, monkeypatch):
+    monkeypatch.setattr(study_module, "STARTUP", 1)
+    calls = []
+
+    def ever_worse(model, report):
+        calls.append(1)
+        report(float(len(calls)))
+
+    found = search(network, train=ever_worse, trials=14)
+    states = {(t["state"], t["baseline"] is not None) for t in found.report["trials"]}
+    assert states == {("complete", True), ("pruned", False)}
