@@ -45,16 +45,15 @@ def greedy(cost: CostModel, omega: Omega, budget: Budget) -> Configuration | Non
     while not budget.holds(now := cost(Configuration(bits))):
         best: tuple[float, str, int] | None = None
         for name, by in omega.items():
-            fewer = max((b for b in by if b < bits[name]), default=None)
-            if fewer is None:
-                continue
-            then = cost(Configuration({**bits, name: fewer}))
-            saved = sum(
-                (now[of] - then[of]) / limit for of, limit in budget.limits().items() if now[of] > limit
-            )  # of what is over, in shares of the limits
-            if saved > 0:
-                rate = (by[fewer] - by[bits[name]]) / saved
-                best = min(best or (rate, name, fewer), (rate, name, fewer))
+            for fewer in sorted((b for b in by if b < bits[name]), reverse=True):
+                then = cost(Configuration({**bits, name: fewer}))
+                saved = sum(
+                    (now[of] - then[of]) / limit for of, limit in budget.limits().items() if now[of] > limit
+                )  # of what is over, in shares of the limits
+                if saved > 0:
+                    rate = (by[fewer] - by[bits[name]]) / saved
+                    best = min(best or (rate, name, fewer), (rate, name, fewer))
+                    break  # the next width that saves anything: kernels are as fast at some widths as at others
         if best is None:
             return None
         bits[best[1]] = best[2]
