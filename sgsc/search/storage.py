@@ -248,5 +248,5 @@ def _first(error: BaseException) -> str:
 
 def _advice(url: str) -> str:
     if url.startswith("sqlite"):
-        return "name a file in a folder that can be written"
+        return "name a file in a folder that can be written and has room"
     return "check the URL, that the server runs, and that its driver is installed (psycopg, PyMySQL)"
