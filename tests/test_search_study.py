@@ -13,6 +13,7 @@ from sgsc.layers import quant_layers
 from sgsc.search import study as study_module
 from sgsc.search.candidates import as_float
 from sgsc.search.cost import Budget, CostModel
+from sgsc.search.remembered import digest
 from sgsc.search.storage import open_storage
 from sgsc.search.study import search_network
 from tests.small import blobs
@@ -165,7 +166,7 @@ def test_a_budget_below_the_smallest_network_is_named(network):
 def test_a_space_of_one_point_ends(network):
     found = search(network, Budget(mean_bits=2), widths=False, trials=30)
     assert set(found.configuration.bits.values()) == {2}
-    assert found.report["reason"] == "every configuration of the space was tried"
+    assert found.report["reason"] == "nothing new within the budget was left to try"
     assert len([t for t in found.report["trials"] if t["loss"] is not None]) == 1
 
 
@@ -222,6 +223,20 @@ def test_what_was_measured_before_the_trials_is_kept_with_the_study(network, tmp
     search(network, trials=5, storage=storage, **{**how, "latency": False}, batches=[other])
     assert "sensitivity" in said  # other data, other sensitivity
     storage.engine.dispose()
+
+
+def test_a_digest_tells_weights_shapes_data_and_settings_apart():
+    net, x = nn.Linear(4, 2).bfloat16(), torch.zeros(2, 4)
+    found = {
+        digest(net, [(x,)], 0),
+        digest(net, [(x + 1,)], 0),
+        digest(net, [(x.view(4, 2),)], 0),
+        digest(net, [(x,)], 1),
+    }
+    with torch.no_grad():
+        net.weight[0, 0] += 1
+    assert len(found | {digest(net, [(x,)], 0)}) == 5
+    assert digest(net, [(x,)], 0) == digest(net, [(x.clone(),)], 0)
 
 
 def test_a_latency_budget_is_held_and_refused_where_nothing_is_fast_enough(network):

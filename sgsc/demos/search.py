@@ -133,6 +133,7 @@ def search(
     storage: str | None = None,
     study: str | None = None,
     sampler: str = "kmeans-tpe",
+    sensitivity: str = "auto",
     widths: bool = True,
     device: str = "cpu",
     progress: Progress = lambda phase, step, steps, values: None,
@@ -150,6 +151,7 @@ def search(
         storage: URL or file of the study; study.db in the run folder if None.
         study: Its name; that of the task if None.
         sampler: A key of SAMPLERS.
+        sensitivity: "hutchinson", "fisher", or "auto" by the size of the network.
         widths: Whether layer widths are searched too.
         device: Where candidates are trained.
         progress: Called as progress(phase, step, steps, values).
@@ -180,8 +182,12 @@ def search(
         name=study or task.name,
         sampler=sampler,
         finish=how.long,
-        settings={"task": task.name, "steps": steps, "widths": widths, "samples": len(task.train)},
+        settings={
+            **{"task": task.name, "steps": steps, "widths": widths, "samples": len(task.train)},
+            "sensitivity": sensitivity,
+        },
         widths=widths,
+        method=sensitivity,
         latency=limits.seconds is not None,
         progress=progress,
         **file,

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 import optuna
+import torch
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from torch import Tensor, nn
@@ -51,4 +52,4 @@ def remember(study: Study, key: str, problem: Problem) -> None:
 
 
 def _bytes(value: Tensor) -> bytes:
-    return value.detach().cpu().contiguous().flatten().view(-1).numpy().tobytes()
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()  # numpy has no bfloat16

@@ -131,7 +131,7 @@ def search_network(
         with writing(storage):
             exhausted = _trial(study, problem, train, validate, seed, trials)
         progress("search", min(done + 1, trials), trials, {"best loss": _best_so_far(study)})
-    reason = "every configuration of the space was tried" if exhausted else ""
+    reason = "nothing new within the budget was left to try" if exhausted else ""
     return _result(study, problem, train, validate, finish, seed, reason, prepared, time.perf_counter() - started)
 
 
