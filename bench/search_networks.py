@@ -9,7 +9,8 @@
                      and after the long one: the rank correlation of their validation losses
 
 Everything is chosen by validation samples; what is chosen answers the test split once. The searches are the command
-line, start-up, sensitivity, both last trainings and packing included; processor seconds are of one thread.
+line, start-up, sensitivity, both last trainings and packing included. Processor seconds are of one thread; those of the
+first row of a call hold the float network's training too, where it was not there.
 """
 
 from __future__ import annotations
