@@ -1,17 +1,17 @@
 """The search: trials to reach what random reaches, cost of a proposal, kills, and real networks.
 
-    python -m bench.search [surrogates] [proposal] [kills] [search-mnist] [search-resnet20]
+    python -m bench.search [surrogates] [proposal] [kills] [search-digits] [search-mnist] [search-resnet20]
                            [--data PATH] [--reduced] [--seconds N] [--seeds N] [--device cuda]
 
 What is in the results at this commit is not measured again, so that a call cut off, or ended by --seconds, goes on when
-it is repeated. The surrogates are those of bench/search_surrogates.py. On real networks each row is one `sgsc search`
-in a process of its own, by one sampler with the same trials and seed; --reduced trains less, and each row says by which
-schedule it was trained.
+it is repeated. The surrogates are those of bench/search_surrogates.py, the networks' rows those of
+bench/search_networks.py; --reduced trains these less, and each row says by which schedule it was trained.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import random
 import signal
 import statistics
@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import optuna
@@ -33,33 +32,28 @@ from sgsc.search.kmeans_tpe import KMeansTPESampler
 from sgsc.search.storage import open_storage, open_study
 
 from . import record
-from .runs import OutOfTime, Row, Section, Settings, called
+from .runs import OutOfTime, Row, Section, Settings
 from .search_claims import kill_claims, network_claims, proposal_claims, surrogate_claims
-from .search_surrogates import BITS, METHODS, Surrogate, measure
+from .search_networks import FULL, network
+from .search_surrogates import BITS, MEASURED, METHODS, Surrogate, measure, problem_of
 
-SEEDS = {"surrogates": 20, "proposal": 3, "kills": 1, "search-mnist": 3, "search-resnet20": 3}
-LAYERS = (12, 24, 60)
+SEEDS = {"surrogates": 20, "proposal": 3, "kills": 1}  # of other sections 3
+FRESH = 100  # first seed of the surrogates: on those from 0 the sampler's constants were chosen
+LAYERS = (12, MEASURED, 24, 60)
 MOST = {"random": 5000, "k-means TPE": 1000, "TPE, multivariate": 1000, "TPE, independent": 300}
 PARAMETERS, TRIALS = 60, 500
 KILLS = 100
-# task -> budget, trials, steps of a candidate, of the winner, of the float training; full and reduced
-FULL: dict[str, tuple[str, int, int | None, int | None, int | None]]
-FULL = {"mnist": ("9%", 100, None, None, None), "resnet20": ("9%", 120, None, None, None)}
-REDUCED = {"mnist": ("9%", 40, 40, 200, 300), "resnet20": ("9%", 30, 20, 100, None)}
-SAMPLERS = ("kmeans-tpe", "tpe", "random")
 
 
 def surrogates(section: Section, seeds: Sequence[int]) -> None:
-    """Every method on every problem."""
-    for layers in LAYERS:
-        for seed in seeds:
-            targets: list[float] = []
-            for method in METHODS:
+    """Every method on every problem, the slowest one last; no seed that the sampler was tuned on."""
+    target = functools.cache(lambda layers, seed: problem_of(layers, seed).target())
+    for method in METHODS:
+        for layers in LAYERS:
+            for seed in (FRESH + s for s in seeds):
 
-                def run(layers: int = layers, seed: int = seed, method: str = method, known: list = targets) -> Row:
-                    if not known:
-                        known.append(Surrogate(layers, seed).target())
-                    return measure(layers, seed, method, known[0], MOST[method])
+                def run(layers: int = layers, seed: int = seed, method: str = method) -> Row:
+                    return measure(layers, seed, method, target(layers, seed), MOST[method])
 
                 section.row({"task": f"surrogate of {layers}", "layers": layers, "seed": seed, "method": method}, run)
 
@@ -126,51 +120,11 @@ def _kills(seed: int) -> Row:
         }
 
 
-def network(section: Section, seeds: Sequence[int]) -> None:
-    """One task by each sampler."""
-    settings = section.settings
-    for seed in seeds:
-        for sampler in SAMPLERS:
-            of = {"task": section.name.removeprefix("search-"), "seed": seed, "method": sampler}
-            section.row(of, lambda s=seed, m=sampler, t=of["task"]: _network(t, settings, s, m))
-
-
-def _network(task: str, settings: Settings, seed: int, sampler: str) -> Row:
-    budget, trials, steps, finish, float_steps = {"full": FULL, "reduced": REDUCED}[settings.schedule][task]
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "sgsc", "search", task, "--budget", budget, "--trials", str(trials)]
-        command += ["--sampler", sampler, "--seed", str(seed), "--out", folder, "--json", *settings.flags(task)]
-        for flag, value in (("--steps", steps), ("--finish-steps", finish), ("--float-steps", float_steps)):
-            command += [] if value is None else [flag, str(value)]
-        found = called(command, settings.timeout())
-    baselines = [t for t in found["trials"] if t["baseline"] and t["loss"] is not None]
-    searched = [t for t in found["trials"] if not t["baseline"] and t["loss"] is not None]
-    kept = ("float_bytes", "stored_bytes", "stored_ratio", "float_accuracy", "packed_accuracy", "seconds", "steps")
-    row: dict[str, Any] = {key: found[key] for key in kept}
-    best = min(baselines, key=lambda t: t["loss"], default=None)
-    short = min(searched, key=lambda t: t["loss"], default=None)
-    smaller = [t for t in searched if best and t["loss"] <= best["loss"]]
-    return row | {
-        **{"budget": budget, "trials": len(found["trials"]), "origin": found["result"]["origin"]},
-        "finish_steps": found["finish_steps"],
-        "validation_accuracy": found["validation"]["packed"]["accuracy"],
-        "float_validation_accuracy": found["validation"]["float"]["accuracy"],
-        "best_short_loss": None if short is None else short["loss"],
-        "best_baseline": None if best is None else best["baseline"],
-        "best_baseline_short_loss": None if best is None else best["loss"],
-        "best_baseline_bytes": None if best is None else best["cost"]["bytes"],
-        # the smallest configuration that is as good, after the same short training, as the best baseline in the budget
-        "bytes_at_baseline_loss": min((t["cost"]["bytes"] for t in smaller), default=None),
-        "preparation_seconds": found["seconds_by_phase"]["preparation"],
-    }
-
-
 SECTIONS: dict[str, tuple[Callable[[Section, Sequence[int]], None], Callable[[list[Row]], list[Row]]]] = {
     "surrogates": (surrogates, surrogate_claims),
     "proposal": (proposal, proposal_claims),
     "kills": (kills, kill_claims),
-    "search-mnist": (network, network_claims),
-    "search-resnet20": (network, network_claims),
+    **{f"search-{task}": (network, network_claims) for task in FULL},
 }
 
 
@@ -190,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run, claims = SECTIONS[name]
         section = Section(name, settings, claims, file="search")
         try:
-            run(section, range(chosen.seeds or (1 if chosen.quick else SEEDS[name])))
+            run(section, range(chosen.seeds or (1 if chosen.quick else SEEDS.get(name, 3))))
         except OutOfTime:
             print(f"{name}: time is up with {len(section.rows)} rows; repeat the call to go on", file=sys.stderr)
             return 0

@@ -23,6 +23,7 @@ def arguments_of(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--steps", type=int, default=None, help="optimiser steps of a candidate (default: by the task)")
     sub.add_argument("--finish-steps", type=int, default=None, help="of the winner (default: by the task)")
     sub.add_argument("--sampler", default="kmeans-tpe", help="kmeans-tpe (default), tpe or random")
+    sub.add_argument("--sensitivity", default="auto", help="hutchinson, fisher or auto: fisher from 50,000 weights on")
     sub.add_argument("--bits-only", action="store_true", help="keep the channels of every layer")
     sub.add_argument("--data", type=Path, default=None, help="file or folder of the data, where the task needs one")
     sub.add_argument("--limit", type=int, default=None, help="at most so many samples a split")
@@ -65,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
             storage=options.storage,
             study=options.study,
             sampler=options.sampler,
+            sensitivity=options.sensitivity,
             widths=not options.bits_only,
             device=device,
             progress=progress,

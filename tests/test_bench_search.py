@@ -1,12 +1,15 @@
 """The bench of the search: its surrogates, its claims, its tables, and that it goes on."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bench import readme, record, runs, search, search_claims
-from bench.search_surrogates import METHODS, Surrogate, measure
+from bench import readme, record, runs, search, search_claims, search_networks, search_surrogates
+from bench.search_surrogates import MEASURED, METHODS, Measured, Surrogate, measure
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -26,6 +29,18 @@ def test_a_surrogate_behaves_as_bit_widths_do():
     assert 0 < levels[-1] < levels[0] < 1
     assert problem.excess(np.full((1, 12), 2))[0] == pytest.approx(0)  # uniform 4 bits are the budget
     assert Surrogate(12, 1).target() != problem.target() == Surrogate(12, 0).target()
+
+
+def test_the_measured_surrogate_ranks_as_the_network_does():
+    problem = Measured()
+    assert problem.layers == MEASURED
+    assert problem.agreement() > 0.8  # of 60 configurations; chance is below 0.33 in 99 of 100
+    pair = np.full((1, MEASURED), 4)
+    pair[0, [2, 7]] = 0
+    said = json.loads((search_surrogates.FILE).read_text())
+    alone, pairs = np.array(said["alone"]), np.array(said["pairs"])
+    assert problem.loss(pair)[0] == pytest.approx(alone[2, 0] + alone[7, 0] + pairs[2, 7])  # as it was measured
+    assert problem.excess(np.full((1, MEASURED), 2))[0] == pytest.approx(0)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -56,12 +71,13 @@ def test_rows_of_this_commit_are_not_measured_again(tmp_path, commit, monkeypatc
     monkeypatch.setattr(search, "measure", fake)
     arguments = ["surrogates", "--seeds", "2", "--results", str(tmp_path)]
     assert search.main(arguments) == search.main(arguments) == 0
-    assert len(calls) == len(set(calls)) == 3 * 2 * len(METHODS)
+    assert len(calls) == len(set(calls)) == 4 * 2 * len(METHODS)
+    assert min(seed for _, seed, _ in calls) >= 100  # constants were chosen on those before
     said = json.loads((tmp_path / "search.json").read_text())
     assert [c["measured"] for c in said["claims"][:3]] == [25.0, 1.5, 1.5]
     assert all(c["holds"] for c in said["claims"])
     shown = readme.tables(said)
-    assert "| 12 | 2 | 1,000 (1,000 to 1,000) | 40 (40 to 40) | 60 (60 to 60) | 60 (60 to 60) |" in shown
+    assert "| 12 layers | 2 | 1,000 (1,000 to 1,000) | 40 (40 to 40) | 60 (60 to 60) | 60 (60 to 60) |" in shown
 
 
 def test_claims_fail_where_the_numbers_do():
@@ -73,12 +89,15 @@ def test_claims_fail_where_the_numbers_do():
     kills = {"kills": 3, "acknowledged": 9, "lost": 1, "zombies": 2, "slowest_opening_seconds": 6.0}
     assert [c["holds"] for c in search_claims.kill_claims([kills])] == [False] * 3
     assert not search_claims.proposal_claims([{"method": "k-means TPE", "milliseconds": 51.0}])[0]["holds"]
-    network = {"schedule": "reduced", "task": "mnist", "method": "kmeans-tpe", "seed": 0, "best_baseline": "greedy"}
-    network |= {"best_baseline_bytes": 100, "bytes_at_baseline_loss": 90, "best_short_loss": 2.0}
-    other = {**network, "method": "tpe", "best_short_loss": 1.0}
-    assert [c["holds"] for c in search_claims.network_claims([network, other])] == [False, False]
-    network["bytes_at_baseline_loss"] = 79
-    assert search_claims.network_claims([network])[0]["holds"]
+    ours = {"schedule": "reduced", "task": "mnist", "method": "kmeans-tpe", "seed": 0, "short_loss": 2.0}
+    ours |= {"stored_bytes": 81, "validation_accuracy": 0.90}
+    other = {**ours, "method": "uniform", "stored_bytes": 100, "validation_accuracy": 0.91}
+    tpe = {**ours, "method": "tpe", "short_loss": 1.0}
+    assert [c["holds"] for c in search_claims.network_claims([ours, other, tpe])] == [False] * 3
+    ours |= {"stored_bytes": 80, "validation_accuracy": 0.91, "short_loss": 1.0}
+    assert [c["holds"] for c in search_claims.network_claims([ours, other, tpe])] == [True] * 3
+    program = {**other, "method": "integer program", "seed": 1}  # another seed is no pair
+    assert len(search_claims.network_claims([ours, program])) == 0
 
 
 def test_a_kill_run_and_a_proposal_are_measured(monkeypatch):
@@ -90,16 +109,29 @@ def test_a_kill_run_and_a_proposal_are_measured(monkeypatch):
     assert "| 2 |" in search_claims.kill_table([found])
 
 
-def test_a_network_row_is_a_run_of_the_command(monkeypatch, tmp_path, commit):
-    monkeypatch.setitem(search.REDUCED, "digits", ("8%", 9, 2, 3, 20))
-    monkeypatch.setitem(search.SECTIONS, "search-digits", (search.network, search_claims.network_claims))
-    monkeypatch.setitem(search.SEEDS, "search-digits", 1)
-    monkeypatch.setattr(search, "SAMPLERS", ("kmeans-tpe",))
-    assert search.main(["search-digits", "--reduced", "--results", str(tmp_path)]) == 0
-    row = json.loads((tmp_path / "search.json").read_text())["rows"][0]
-    assert (row["schedule"], row["method"], row["trials"]) == ("reduced", "kmeans-tpe", 9)
-    assert row["stored_bytes"] <= 0.08 * row["float_bytes"]
-    assert "kmeans-tpe | reduced | 8%" in search_claims.network_table([row])
+def test_network_rows_are_runs_on_one_float_network(monkeypatch, tmp_path, commit):
+    monkeypatch.setitem(search_networks.REDUCED, "digits", search_networks.Plan("11%", 9, 2, 3, 20, 3))
+    monkeypatch.chdir(tmp_path)  # where float networks lie between runs
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    arguments = ["search-digits", "--reduced", "--seeds", "1", "--results", str(tmp_path)]
+    assert search.main(arguments) == 0
+    said = json.loads((tmp_path / "search.json").read_text())
+    rows = {row["method"]: row for row in said["rows"]}
+    assert list(rows) == ["uniform", "integer program", "kmeans-tpe", "tpe", "proxy"]
+    for method in ("uniform", "integer program"):
+        assert rows[method]["stored_bytes"] <= 0.11 * rows[method]["float_bytes"]
+    assert {"uniform 2", "uniform 2, ends 8", "uniform 3"} <= set(rows["uniform"]["tried"])
+    least = min(rows["uniform"]["stored_bytes"], rows["integer program"]["stored_bytes"])
+    for method in ("kmeans-tpe", "tpe"):
+        assert rows[method]["stored_bytes"] <= 0.8 * least
+        assert rows[method]["float_accuracy"] == rows["uniform"]["float_accuracy"]
+    assert rows["kmeans-tpe"]["trials"] == 9 < rows["tpe"]["trials"]
+    assert len(rows["proxy"]["short_losses"]) == 3
+    assert -1 <= rows["proxy"]["spearman"] <= 1
+    shown = search_claims.network_table(said["rows"])
+    assert "| kmeans-tpe | reduced | 1 |" in shown
+    assert "3 random configurations after 2 and 3 steps (reduced, seeds: 1)" in shown
+    assert len(said["claims"]) == 5
 
 
 def test_an_unknown_section_is_named(capsys):

@@ -6,6 +6,7 @@ import torch
 from sgsc import pack, prepare, stored_size
 from sgsc.demos import models
 from sgsc.layers import quant_layers
+from sgsc.search import cost as cost_module
 from sgsc.search.candidates import build
 from sgsc.search.cost import BANDWIDTH, PEAK, Budget, Configuration, CostModel
 from sgsc.search.structure import structure_of
@@ -77,6 +78,16 @@ def test_latency_is_the_roofline_until_it_was_measured():
     measured = cost.times["first.0", 4]
     assert cost.seconds("first.0", 4, 128, 288) == pytest.approx(measured)
     assert cost.seconds("first.0", 4, 64, 288) == pytest.approx(measured / 2)
+
+
+def test_more_bits_never_count_as_faster(monkeypatch):
+    model = prepare(models.DigitsCNN(), quantizer="lsq8").model
+    example = torch.rand(1, 1, 8, 8)
+    cost = CostModel(model, structure_of(model), example)
+    clock = iter([t for seconds in (5.0, 3.0, 4.0, 6.0) * 6 for t in (0.0, seconds) * 2])  # of 2, 3, 4 and 8 bits
+    monkeypatch.setattr(cost_module.time, "perf_counter", lambda: next(clock))
+    cost.measure(model, example, (8, 4, 3, 2), repeats=1)
+    assert [cost.times["head", bits] for bits in (2, 3, 4, 8)] == [5.0, 5.0, 5.0, 6.0]
 
 
 def test_a_budget_wants_a_positive_limit():

@@ -2,13 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from sgsc.search.grids import best_steps, rounding_error
-from sgsc.search.sensitivity import _summary, sensitivity
+from sgsc.search.sensitivity import sensitivity, summary, worth
 
 
 def loss(model, batch):
@@ -61,17 +62,51 @@ def test_fisher_is_the_mean_squared_norm_of_the_gradients(problem):
         assert found.trace[name] == pytest.approx(float(sum(exact)) / 24)
 
 
-def test_a_lucky_start_does_not_stop_it():
-    errors = _summary([[1.0, 1.0], [1.0, 1.3]])[1]
+def test_standard_errors_of_means_and_shares():
+    means, errors, of_shares = summary([[1.0, 1.0], [1.0, 1.3]])
+    assert means == [1.0, 1.15]
     assert errors[0] == 0.0  # two equal samples: hence the minimum of 20
     assert errors[1] == pytest.approx(0.15 / 1.15)
-    assert _summary([[1.0]])[1] == [math.inf]
+    assert of_shares[0] == pytest.approx(0.15 / 2.15)  # of 1 / 2.15, to first order
+    assert summary([[1.0]])[1:] == ([math.inf], [math.inf])
+    assert summary([[0.0, 1.0], [0.0, 2.0]])[2] == [0.0, 0.0]  # a layer without any gradient
+    assert summary([[-1.0, 0.5], [-1.0, 0.5]])[2] == [math.inf, math.inf]  # no share of a negative sum
+
+
+def test_shares_have_the_error_that_is_said():
+    rng = np.random.default_rng(0)
+    drawn = rng.lognormal(0, 1, (400, 200, 1)) * rng.lognormal(0, 0.3, (400, 200, 3)) * [1.0, 3.0, 9.0]
+    found = [summary(one) for one in drawn]
+    shares = np.array([np.array(means) / np.sum(means) for means, _, _ in found])
+    spread = shares.std(0) / shares.mean(0)
+    np.testing.assert_allclose(np.mean([said for _, _, said in found], 0), spread, rtol=0.15)  # 400 repeats: 3.5 %
+
+
+def test_one_sample_that_has_nearly_all_of_the_gradient_does_not_stop_it(problem):
+    net, weights, batches, _ = problem
+    calls = iter(range(10**6))
+
+    def lucky(model, batch):  # the 10th sample makes every layer's share look exact
+        return loss(model, batch) * (1e4 if next(calls) == 10 else 1.0)
+
+    found = sensitivity(net, weights, lucky, batches, method="fisher", most=24)
+    assert max(found.share_error.values()) < 0.05
+    assert found.worth < 2
+    assert (found.samples, found.converged) == (24, False)
+
+
+def test_worth_is_a_number_of_equal_samples():
+    assert worth([[1.0, 2.0]] * 7) == pytest.approx(7)
+    assert worth([[1e6, 0.0]] + [[1.0, 0.0]] * 7) == pytest.approx(1, rel=1e-3)
+    assert worth([[0.0]] * 3) == 3
 
 
 def test_it_takes_the_least_samples_and_says_when_they_were_not_enough(problem):
     net, weights, batches, _ = problem
     few = sensitivity(net, weights, loss, batches, method="hutchinson", error=1e9)
-    assert (few.samples, few.converged) == (20, True)
+    assert few.samples >= 20
+    assert 20 <= few.worth < 21  # it stopped as soon as they were
+    assert few.converged
     hard = sensitivity(net, weights, loss, batches, method="hutchinson", error=1e-9, most=30)
     assert (hard.samples, hard.converged) == (30, False)
 
@@ -99,8 +134,10 @@ def test_the_cost_is_told_first_and_seeds_decide(problem):
     )
     assert a == b != c
     phase, step, steps, values = said[0]
-    assert (phase, step, steps) == ("sensitivity", 1, 20)
+    assert (phase, step, steps) == ("sensitivity", 0, 20)
+    assert values.keys() == {"seconds at most"}
     assert values["seconds at most"] > 0
+    assert said[1][1] == 1
 
 
 def test_a_layer_that_spoils_the_gradient_is_named(problem):

@@ -87,6 +87,16 @@ def test_the_integer_program_is_the_best_of_all_allocations(digits, limit):
     assert best * (1 - 1e-9) <= total(omega, quick) <= 3 * best
 
 
+def test_greedy_steps_over_a_width_that_is_no_faster(digits):
+    structure, _ = digits
+    model = prepare(models.DigitsCNN(), quantizer="lsq8").model
+    cost = CostModel(model, structure, torch.zeros(1, 1, 8, 8))
+    cost.times = {(name, b): 2.0 if b > 3 else 1.0 for name in structure.layers for b in BITS}
+    chosen = greedy(cost, omega_of(structure), Budget(seconds=9.0))
+    assert sorted(chosen.bits.values()) == [3, 3, 3, 8, 8, 8]
+    assert set(chosen.bits) - {n for n, b in chosen.bits.items() if b == 8} == set(list(structure.layers)[:3])
+
+
 def _fast(cost, chosen, limit):
     found = {"bytes": cost.bytes(chosen)} if "bytes" in limit else {}
     if "mean_bits" in limit:

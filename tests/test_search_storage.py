@@ -158,6 +158,30 @@ def test_an_url_that_leads_nowhere_is_named_without_its_password(url):
     assert "secret" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("url", "why"),
+    {
+        "no driver": ("mysql+nodriver://u:secret@h/d", "nodriver"),
+        "nobody answers": ("postgresql+psycopg://u:secret@127.0.0.1:1/d", r"psycopg|refused"),
+        "the default driver": ("mysql://u:secret@127.0.0.1:1/d", r"DB access module|connect"),
+        "no url": ("postgresql://u:secret@h:port/d", "port"),
+    }.values(),
+    ids=("no driver", "nobody answers", "the default driver", "no url"),
+)
+def test_a_server_that_cannot_be_reached_is_named_without_its_password(url, why):
+    with pytest.raises(StorageError, match=f"(?s)(?=.*({why})).*check the URL, that the server runs") as raised:
+        open_storage(url)
+    assert "secret" not in str(raised.value)
+
+
+def test_a_server_serves_several_hosts(study, monkeypatch):
+    """What tells a server from a file is the dialect alone."""
+    assert storages.is_sqlite(study._storage)
+    monkeypatch.setattr(storages, "is_sqlite", lambda storage: False)
+    monkeypatch.setattr(storages.socket, "gethostname", lambda: "other")
+    assert open_study(study._storage, "study", KMeansTPESampler()).study_name == "study"
+
+
 def test_a_full_disk_is_said_and_the_study_stays(tmp_path):
     study = opened(tmp_path / "s.db")
     study.tell(study.ask(SPACE), 1.0)

@@ -10,8 +10,10 @@ from torch import nn
 
 from sgsc import pack, prepare, save
 from sgsc.layers import quant_layers
+from sgsc.search import study as study_module
 from sgsc.search.candidates import as_float
-from sgsc.search.cost import Budget
+from sgsc.search.cost import Budget, CostModel
+from sgsc.search.remembered import digest
 from sgsc.search.storage import open_storage
 from sgsc.search.study import search_network
 from tests.small import blobs
@@ -164,7 +166,7 @@ def test_a_budget_below_the_smallest_network_is_named(network):
 def test_a_space_of_one_point_ends(network):
     found = search(network, Budget(mean_bits=2), widths=False, trials=30)
     assert set(found.configuration.bits.values()) == {2}
-    assert found.report["reason"] == "every configuration of the space was tried"
+    assert found.report["reason"] == "nothing new within the budget was left to try"
     assert len([t for t in found.report["trials"] if t["loss"] is not None]) == 1
 
 
@@ -204,3 +206,83 @@ def test_the_winner_goes_on_into_sgsc(network):
     }
     assert not quant_layers(float_again)
     assert validate(prepare(float_again).model) < 1.0
+
+
+def test_what_was_measured_before_the_trials_is_kept_with_the_study(network, tmp_path, monkeypatch):
+    said = []
+    how = {"progress": lambda phase, *_: said.append(phase), "latency": True, "budget": Budget(seconds=1.0)}
+    storage = open_storage(tmp_path / "s.db")
+    first = search(network, trials=4, storage=storage, **how)
+    assert "sensitivity" in said
+    said.clear()
+    monkeypatch.setattr(CostModel, "measure", lambda *_: pytest.fail("the latency is measured again"))
+    again = search(network, trials=5, storage=storage, **how)
+    assert "sensitivity" not in said
+    assert again.report["sensitivity"] == first.report["sensitivity"]
+    other = (BATCH[0] + 0.1, BATCH[1])
+    search(network, trials=5, storage=storage, **{**how, "latency": False}, batches=[other])
+    assert "sensitivity" in said  # other data, other sensitivity
+    storage.engine.dispose()
+
+
+def test_a_digest_tells_weights_shapes_data_and_settings_apart():
+    net, x = nn.Linear(4, 2).bfloat16(), torch.zeros(2, 4)
+    found = {
+        digest(net, [(x,)], 0),
+        digest(net, [(x + 1,)], 0),
+        digest(net, [(x.view(4, 2),)], 0),
+        digest(net, [(x,)], 1),
+    }
+    with torch.no_grad():
+        net.weight[0, 0] += 1
+    assert len(found | {digest(net, [(x,)], 0)}) == 5
+    assert digest(net, [(x,)], 0) == digest(net, [(x.clone(),)], 0)
+
+
+def test_a_latency_budget_is_held_and_refused_where_nothing_is_fast_enough(network):
+    found = search(network, Budget(seconds=10.0), trials=12, latency=True)
+    assert 0 < found.cost["seconds"] <= 10
+    roofline = search(network, Budget(seconds=10.0), trials=3)
+    limit = roofline.report["trials"][0]["cost"]["seconds"] * 1.0001  # of uniform 2, by the roofline
+    found = search(network, Budget(seconds=limit), trials=14)
+    assert found.cost["seconds"] <= limit
+    assert "uniform 8" in found.report["baselines_over_budget"]
+    with pytest.raises(ValueError, match=r"the budget is below the smallest network of the space \(seconds 1e-12 <"):
+        search(network, Budget(seconds=1e-12), trials=3, latency=True)
+
+
+def test_a_trial_too_many_goes_back_to_the_queue(network, tmp_path, monkeypatch):
+    storage = open_storage(tmp_path / "s.db")
+    search(network, trials=10, storage=storage)
+    monkeypatch.setattr(study_module, "_done", lambda study: 9 if len(study.trials) == 10 else 10)  # a moment ago
+    search(network, trials=10, storage=storage)
+    monkeypatch.undo()
+    study = optuna.load_study(study_name="search", storage=storage)
+    assert [t.state.name for t in study.trials[10:]] == ["WAITING"]
+    again, whole = search(network, trials=12, storage=storage), search(network, trials=12)
+    assert rows(again) == rows(whole)  # and is what it would have been
+    storage.engine.dispose()
+
+
+def test_where_the_time_went(network):
+    found = search(network, trials=3, finish=train)
+    assert found.report["seconds_by_phase"].keys() == {"preparation", "search", "finish"}
+
+
+def test_optuna_s_tpe_does_not_stop_at_its_first_repetition(network):
+    found = search(network, sampler="tpe", trials=32, widths=False)
+    tried = [str(t["params"]) for t in found.report["trials"]]
+    assert len(set(tried)) == len(tried) == 32  # of 38
+
+
+def test_a_baseline_is_never_stopped(network, monkeypatch):
+    monkeypatch.setattr(study_module, "STARTUP", 1)
+    calls = []
+
+    def ever_worse(model, report):
+        calls.append(1)
+        report(float(len(calls)))
+
+    found = search(network, train=ever_worse, trials=14)
+    states = {(t["state"], t["baseline"] is not None) for t in found.report["trials"]}
+    assert states == {("complete", True), ("pruned", False)}

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from sgsc.artefact import save
 from sgsc.packed import pack
 from sgsc.search.cost import Budget
+from sgsc.search.sensitivity import Loss
 from sgsc.search.storage import open_storage
 from sgsc.search.study import search_network
 from sgsc.size import float_bytes
@@ -27,7 +28,7 @@ from .task import Task
 from .training import evaluate
 
 STUDY = "study.db"
-SENSITIVITY_SAMPLES, SENSITIVITY_BATCH = 512, 64
+SENSITIVITY_SAMPLES, SENSITIVITY_BATCH = 1024, 64
 SHORT = 0.1  # of the task's compression steps, for a candidate
 MIDDLE = 1 / 3  # of a candidate's steps, after which a hopeless one is stopped
 
@@ -38,6 +39,60 @@ class Searched:
 
     report: dict[str, Any]
     held: bool
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How candidates of a task are trained and judged: all alike, from the same seed.
+
+    Attributes:
+        task: Its splits are at `device`.
+        device: Where candidates are trained.
+        seed: Of the batches.
+        steps: Optimiser steps of a candidate.
+        finish_steps: Of the winner.
+    """
+
+    task: Task
+    device: str
+    seed: int
+    steps: int
+    finish_steps: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.finish_steps < 1:
+            raise ValueError(
+                f"steps={self.steps}, finish_steps={self.finish_steps}: a candidate that is not trained tells nothing"
+            )
+
+    def short(self, model: nn.Module, report: Callable[[float], None]) -> None:
+        """Train a candidate; part of the way its loss is reported."""
+
+        def middle(done: int) -> None:
+            if done == max(round(MIDDLE * self.steps), 1):
+                report(self.loss(model))
+
+        tune(self.task, model.to(self.device), self.steps, self.seed, middle)
+
+    def long(self, model: nn.Module, report: Callable[[float], None]) -> None:
+        """Train a winner."""
+        tune(self.task, model.to(self.device), self.finish_steps, self.seed)
+
+    def loss(self, model: nn.Module) -> float:
+        """On validation samples."""
+        return evaluate(model, TensorDataset(*self.task.validation[:LOOK]))["loss"]
+
+
+def loss_of(task: Task) -> Loss:
+    """The task's loss on a batch."""
+    return lambda model, batch: task.loss(model(batch[0]), batch[1])
+
+
+def parts_of(task: Task) -> list[tuple[Tensor, ...]]:
+    """Batches of training samples, for the sensitivity."""
+    samples = min(SENSITIVITY_SAMPLES, len(task.train))
+    starts = range(0, samples, SENSITIVITY_BATCH)
+    return [tuple(task.train[i : min(i + SENSITIVITY_BATCH, samples)]) for i in starts]
 
 
 def parse_budget(text: str, floats: int) -> Budget:
@@ -78,6 +133,7 @@ def search(
     storage: str | None = None,
     study: str | None = None,
     sampler: str = "kmeans-tpe",
+    sensitivity: str = "auto",
     widths: bool = True,
     device: str = "cpu",
     progress: Progress = lambda phase, step, steps, values: None,
@@ -95,6 +151,7 @@ def search(
         storage: URL or file of the study; study.db in the run folder if None.
         study: Its name; that of the task if None.
         sampler: A key of SAMPLERS.
+        sensitivity: "hutchinson", "fisher", or "auto" by the size of the network.
         widths: Whether layer widths are searched too.
         device: Where candidates are trained.
         progress: Called as progress(phase, step, steps, values).
@@ -105,44 +162,32 @@ def search(
     started = time.perf_counter()
     steps = max(round(SHORT * task.compress_steps), 1) if steps is None else steps
     finish_steps = task.compress_steps if finish_steps is None else finish_steps
-    if steps < 1 or finish_steps < 1:
-        raise ValueError(f"steps={steps}, finish_steps={finish_steps}: a candidate that is not trained tells nothing")
+    how = Schedule(task.to(device), device, seed, steps, finish_steps)
     network = float_model(task.to(device), seed, folder, progress).cpu().eval()
     floats = float_bytes(network)
     limits = parse_budget(budget, floats)
-    there = task.to(device)
-    look = TensorDataset(*there.validation[:LOOK])
     after = time.perf_counter() - started
-
-    def train(model: nn.Module, report: Callable[[float], None], count: int = steps) -> None:
-        def middle(done: int) -> None:
-            if done == max(round(MIDDLE * count), 1):
-                report(evaluate(model, look)["loss"])
-
-        tune(there, model.to(device), count, seed, middle)
-
-    def finish(model: nn.Module, report: Callable[[float], None]) -> None:
-        train(model, lambda loss: None, finish_steps)
-
-    samples = min(SENSITIVITY_SAMPLES, len(task.train))
-    parts = [task.train[i : i + SENSITIVITY_BATCH] for i in range(0, samples, SENSITIVITY_BATCH)]
     file: dict[str, Any] = {"architecture": None, "notes": {"task": task.name, "seed": seed, "searched": True}}
     opened = open_storage(folder / STUDY if storage is None else storage)
     found = search_network(
         network,
-        train,
-        lambda model: evaluate(model, look)["loss"],
+        how.short,
+        how.loss,
         limits,
-        loss=lambda model, batch: task.loss(model(batch[0]), batch[1]),
-        batches=[tuple(part) for part in parts],
+        loss=loss_of(task),
+        batches=parts_of(task),
         trials=trials,
         seed=seed,
         storage=opened,
         name=study or task.name,
         sampler=sampler,
-        finish=finish,
-        settings={"task": task.name, "steps": steps, "widths": widths, "samples": len(task.train)},
+        finish=how.long,
+        settings={
+            **{"task": task.name, "steps": steps, "widths": widths, "samples": len(task.train)},
+            "sensitivity": sensitivity,
+        },
         widths=widths,
+        method=sensitivity,
         latency=limits.seconds is not None,
         progress=progress,
         **file,

@@ -45,16 +45,15 @@ def greedy(cost: CostModel, omega: Omega, budget: Budget) -> Configuration | Non
     while not budget.holds(now := cost(Configuration(bits))):
         best: tuple[float, str, int] | None = None
         for name, by in omega.items():
-            fewer = max((b for b in by if b < bits[name]), default=None)
-            if fewer is None:
-                continue
-            then = cost(Configuration({**bits, name: fewer}))
-            saved = sum(
-                (now[of] - then[of]) / limit for of, limit in budget.limits().items() if now[of] > limit
-            )  # of what is over, in shares of the limits
-            if saved > 0:
-                rate = (by[fewer] - by[bits[name]]) / saved
-                best = min(best or (rate, name, fewer), (rate, name, fewer))
+            for fewer in sorted((b for b in by if b < bits[name]), reverse=True):
+                then = cost(Configuration({**bits, name: fewer}))
+                saved = sum(
+                    (now[of] - then[of]) / limit for of, limit in budget.limits().items() if now[of] > limit
+                )  # of what is over, in shares of the limits
+                if saved > 0:
+                    rate = (by[fewer] - by[bits[name]]) / saved
+                    best = min(best or (rate, name, fewer), (rate, name, fewer))
+                    break  # the next width that saves anything: kernels are as fast at some widths as at others
         if best is None:
             return None
         bits[best[1]] = best[2]
@@ -103,7 +102,7 @@ class RandomSampler(KMeansTPESampler):
 
 
 class FeasibleTPE(optuna.samplers.TPESampler):
-    """Optuna's TPE, multivariate, asked again until it proposes something within the budget, for comparison."""
+    """Optuna's TPE, multivariate, asked again until it proposes something new within the budget, for comparison."""
 
     def __init__(self, seed: int, feasible: Callable[..., bool], space: Mapping[str, BaseDistribution]) -> None:
         super().__init__(seed=seed, multivariate=True)
@@ -117,12 +116,13 @@ class FeasibleTPE(optuna.samplers.TPESampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """A configuration within the budget; at random where it starts, or gives none in 100 tries."""
+        """A new configuration within the budget; at random where it starts, or gives none in 100 tries."""
+        tried = [t.params for t in study.get_trials(deepcopy=False) if t.number != trial.number]
         for _ in range(100):
             params = super().sample_relative(study, trial, search_space)
             if not params:
                 break
-            if self._feasible(params):
+            if params not in tried and self._feasible(params):
                 return params
         return self._random.sample_relative(study, trial, search_space)
 

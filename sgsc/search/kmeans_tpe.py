@@ -14,7 +14,8 @@ are, and so how greedy the choice is, changes from trial to trial.
 The generator of a trial is made of the seed and the trial's number alone. A study that is interrupted and resumed
 therefore proposes what an uninterrupted one does, bit for bit, as long as trials run one after another.
 
-Constants were chosen on the surrogates of bench/search.py (bench/results/search.json).
+Constants were chosen on the first surrogates of bench/search.py, of seeds 0 to 19; what it reports is of others
+(bench/results/search.json).
 """
 
 from __future__ import annotations

@@ -47,9 +47,12 @@ def prepare_search(
     architecture: tuple[str, dict[str, Any]] | None = None,
     notes: Mapping[str, Any] | None = None,
     latency: bool = False,
+    known: Mapping[str, Any] | None = None,
     progress: Progress = lambda phase, step, steps, values: None,
 ) -> Problem:
     """Sensitivity, space, costs and baselines; see `search_network` for the arguments.
+
+    `known`: the sensitivity and latency table of an earlier call on the same weights and data, as `remember` kept them.
 
     Raises:
         ValueError: If even the smallest network is over the budget.
@@ -57,14 +60,18 @@ def prepare_search(
     parent = parent_of(network)
     structure = structure_of(parent)
     cost = CostModel(parent, structure, batches[0][0], architecture, notes)
-    if latency:
+    if known is not None:
+        cost.times = {(name, bits): seconds for name, bits, seconds in known["times"]}
+    if latency and not cost.times:
         cost.measure(parent, batches[0][0], BITS)
     layers = quant_layers(parent)
     parameters = {name: layer.get_parameter("weight") for name, layer in layers.items()}
     originals = {
         name: network.get_submodule(name).get_parameter("weight") for name in parameters if _has(network, name)
     }
-    if originals.keys() == parameters.keys():  # layers that were taken out of an attention are not there in float
+    if known is not None:
+        found = Sensitivity(**known["sensitivity"])
+    elif originals.keys() == parameters.keys():  # layers that were taken out of an attention are not there in float
         found = sensitivity(network, originals, loss, batches, method=method, seed=seed, progress=progress)
     else:
         found = sensitivity(parent, parameters, loss, batches, method="fisher", seed=seed, progress=progress)

@@ -35,6 +35,7 @@ AGAIN = "again"  # attribute of a trial that takes over from one whose worker di
 HEARTBEAT, PATIENCE = 60.0, 300.0  # seconds between signs of life, and without one until a trial counts as lost
 GRACE = 2.0  # seconds in which a new trial has noted its worker
 WAIT = 30.0  # seconds that a writer waits for another
+OTHER_ERRORS = ImportError, OSError, ValueError  # no driver, no server, a port that is no number
 SIGNATURE = b"SQLite format 3\0"
 
 
@@ -56,7 +57,7 @@ def open_storage(where: str | Path) -> BaseStorage:
         return _made(url)
     except StorageError:
         raise
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, sqlite3.Error, ImportError, OSError) as error:
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, sqlite3.Error, *OTHER_ERRORS) as error:
         raise StorageError(f"the storage {_named(url)} cannot be opened ({_first(error)}); {_advice(url)}") from None
 
 
@@ -237,8 +238,8 @@ def describe(storage: Any) -> str:
 def _named(url: str) -> str:
     try:
         return sqlalchemy.make_url(url).render_as_string(hide_password=True).removeprefix("sqlite:///")
-    except ArgumentError:
-        return repr(url)
+    except (ArgumentError, ValueError):  # and where the password begins and ends is not sure either
+        return f"{url.partition('://')[0]}://***"
 
 
 def _first(error: BaseException) -> str:
@@ -247,5 +248,5 @@ def _first(error: BaseException) -> str:
 
 def _advice(url: str) -> str:
     if url.startswith("sqlite"):
-        return "name a file in a folder that can be written"
+        return "name a file in a folder that can be written and has room"
     return "check the URL, that the server runs, and that its driver is installed (psycopg, PyMySQL)"

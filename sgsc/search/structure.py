@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sgsc.coupling import Coupling, couple, module_of
-from sgsc.layers import QuantLayer, QuantLinear, quant_layers
+from sgsc.coupling import Coupling, couple
+from sgsc.layers import quant_layers
 
 Sizes = Mapping[str, int]  # group -> channels
 
@@ -118,13 +118,3 @@ def _groups(coupling: Coupling) -> tuple[dict[int, str], dict[str, Tensor]]:
         name = first if first not in named else f"{first}#{sum(n.partition('#')[0] == first for n in named)}"
         named[name] = torch.tensor(sorted(ids))
     return {int(i): name for name, ids in named.items() for i in ids}, named
-
-
-def inputs_of(layer: QuantLayer) -> int:
-    """Input channels of a layer, all groups together."""
-    return int(layer.in_features if isinstance(layer, QuantLinear) else layer.in_channels)  # pyright: ignore
-
-
-def modules_of(model: nn.Module, structure: Structure) -> dict[str, QuantLayer]:
-    """The layers by name."""
-    return {name: module_of(model, name) for name in structure.layers}

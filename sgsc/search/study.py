@@ -32,6 +32,7 @@ from .candidates import build
 from .cost import Budget, Configuration
 from .evidence import BASELINE, COST, DIVERGED, importance, layer_rows, trial_row
 from .problem import Problem, prepare_search
+from .remembered import digest, recall, remember
 from .sensitivity import Loss, Progress
 from .storage import open_study, working, writing
 
@@ -40,6 +41,7 @@ Train = Callable[[nn.Module, Report], None]
 Validate = Callable[[nn.Module], float]
 
 SETTINGS = "settings"  # attribute of a study
+TAKEN = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)  # judged, stopped or being judged
 STARTUP = 8  # trials that must have reported before one is stopped for being worse than their median
 
 
@@ -111,29 +113,30 @@ def search_network(
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler={sampler!r} is not known; choose one of {', '.join(SAMPLERS)}")
     started = time.perf_counter()
-    problem = prepare_search(network, budget, loss, batches, seed=seed, progress=progress, **preparation)
+    storage = optuna.storages.InMemoryStorage() if storage is None else storage
+    key = digest(network, batches, seed, *(preparation.get(k) for k in ("method", "latency")))
+    known = recall(storage, name, key)
+    problem = prepare_search(network, budget, loss, batches, seed=seed, known=known, progress=progress, **preparation)
     prepared = time.perf_counter() - started
     distributions = problem.space.distributions()
     made = SAMPLERS[sampler](seed=seed, feasible=problem.feasible, space=distributions, windows=problem.space.windows)
-    storage = optuna.storages.InMemoryStorage() if storage is None else storage
     pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP)
     study = open_study(storage, name, made, pruner)
     with writing(storage):
         _same_settings(study, problem, sampler, seed, settings or {})
+        remember(study, key, problem)
         _enqueue(study, problem)
     exhausted = False
     while not exhausted and (done := _done(study)) < trials:
         with writing(storage):
-            exhausted = _trial(study, problem, train, validate, seed)
+            exhausted = _trial(study, problem, train, validate, seed, trials)
         progress("search", min(done + 1, trials), trials, {"best loss": _best_so_far(study)})
-    reason = "every configuration of the space was tried" if exhausted else ""
+    reason = "nothing new within the budget was left to try" if exhausted else ""
     return _result(study, problem, train, validate, finish, seed, reason, prepared, time.perf_counter() - started)
 
 
 def _done(study: Study) -> int:
-    """Trials that were judged, stopped or are being judged by others."""
-    states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-    return len(study.get_trials(deepcopy=False, states=states))
+    return len(study.get_trials(deepcopy=False, states=TAKEN))
 
 
 def _best_so_far(study: Study) -> float:
@@ -177,13 +180,17 @@ def _enqueue(study: Study, problem: Problem) -> None:
             study.enqueue_trial(params, user_attrs={BASELINE: name}, skip_if_exists=True)
 
 
-def _trial(study: Study, problem: Problem, train: Train, validate: Validate, seed: int) -> bool:
-    """Run one; whether there was nothing new to try.
+def _trial(study: Study, problem: Problem, train: Train, validate: Validate, seed: int, trials: int) -> bool:
+    """Run one, unless others took the last ones meanwhile; whether there was nothing new to try.
 
     Raises:
         ValueError: If training or judging raises one that does not say that it diverged.
     """
     trial = study.ask()
+    others = [t for t in study.get_trials(deepcopy=False, states=TAKEN) if t.number != trial.number]
+    if sum(t.state.is_finished() or t.number < trial.number for t in others) >= trials:
+        study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)  # for whoever asks for more trials
+        return False
     with working(trial):
         params = {n: trial.suggest_categorical(n, d.choices) for n, d in problem.space.distributions().items()}  # pyright: ignore
         others = study.get_trials(deepcopy=False)
@@ -263,6 +270,7 @@ def _result(
     Raises:
         ValueError: If no trial came to an end.
     """
+    began = time.perf_counter()
     complete = sorted(_complete(study), key=lambda t: (t.value, t.number))
     if not complete:
         raise ValueError(
@@ -298,9 +306,12 @@ def _result(
         "importance": importance(study),
         "sensitivity": {
             **{"method": problem.found.method, "samples": problem.found.samples, "seconds": problem.found.seconds},
-            "converged": problem.found.converged,
+            **{"converged": problem.found.converged, "worth": problem.found.worth},
+            "share_error": max(problem.found.share_error.values()),
         },
-        "seconds_by_phase": {"preparation": prepared, "search": seconds - prepared},
+        "seconds_by_phase": {
+            **{"preparation": prepared, "search": seconds - prepared, "finish": time.perf_counter() - began}
+        },
     }
     origin = winner.user_attrs.get(BASELINE, "search")
     return Found(model, configuration, value, problem.cost(configuration), origin, report)

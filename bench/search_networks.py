@@ -1,0 +1,235 @@
+"""The search on real networks, against what is had without it. One float network a task and seed; all train alike.
+
+    uniform          every uniform width within the budget, with and without 8 bits at both ends, trained as long as a
+                     winner; the one of least validation loss
+    integer program  the exact allocation of the sensitivity within the same budget, trained as long
+    kmeans-tpe       `sgsc search` with four fifths of the bytes of the smaller of those two: 20 % fewer than both
+    tpe              the same by Optuna's TPE, with as many trials more as take the time of our sensitivity
+    proxy            random configurations of the search's space and budget, each after the short training of a trial
+                     and after the long one: the rank correlation of their validation losses
+
+Everything is chosen by validation samples; what is chosen answers the test split once. The searches are the command
+line, start-up, sensitivity, both last trainings and packing included. Processor seconds are of one thread; those of the
+first row of a call hold the float network's training too, where it was not there.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import optuna
+from scipy.stats import spearmanr
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from sgsc.artefact import stored_size
+from sgsc.demos.job import FLOAT, float_model
+from sgsc.demos.search import Schedule, loss_of, parse_budget, parts_of
+from sgsc.demos.task import Task
+from sgsc.demos.tasks import load
+from sgsc.demos.training import evaluate, from_file
+from sgsc.packed import pack
+from sgsc.search.baselines import RandomSampler
+from sgsc.search.cost import Budget, Configuration
+from sgsc.search.problem import Problem, prepare_search
+from sgsc.search.study import trained
+from sgsc.size import float_bytes
+
+from .runs import Row, Section, called
+from .search_claims import REFERENCES, SEARCHES
+
+SHARE = 0.8  # of the bytes of the smaller reference
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is trained: budget of the references, trials, steps of trial, winner and float network, proxies."""
+
+    budget: str
+    trials: int
+    steps: int | None = None
+    finish_steps: int | None = None
+    float_steps: int | None = None
+    proxies: int = 20
+
+
+FULL = {"digits": Plan("11%", 100), "mnist": Plan("11%", 100), "resnet20": Plan("11%", 120)}
+REDUCED = {
+    "digits": Plan("11%", 30, 40, 300, None, 12),
+    "mnist": Plan("11%", 20, 12, 50, 200, 6),
+    "resnet20": Plan("11%", 20, 10, 40, None, 6),
+}
+
+
+class Network:
+    """One task and seed: what its rows share, made when the first of them needs it."""
+
+    def __init__(self, section: Section, task: str, seed: int) -> None:
+        self.section, self.name, self.seed = section, task, seed
+        self.plan = {"full": FULL, "reduced": REDUCED}[section.settings.schedule][task]
+        self.start = section.start(f"search-{task}", seed)
+
+    @cached_property
+    def task(self) -> Task:
+        """Data and the float network's schedule."""
+        task = load(self.name, self.section.settings.data if self.name != "digits" else None, self.seed)
+        return from_file(task, None, self.plan.float_steps)
+
+    @cached_property
+    def float(self) -> nn.Module:
+        """The trained float network, which lies beside others between runs."""
+        folder = self.start.with_suffix("")
+        folder.mkdir(parents=True, exist_ok=True)
+        return float_model(self.task.to(self.device), self.seed, folder, lambda *_: None).cpu().eval()
+
+    @property
+    def device(self) -> str:
+        """Where it is trained."""
+        return self.section.settings.device
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Of a trial and of a winner."""
+        steps = self.plan.steps or round(0.1 * self.task.compress_steps)
+        finish = self.plan.finish_steps or self.task.compress_steps
+        return Schedule(self.task.to(self.device), self.device, self.seed, steps, finish)
+
+    def problem(self, budget: Budget) -> Problem:
+        """Sensitivity, space and baselines within a budget."""
+        return prepare_search(self.float, budget, loss_of(self.task), parts_of(self.task), seed=self.seed)
+
+    @property
+    def budget(self) -> Budget:
+        """Of the references."""
+        return parse_budget(self.plan.budget, float_bytes(self.float))
+
+    @cached_property
+    def test(self) -> TensorDataset:
+        """For what was chosen."""
+        return self.task.test()
+
+    def row(self, method: str, measure: Callable[[], Row]) -> Row:
+        """The row of a method."""
+        return self.section.row({"task": self.name, "seed": self.seed, "method": method}, measure)
+
+    def judged(self, model: nn.Module) -> Row:
+        """A trained network, on validation samples."""
+        found = evaluate(model, self.schedule.task.validation)
+        return {"validation_loss": self.schedule.loss(model), "validation_accuracy": found["accuracy"]}
+
+
+def network(section: Section, seeds: Sequence[int]) -> None:
+    """All rows of one task; seed by seed, so that the first is whole early."""
+    name = section.name.removeprefix("search-")
+    for seed in seeds:
+        one = Network(section, name, seed)
+        sizes = [one.row(method, functools.partial(reference, one, method))["stored_bytes"] for method in REFERENCES]
+        limit, more = math.floor(SHARE * min(sizes)), 0
+        for sampler in SEARCHES:
+            row = one.row(sampler, functools.partial(search, one, sampler, limit, more))
+            more = math.ceil(row["sensitivity_seconds"] / row["trial_seconds"])
+        one.row("proxy", functools.partial(proxy, one, limit))
+
+
+def reference(one: Network, method: str) -> Row:
+    """The best network of one family within the budget."""
+    began, started = time.process_time(), time.perf_counter()
+    problem = one.problem(one.budget)
+    chosen = {
+        name: configuration
+        for name, configuration in problem.baselines.items()
+        if name.startswith(method) and one.budget.holds(problem.cost(configuration))
+    }
+    if not chosen:
+        raise SystemExit(f"{one.name}: no {method} is within {one.plan.budget}; raise the budget of the bench")
+    tried: dict[str, tuple[Row, nn.Module]] = {}
+    for name, configuration in chosen.items():
+        model = trained(problem, configuration, one.schedule.long, lambda loss: None, one.seed)
+        tried[name] = one.judged(model), model
+    best = min(tried, key=lambda name: tried[name][0]["validation_loss"])
+    judged, model = tried[best]
+    return {
+        **{
+            "configuration": best,
+            "tried": {name: row["validation_loss"] for name, (row, _) in tried.items()},
+            **judged,
+        },
+        **ended(one, model),
+        **{"processor_seconds": time.process_time() - began, "seconds": time.perf_counter() - started},
+    }
+
+
+def ended(one: Network, model: nn.Module) -> Row:
+    """Bytes of the file, and how float and packed network answer the test split."""
+    packed = pack(model.cpu(), remove=False)
+    total, before, after = float_bytes(one.float), evaluate(one.float, one.test), evaluate(packed, one.test)
+    size = stored_size(packed, notes={"task": one.name, "seed": one.seed, "searched": True})  # as the search's files
+    return {
+        **{"float_bytes": total, "stored_bytes": size, "stored_ratio": size / total, "budget": one.plan.budget},
+        **{"packed_accuracy": after["accuracy"], "float_accuracy": before["accuracy"]},
+        **{"steps": one.schedule.steps, "finish_steps": one.schedule.finish_steps},
+    }
+
+
+def search(one: Network, sampler: str, limit: int, more: int) -> Row:
+    """One `sgsc search`."""
+    plan, settings = one.plan, one.section.settings
+    start = one.start.with_suffix("") / FLOAT
+    if not start.is_file():
+        assert one.float is not None
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "sgsc", "search", one.name, "--budget", f"{limit}B", "--seed", str(one.seed)]
+        command += ["--trials", str(plan.trials + more), "--sampler", sampler, "--start", str(start), "--out", folder]
+        flags = settings.flags(one.name) if one.name != "digits" else ["--device", settings.device]
+        for flag, value in (("--steps", plan.steps), ("--finish-steps", plan.finish_steps)):
+            flags += [] if value is None else [flag, str(value)]
+        found = called([*command, "--json", *flags], settings.timeout())
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    judged = [t for t in found["trials"] if t["state"] in ("complete", "pruned", "diverged")]
+    kept = ("float_bytes", "stored_bytes", "stored_ratio", "float_accuracy", "packed_accuracy", "steps", "finish_steps")
+    return {
+        **{key: found[key] for key in kept},
+        **{"budget": f"{limit} B", "trials": len(judged), "configuration": found["result"]["origin"]},
+        "validation_loss": found["result"]["loss"],
+        "validation_accuracy": found["validation"]["packed"]["accuracy"],
+        "short_loss": min(t["loss"] for t in judged if t["loss"] is not None),
+        "sensitivity_seconds": found["sensitivity"]["seconds"],
+        "trial_seconds": statistics.fmean(t["seconds"] for t in judged),
+        "processor_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "seconds": found["seconds"],
+    }
+
+
+def proxy(one: Network, limit: int) -> Row:
+    """Rank correlation of short and long training."""
+    began, started = time.process_time(), time.perf_counter()
+    problem = one.problem(Budget(bytes=limit))
+    short, long = [], []
+    for configuration in drawn(problem, one.plan.proxies, one.seed):
+        for train, losses in ((one.schedule.short, short), (one.schedule.long, long)):
+            losses.append(one.schedule.loss(trained(problem, configuration, train, lambda loss: None, one.seed)))
+    return {
+        **{"configurations": len(short), "spearman": float(np.asarray(spearmanr(short, long))[0])},
+        **{"short_losses": short, "long_losses": long, "budget": f"{limit} B"},
+        **{"steps": one.schedule.steps, "finish_steps": one.schedule.finish_steps},
+        **{"processor_seconds": time.process_time() - began, "seconds": time.perf_counter() - started},
+    }
+
+
+def drawn(problem: Problem, count: int, seed: int) -> list[Configuration]:
+    """Random configurations within the budget, all different."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    space = problem.space.distributions()
+    study = optuna.create_study(sampler=RandomSampler(seed, problem.feasible, space))
+    return [problem.space.configuration(study.ask(space).params) for _ in range(count)]
