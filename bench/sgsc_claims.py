@@ -64,7 +64,8 @@ def over_seeds(
     reached = measured is not None and (measured >= target if least else measured <= target)
     if reached and sure:
         side = "greater" if least else "less"
-        reached = len(found) > 1 and bool(scipy.stats.ttest_1samp(found, target, alternative=side).pvalue < CHANCE)
+        spread = len(set(found)) > 1  # without any, chance cannot be told
+        reached = spread and bool(scipy.stats.ttest_1samp(found, target, alternative=side).pvalue < CHANCE)
     count = f"mean of {seeds} seeds" if seeds >= need else f"mean of {seeds} of {need} seeds"
     count += f" at {len(commits)} commits" if len(commits) > 1 else ""
     made = claim(f"{text}, {count}", target, measured, unit, reached and seeds >= need and len(commits) <= 1)

@@ -47,6 +47,7 @@ _HOME = {
     "KMeansTPESampler": "search.kmeans_tpe",
     "search_network": "search.study",
     "StrategyTraining": "strategies.qat",
+    "fold_batch_norms": "strategies.folding",
     "search_strategies": "strategies.search",
     "load_checkpoint": "checkpoint",
     "save_checkpoint": "checkpoint",
@@ -73,6 +74,7 @@ __all__ = [
     "fake_quantize_many",
     "file_bits",
     "float_bytes",
+    "fold_batch_norms",
     "load",
     "load_checkpoint",
     "load_into",
@@ -104,6 +106,7 @@ if TYPE_CHECKING:
     from .search.kmeans_tpe import KMeansTPESampler
     from .search.study import search_network
     from .size import file_bits, float_bytes, nominal_bits
+    from .strategies.folding import fold_batch_norms
     from .strategies.qat import StrategyTraining
     from .strategies.search import search_strategies
     from .together import quantize_together

@@ -141,7 +141,7 @@ class SelfCompression:
             raise ValueError(f"task loss of shape {tuple(task_loss.shape)}: want one number, such as its mean")
         extra, parts = self._extra()
         total = task_loss + extra
-        self._made({"loss": task_loss, **parts, "sum": total})
+        self._made({"task_loss": task_loss, **parts, "sum": total})
         return total
 
     def extra_loss(self) -> Tensor:
@@ -160,8 +160,9 @@ class SelfCompression:
     def _made(self, shown: dict[str, Tensor]) -> None:
         means = self.ranks.mean([torch.stack([v.detach().double().reshape(()) for v in shown.values()])])
         values = dict(zip(shown, means[0].tolist(), strict=True))
-        if not math.isfinite(values.get("loss", 0.0)):
-            raise ValueError(f"task loss [{values['loss']}] at step {self.steps}: want one finite number; {WAY_OUT}")
+        task = values.get("task_loss", 0.0)
+        if not math.isfinite(task):
+            raise ValueError(f"task loss [{task}] at step {self.steps}: want one finite number; {WAY_OUT}")
         if not math.isfinite(values.pop("sum")):
             raise ValueError(f"the loss at step {self.steps} is not finite, its parts are {values}; {WAY_OUT}")
         self.calls += 1

@@ -430,15 +430,6 @@ def test_ahead_means_more_accuracy_or_less_loss_at_no_more_bytes(task, key, bett
     assert (claim["holds"], claim["claim"].endswith("mean of 2 of 3 seeds")) == (False, True)
 
 
-def test_the_set_is_worth_the_regressions_that_it_saves():
-    rows = [made("mnist", seed, method="with", guard_regressions=seed) for seed in range(5)]
-    rows += [made("mnist", seed, method="without", guard_regressions=seed + 3) for seed in range(5)]
-    (claim,) = sgsc_claims.ablated(rows)
-    assert (claim["measured"], claim["unit"], claim["holds"]) == (3, "samples", True)
-    turned = [row | {"method": {"with": "without", "without": "with"}[row["method"]]} for row in rows]
-    assert not sgsc_claims.ablated(turned)[0]["holds"]
-
-
 # ---- the README ----
 
 

@@ -341,6 +341,10 @@ def test_an_interrupted_run_goes_on_to_the_same_file_byte_for_byte(at, run, quic
     assert {path.name for path in stopped.iterdir()} == FILES
     for key in ("history", "events", "layers", "packed_accuracy", "guard", "preservation"):
         assert resumed[key] == report[key], key
+    judged = [row for row in report["history"] if "accuracy" in row]
+    assert judged == [row for row in report["history"] if "loss" in row]  # of the validation split, not of a batch
+    assert report["history"][-1] in judged
+    assert "task_loss" in report["history"][-1]
 
 
 @pytest.fixture(scope="module")

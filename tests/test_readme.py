@@ -69,11 +69,14 @@ def small() -> dict:
     return {"sgsc": sgsc, "torch": torch, "F": F, "net": net, "keep": keep, "model": model, "x": x, "y": y}
 
 
-def test_the_strategy_examples_run():
+def test_the_strategy_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = small()
     names |= {"network": names["net"], "inputs": names["x"], "loss": F.cross_entropy}
     exec(compile(STRATEGIES, "README.md", "exec"), names)
     assert set(names["found"].choice) == {"0", "2"}
+    derived, x = names["derived"], names["x"]
+    assert torch.allclose(derived(x), names["found"].model.eval()(x), atol=1e-4)
     names |= {"data": [(names["x"], names["y"])] * 3}
     exec(compile(STRATEGIES_TRAINED.replace("2000", "3"), "README.md", "exec"), names)
     assert names["run"].done

@@ -1,13 +1,18 @@
 """The page and the terminal on margins: by class, in the hard tail, and what the certificate says of them."""
 
 import re
+import shlex
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 import torch
 
+from sgsc import cli
 from sgsc.comparison import compare
+from sgsc.config import CompressionConfig, from_arguments
 from sgsc.report import margins, page
+from sgsc.report.words import command
 
 from .test_report import HOSTILE, SVG, elements_of, full_report, printed, words_of
 
@@ -194,12 +199,25 @@ def test_the_statement_of_the_certificate_is_quoted(render):
     assert "<blockquote>" not in render({})
 
 
+@pytest.mark.parametrize("cut", [True, False])
+def test_the_command_that_repeats_a_run_is_one(cut):
+    config = CompressionConfig(target_size=0.05, steps=300, tolerance=0.01, cut=cut)
+    report = {"task": "digits", "settings": {"config": config.as_dict(), "samples": 200, "quantizer": "half-steps"}}
+    report |= {"limit": None, "data": "a b", "device": "cpu", "float_steps": 50}
+    options = cli._parser().parse_args(shlex.split(command(report))[1:])
+    assert from_arguments(CompressionConfig, options) == config
+    assert (options.task, options.samples, options.quantizer, options.device) == ("digits", 200, "half-steps", "cpu")
+    assert (options.data, options.limit, options.float_steps) == (Path("a b"), None, 50)
+    started = cli._parser().parse_args(shlex.split(command(report | {"float_steps": 0}))[1:])
+    assert started.float_steps is None
+
+
 def test_settings_are_listed_and_repeated_by_the_command(render):
     settings = {"config": {"target_size": 0.05, "steps": 300, "seed": 7}, "task": "digits", "samples": 200, "x": "<b>"}
     report = {"task": "digits", "target_size": 0.05, "settings": settings, "limit": 64, "data": "a b"}
     words = words_of(render(report))
-    command = "sgsc compress digits --target-size 0.05 --seed 7 --steps 300 --samples 200 --limit 64 --data 'a b'"
-    assert command in words
+    wanted = "sgsc compress digits --target-size 0.05 --seed 7 --steps 300 --samples 200 --limit 64 --data 'a b'"
+    assert wanted in words
     assert "Settings target_size 0.05 steps 300 seed 7 task digits samples 200 x <b>" in words
     assert "Settings" not in words_of(render({"settings": None}))
     assert "Settings" not in words_of(render({"settings": [1]}))

@@ -48,9 +48,10 @@ def harm(run: SelfCompression) -> None:
     """Take all bits of most of a hidden layer, so that the guard fires, and let it look."""
     with torch.no_grad():
         run.model[2].weight_quantizer.bit_depth[2:] = 0.0
-    settled, run.control.settled, run.best_size = run.control.settled, 0, 1.0
+    control = run.control
+    before, control.settled, control.gives_way, run.best_size = (control.settled, control.gives_way), 0, 0, 1.0
     run._check()
-    run.control.settled = settled
+    control.settled, control.gives_way = before
 
 
 def result(run: SelfCompression) -> dict:

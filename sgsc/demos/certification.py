@@ -17,7 +17,7 @@ from sgsc.checkpoint import load_checkpoint
 from sgsc.kernels import OPS, backend
 from sgsc.preservation import PreservationSet
 
-from .job import FLOAT, KEPT, MODEL, read_float
+from .job import FLOAT, KEPT, MODEL, data_hash, read_float
 from .tasks import Task
 from .training import evaluate
 
@@ -45,7 +45,7 @@ def certify_run(
         tolerance=tolerance,
         margin_tolerance=margin_tolerance,
         seeds={"run": seed},
-        hashes={**hashes, "training data": keep.data_hash},
+        hashes={**hashes, "what the set was chosen from": keep.data_hash, "splits": data_hash(task)},
         stored_bytes=artefact.size,
     )
     test = task.test()

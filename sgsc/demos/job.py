@@ -128,7 +128,7 @@ def compress(
         raise ValueError(f"samples={samples}: want 1 to {len(task.train)}, the number of training samples")
     if quantizer not in LEARNED:
         raise ValueError(f"quantizer={quantizer!r}: want one whose widths are learned: {', '.join(LEARNED)}")
-    settings = {"config": config.as_dict(), "task": task.name, "samples": samples, "data": _data_hash(task)}
+    settings = {"config": config.as_dict(), "task": task.name, "samples": samples, "data": data_hash(task)}
     settings["quantizer"] = quantizer
     saved = load_checkpoint(folder / CHECKPOINT) if resume else None
     if saved is not None and (found := _settings(saved)) != settings:
@@ -186,8 +186,8 @@ def _settings(saved: Any) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def _data_hash(task: Task) -> str:
-    """sha256, in hex, of what a run is trained and judged on; the test split is not read for it."""
+def data_hash(task: Task) -> str:
+    """sha256, in hex, of the splits that a run is trained and judged on; the test split is not read for it."""
     digest = hashlib.sha256()
     for split in (task.train, task.validation, task.guard):
         for tensor in split.tensors:
@@ -233,7 +233,7 @@ def _train_compressed(
         if run.steps % (CHECKPOINT_EVERY * config.guard_every) == 0 and run.steps < config.steps:
             state = {"settings": settings, "run": run.state_dict(), "optimiser": optimiser.state_dict()}
             save_checkpoint(folder / CHECKPOINT, state | {"order": order.get_state()})
-        shown = {k: v for k, v in run.history[-1].items() if k in ("size", "regressions", "accuracy", "loss")}
+        shown = {k: v for k, v in run.history[-1].items() if k in ("size", "regressions", "accuracy", "task_loss")}
         progress("compression", run.steps, config.steps, shown)
     outcome = run.finish()
     return run, outcome

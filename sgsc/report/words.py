@@ -89,9 +89,15 @@ def command(report: Mapping[str, Any]) -> str:
     said = mapping(report.get("settings"))
     known = {key: report.get(key) for key in ("target_size", "tolerance", "seed")}
     known |= mapping(said.get("config"))
-    known |= {"samples": said.get("samples"), "limit": report.get("limit"), "data": report.get("data")}
+    known |= {key: said.get(key) for key in ("samples", "quantizer")}
+    known |= {key: report.get(key) for key in ("limit", "data", "device")}
+    known |= {"float_steps": report.get("float_steps") or None}  # 0: weights were there, and must be given again
     for key, value in known.items():
-        words += [f"--{str(key).replace('_', '-')}", number(value, "{}")] if value is not None else []
+        flag = str(key).replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            words += [f"--{flag}", number(value, "{}")]
     return plain(shlex.join(words)) if report.get("task") else MISSING
 
 
