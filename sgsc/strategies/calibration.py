@@ -3,8 +3,7 @@
 Every layer is calibrated on what the layers before it, already quantized, give it: its grid then knows of their errors.
 Data of one batch passes through once; each layer finds its grid as the batch arrives, and rounds it. Of several batches
 all are needed for a layer before the next may look, so each pass stops at the layer in question: half a forward of all
-data a layer on average, at no memory beyond that of one batch and the statistics of one layer. 1,024 images through a
-ResNet-20 took 3 s as one batch, 17 s as 16.
+data a layer on average, at no memory beyond that of one batch and the statistics of one layer.
 """
 
 from __future__ import annotations
