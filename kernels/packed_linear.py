@@ -21,7 +21,7 @@ With an input_grid x stands for q, its values on the grid:
             rounding of floats, whatever K: |y - exact| <= 2^-21 * sum_k (level_k + |offset|) * scale * |q_k|, plus one
             rounding of the product and one of its sum with the bias to the dtype of y. q is not rounded to the dtype of
             x. Infinity becomes an end of the grid; a token that holds NaN gives NaN. Rows wider than 2^14 levels are
-            computed in exact numerics.
+            computed in exact numerics. On a GPU all are.
 
 Floor at M = 1: the bytes of the tiles, b/8 a weight. At large M: 2 * M * C * K operations, of which a core does four
 times as many on int8 as on floats. Ratios against the peers are in bench/results/cpu_peers.json.
