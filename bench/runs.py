@@ -186,6 +186,17 @@ class Section:
             row for row in record.read(self.file, self.settings.results)["rows"] if row["section"] == self.name
         ]
 
+    def finished(self, measure: Callable[[], None]) -> bool:
+        """Measure, and say how many rows there are; False where time ran out before all of it was."""
+        try:
+            measure()
+            ended, more = True, ""
+        except OutOfTime:
+            ended, more = False, "; repeat the call to go on"
+        rows = f"{len(self.rows)} row{'' if len(self.rows) == 1 else 's'} measured"
+        print(f"{self.name}: {'' if ended else 'time is up with '}{rows}{more}", file=sys.stderr)
+        return ended
+
     # ---- what is measured ----
 
     def start(self, task: str, seed: int) -> Path:

@@ -32,7 +32,7 @@ from sgsc.search.kmeans_tpe import KMeansTPESampler
 from sgsc.search.storage import open_storage, open_study
 
 from . import record
-from .runs import OutOfTime, Row, Section, Settings
+from .runs import Row, Section, Settings
 from .search_claims import kill_claims, network_claims, proposal_claims, surrogate_claims
 from .search_networks import FULL, network
 from .search_surrogates import BITS, MEASURED, METHODS, Surrogate, measure, problem_of
@@ -143,12 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in chosen.sections or SECTIONS:
         run, claims = SECTIONS[name]
         section = Section(name, settings, claims, file="search")
-        try:
-            run(section, range(chosen.seeds or (1 if chosen.quick else SEEDS.get(name, 3))))
-        except OutOfTime:
-            print(f"{name}: time is up with {len(section.rows)} rows; repeat the call to go on", file=sys.stderr)
-            return 0
-        print(f"{name}: {len(section.rows)} rows", file=sys.stderr)
+        seeds = range(chosen.seeds or (1 if chosen.quick else SEEDS.get(name, 3)))
+        if not section.finished(functools.partial(run, section, seeds)):
+            break
     return 0
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import sys
 import tempfile
 import time
@@ -23,8 +24,8 @@ import torch
 from sgsc.demos.training import usable
 
 from . import record
-from .runs import OutOfTime, Row, Section, Settings
-from .sgsc_claims import ablated, ahead, default_form, loss_claims, mnist_claims, named, near_float, of_steps, on_target
+from .runs import Row, Section, Settings
+from .sgsc_claims import ablated, ahead, default_form, loss_claims, mnist_claims, near_float, of_steps, on_target
 from .sgsc_peers import measure_peers, peer_claims
 
 SEEDS = {"mnist": 5, "names": 5, "cifar10": 3, "resnet20": 3, "shakespeare": 3, "quantizers": 3, "ablation": 5}
@@ -132,12 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run, claims = SECTIONS[name]
             section = Section(name, settings, lambda rows, name=name, own=claims: own(rows) + on_target(rows, name))
             seeds = range(chosen.seeds or (1 if chosen.quick else SEEDS[name]))
-            try:
-                run(section, seeds, chosen.targets)
-            except OutOfTime:
-                print(f"{name}: time is up with {named(section.rows)}; repeat the call to go on", file=sys.stderr)
-                return 0
-            print(f"{name}: {named(section.rows)}", file=sys.stderr)
+            if not section.finished(functools.partial(run, section, seeds, chosen.targets)):
+                break
     return 0
 
 

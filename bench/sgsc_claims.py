@@ -23,11 +23,6 @@ NO_WORSE = 0.20  # names: stored share at which the loss is to be no worse than 
 CHANCE = 0.05  # that a difference of means may come by chance
 
 
-def named(rows: Sequence[Row]) -> str:
-    """How many rows there are, in words."""
-    return f"{len(rows)} row{'' if len(rows) == 1 else 's'} measured"
-
-
 def schedules(rows: Iterable[Row]) -> list[str]:
     """Those of the rows, the full one first."""
     return sorted({row["schedule"] for row in rows}, key=lambda name: (name != "full", name))

@@ -11,13 +11,13 @@ nothing. What is in the results at this commit is not measured again, so that a 
 from __future__ import annotations
 
 import argparse
+import functools
 import random
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from sgsc.strategies.problem import Choice, Problem
 from sgsc.strategies.registry import strategies
 
 from . import record
-from .runs import OutOfTime, Row, Section, Settings
+from .runs import Row, Section, Settings
 from .sgsc_peers import LIBRARIES, ROW
 from .strategy_claims import mixture_claims, network_claims, qat_claims
 from .strategy_networks import Network, network
@@ -55,11 +55,11 @@ def _one(section: Section, of: Network, setting: str, seed: int, randoms: int, r
     bits_weights, bits_activations = SETTINGS[setting]
     how = {"bits_weights": bits_weights, "bits_activations": bits_activations, "skip": of.skip, "loss": of.loss}
 
-    @cache
+    @functools.cache
     def found() -> Any:
         return search_strategies(of.model, of.calibration(seed), **how, seed=seed)
 
-    @cache
+    @functools.cache
     def problem() -> Problem:
         return make_problem(of.model, of.calibration(seed), **how, seed=seed)
 
@@ -246,25 +246,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in chosen.sections or known:
         claims = {"mixture": mixture_claims, "qat": qat_claims}.get(name, network_claims)
         section = Section(f"strategies-{name}", shared, claims, file="strategies")
-        try:
-            if name == "mixture":
-                measure_mixture(section)
-            elif name == "qat":
-                measure_qat(
-                    section,
-                    network("resnet20", chosen.data, work, chosen.test),
-                    chosen.steps,
-                    chosen.draws,
-                    chosen.rate,
-                )
-            else:
-                of = network(name, chosen.data, work, chosen.test)
-                of.samples = min(of.samples, chosen.samples)
-                measure_network(section, of, settings_wanted, 1 if chosen.quick else chosen.draws, chosen.random)
-        except OutOfTime:
-            print(f"{name}: time is up with {len(section.rows)} rows; repeat the call to go on", file=sys.stderr)
-            return 0
-        print(f"{name}: {len(section.rows)} rows", file=sys.stderr)
+        if name == "mixture":
+            measure = functools.partial(measure_mixture, section)
+        elif name == "qat":
+            of = network("resnet20", chosen.data, work, chosen.test)
+            measure = functools.partial(measure_qat, section, of, chosen.steps, chosen.draws, chosen.rate)
+        else:
+            of = network(name, chosen.data, work, chosen.test)
+            of.samples = min(of.samples, chosen.samples)
+            draws = 1 if chosen.quick else chosen.draws
+            measure = functools.partial(measure_network, section, of, settings_wanted, draws, chosen.random)
+        if not section.finished(measure):
+            break
     return 0
 
 

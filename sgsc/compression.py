@@ -296,15 +296,15 @@ class SelfCompression:
             return
         parameters = dict(self.model.named_parameters())
         for name, rows in owned(self.model, self.control.coupling, given):
-            self._forget_moments(parameters.get(name), rows)
+            if name in parameters:  # the rest is statistics
+                self._forget_moments(parameters[name], rows)
         self.concessions += self._late
         self.control.give_way()
         self._event("guard", f"{found.violation()}: gave bits back to {channels} channels")
 
-    def _forget_moments(self, of: Tensor | None, rows: Tensor) -> None:
-        state = self.optimizer.state.get(of, {}) if self.optimizer is not None and of is not None else {}
-        for value in state.values():
-            if of is not None and isinstance(value, Tensor) and value.shape == of.shape:
+    def _forget_moments(self, of: Tensor, rows: Tensor) -> None:
+        for value in self.optimizer.state.get(of, {}).values() if self.optimizer is not None else ():
+            if isinstance(value, Tensor) and value.shape == of.shape:
                 zero_rows(value, rows.to(value.device))
 
     def _snapshot(self) -> dict[str, Tensor]:

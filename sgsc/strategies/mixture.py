@@ -15,6 +15,7 @@ What grows with N is one pass over the input a candidate, forward and backward.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,36 @@ from sgsc.layers import quant_layers
 from sgsc.quantizers import InputQuantizer, Quantizer
 
 
-class MixedWeights(Quantizer):
-    """sum_j beta_j W_j. Its grid and its codes are those of the leading candidate.
+class Mixture(nn.Module):
+    """Candidates and their shares; mixed in before the kind of quantizer. Its grid is that of the leading candidate.
+
+    Args:
+        candidates: Name -> fitted quantizer.
+    """
+
+    def __init__(self, candidates: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.names = list(candidates)
+        self.candidates = nn.ModuleList(candidates.values())
+        device = next(iter(candidates.values())).grid()[0].device
+        self.logits = nn.Parameter(torch.zeros(len(self.names), device=device))
+        self.temperature = 1.0
+
+    def shares(self) -> Tensor:
+        """(N,) alpha or beta."""
+        return (self.logits / self.temperature).softmax(0)
+
+    def leading(self) -> int:
+        """Place of the candidate with the largest share."""
+        return int(self.logits.argmax())
+
+    def grid(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See the class."""
+        return self.candidates[self.leading()].grid()  # pyright: ignore  a quantizer
+
+
+class MixedWeights(Mixture, Quantizer):
+    """sum_j beta_j W_j. Its codes are those of the leading candidate.
 
     Args:
         candidates: Name -> fitted quantizer.
@@ -36,32 +65,18 @@ class MixedWeights(Quantizer):
     fixed: Tensor | None
 
     def __init__(self, candidates: Mapping[str, Quantizer], rows: Tensor | None = None) -> None:
-        super().__init__()
-        self.names = list(candidates)
-        self.candidates = nn.ModuleList(candidates.values())
-        device = next(iter(candidates.values())).grid()[0].device
-        self.logits = nn.Parameter(torch.zeros(len(self.names), device=device))
-        self.temperature = 1.0
+        super().__init__(candidates)
         with torch.no_grad():
-            made = None if rows is None else torch.stack([q(rows) for q in candidates.values()])
+            made = None if rows is None else self._made(rows)
         self.register_buffer("fixed", made, persistent=False)
 
-    def shares(self) -> Tensor:
-        """(J,) beta."""
-        return (self.logits / self.temperature).softmax(0)
-
-    def leading(self) -> int:
-        """Place of the candidate with the largest share."""
-        return int(self.logits.argmax())
+    def _made(self, rows: Tensor) -> Tensor:
+        return torch.stack([q(rows) for q in self.candidates])
 
     def forward(self, rows: Tensor) -> Tensor:
         """(C, K) -> (C, K)."""
-        made = torch.stack([q(rows) for q in self.candidates]) if self.fixed is None else self.fixed
+        made = self._made(rows) if self.fixed is None else self.fixed
         return torch.tensordot(self.shares().to(made.dtype), made, 1)
-
-    def grid(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """See the class."""
-        return self.candidates[self.leading()].grid()  # pyright: ignore  a Quantizer
 
     def bit_cost(self) -> Tensor:
         """(C,) of the leading candidate."""
@@ -73,31 +88,11 @@ class MixedWeights(Quantizer):
             candidate.fit(rows, where)  # pyright: ignore
         if self.fixed is not None:
             with torch.no_grad():
-                self.fixed.copy_(torch.stack([q(rows) for q in self.candidates]))
+                self.fixed.copy_(self._made(rows))
 
 
-class MixedInput(InputQuantizer):
-    """sum_i alpha_i A_i(x). Its grid is that of the leading candidate."""
-
-    def __init__(self, candidates: Mapping[str, InputQuantizer]) -> None:
-        super().__init__()
-        self.names = list(candidates)
-        self.candidates = nn.ModuleList(candidates.values())
-        device = next(iter(candidates.values())).grid()[0].device
-        self.logits = nn.Parameter(torch.zeros(len(self.names), device=device))
-        self.temperature = 1.0
-
-    def shares(self) -> Tensor:
-        """(N,) alpha."""
-        return (self.logits / self.temperature).softmax(0)
-
-    def leading(self) -> int:
-        """Place of the candidate with the largest share."""
-        return int(self.logits.argmax())
-
-    def grid(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """See the class."""
-        return self.candidates[self.leading()].grid()  # pyright: ignore
+class MixedInput(Mixture, InputQuantizer):
+    """sum_i alpha_i A_i(x)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape -> the same."""
@@ -136,14 +131,10 @@ class _Mix(torch.autograd.Function):
         return None if total is None else total.view(x.shape), of_shares, *of_grid, None
 
 
-Mixture = MixedWeights | MixedInput
-
-
 def mixtures(model: nn.Module) -> list[Mixture]:
     """All mixtures of a model, weights before inputs, in the model's order."""
-    return [m for m in model.modules() if isinstance(m, MixedWeights)] + [
-        m for m in model.modules() if isinstance(m, MixedInput)
-    ]
+    kinds = (MixedWeights, MixedInput)
+    return [m for kind in kinds for m in model.modules() if isinstance(m, kind)]
 
 
 def set_temperature(model: nn.Module, temperature: float) -> None:
