@@ -10,9 +10,9 @@
 `size_weight` is a price: it follows from the target size, stored bytes over float32 bytes (bits.py, controller.py).
 Every `guard_every` steps the guard compares with the float model on the whole preservation set. While the size still
 shrinks it only looks: what is lost then, training mends as a rule, and what is given back is sold again. Once
-widths are settled any excess raises `preservation_weight`; half of the rest later, where nothing at the target held,
-evidence of harm that training does not mend gives bits back where their loss cost most (guard.py): the target gives way
-to the tolerance. The smallest model that held everything is kept; `finish` returns to it.
+widths are settled any excess raises `preservation_weight`; where nothing at the target held, the target gives way to
+the tolerance: bits go back where their loss cost most (guard.py), at once if the model is hopeless, half of the rest
+later on evidence of harm that training does not mend. `finish` returns to the smallest model that held everything.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .config import CompressionConfig
 from .controller import Controller
 from .distributed import Ranks
-from .guard import GIVE_BACK, MOST_GENEROUS, Check, check, mends, owned, restore
+from .guard import Check, check, generosity, mends, owned, restore
 from .layers import quant_layers
 from .preservation import PreservationSet
 from .samples import as_deployed, device_of
@@ -93,7 +93,6 @@ class SelfCompression:
         self.good: dict[str, Tensor] = {}  # state dict of the last model that held the tolerance …
         self.best: dict[str, Tensor] = {}  # … and of the smallest such one, once at the target the latest
         self.best_size = math.inf
-        self.concessions = 0  # each gives back twice as much as the one before: few checks are left
         self.last: dict[str, float] = {}
         self.risk: Tensor | None = None
         self.drawn: Tensor | None = None  # of the preservation set, in this step
@@ -252,7 +251,7 @@ class SelfCompression:
         elif self.steps >= self.control.settled:
             most = INSIST_MOST * self.config.preservation_weight
             self.preservation_weight = min(most, self.preservation_weight * INSIST)
-            if self.steps >= self.control.gives_way and self._insists(found):
+            if self._insists(found):
                 self._restore(found)
         self.history.append(
             {
@@ -270,14 +269,16 @@ class SelfCompression:
             self.control.cut([self.good])
 
     @property
-    def _late(self) -> bool:
-        return self.steps >= LATE * self.config.steps
+    def _checks_left(self) -> float:
+        return (self.config.steps - self.steps) / self.config.guard_every
 
     def _insists(self, found: Check) -> bool:
-        """Whether the target must give way: nothing there held, and training will not mend what was lost."""
-        checks_left = (self.config.steps - self.steps) / self.config.guard_every
-        nothing_held = self.best_size > self.config.target_size
-        return nothing_held and (self._late or found.fires) and not mends(found, self.history, checks_left)
+        """Whether the target must give way: the fewer steps are left to mend what was lost, on the less evidence."""
+        if self.best_size <= self.config.target_size or self._checks_left < 1:
+            return False
+        late, due = self.steps >= LATE * self.config.steps, self.steps >= self.control.gives_way
+        evidence = late or (found.fires if due else found.hopeless)
+        return evidence and not mends(found, self.history, self._checks_left)
 
     def _restore(self, found: Check) -> None:
         if not self.good or self.keep is None:
@@ -288,7 +289,7 @@ class SelfCompression:
         }
         good = {name: whole_tensor(value) for name, value in self.good.items()}
         with whole(self.model):
-            share = GIVE_BACK * min(2**self.concessions, MOST_GENEROUS)
+            share = generosity(self.size, self.best_size, self._checks_left)
             given = restore(self.model, self.control.coupling, self.keep, good, before, share)
             self.ranks.follow([*self.model.state_dict().values(), *given.values()])
         channels = sum(int(mask.sum()) for mask in given.values())
@@ -298,7 +299,6 @@ class SelfCompression:
         for name, rows in owned(self.model, self.control.coupling, given):
             if name in parameters:  # the rest is statistics
                 self._forget_moments(parameters[name], rows)
-        self.concessions += self._late
         self.control.give_way()
         self._event("guard", f"{found.violation()}: gave bits back to {channels} channels")
 
@@ -327,7 +327,7 @@ class SelfCompression:
             "values": {name: getattr(self, name) for name in self._VALUES},
         }
 
-    _VALUES = ("preservation_weight", "steps", "history", "events", "best_size", "concessions")
+    _VALUES = ("preservation_weight", "steps", "history", "events", "best_size")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`, for a run made from the same model, set and settings; before the optimiser's own.

@@ -23,8 +23,8 @@ from .preservation import PreservationSet
 from .samples import as_deployed, outputs
 
 SAMPLES = 512  # of the preservation set that a cost estimate uses at most
-GIVE_BACK = 0.03  # share of the present bits that one restoration returns
-MOST_GENEROUS = 8  # times that share, where one restoration after another did not suffice
+GIVE_BACK = 0.03  # share of the present bits that one restoration returns at least
+HOPELESS = 0.5  # share of the mean margin; with more of it gone, training does not find its way back
 PATIENCE = 3  # checks over which the guard looks whether training mends by itself what was lost
 AT_ONCE = 2  # bits that a channel gets back at most: the estimate is one of first order
 
@@ -60,6 +60,11 @@ class Check:
         by_answers = self.regressions > self.allowed + 2 * math.sqrt(max(self.allowed, 1))
         return by_answers or self.margin_lost > self.margin_allowed + 2 * self.margin_error
 
+    @property
+    def hopeless(self) -> bool:
+        """Whether so much is lost that what is left is another network."""
+        return not self.held and self.margin_lost > HOPELESS
+
     def violation(self) -> str:
         """What is not held, in words; empty where all is."""
         parts = []
@@ -85,6 +90,19 @@ def mends(found: Check, history: Sequence[Mapping[str, Any]], checks_left: float
         lost = found.margin_lost - times * (before["margin_lost"] - found.margin_lost)
         return broken <= found.allowed and lost <= found.margin_allowed
     return False
+
+
+def generosity(size: float, held: float, checks_left: float) -> float:
+    """Share of the present bits to give back, so that equal shares at all checks left lead up to a size that held.
+
+    Args:
+        size: Of the model, any unit.
+        held: The smallest that held, the same unit; inf where none did.
+        checks_left: Until the end.
+    """
+    if not size < held < math.inf:
+        return GIVE_BACK
+    return max(GIVE_BACK, (held / size) ** (1 / max(checks_left, 1)) - 1)
 
 
 def check(model: nn.Module, keep: PreservationSet, tolerance: float, margin_tolerance: float = 1.0) -> Check:
