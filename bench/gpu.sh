@@ -7,7 +7,7 @@
 #     bench/gpu.sh checks             the checks alone, which then have nearly all of the time
 #     bench/gpu.sh choices            both sides of each threshold of the dispatch; or variants (int8, other dtypes and
 #                                     convolutions), tokens (the other shapes at every M): by name alone, a call each
-#     bench/gpu.sh cifar10            or resnet20, shakespeare: compression of real tasks, by name alone, a call each
+#     bench/gpu.sh cifar10            or any other section of bench.sgsc but quantizers, steps: by name alone, a call each
 #
 # A call for a task measures what fits into it; repeated, it goes on with what bench/results or $OUT holds of the same
 # commit. $DATA is the folder of the data, else ../shared/data.
@@ -21,7 +21,7 @@ status=0
 for section; do
   left=$((all - SECONDS))
   case $section in
-    cifar10 | resnet20 | shakespeare | choices | variants | tokens) ;;
+    mnist | names | cifar10 | resnet20 | shakespeare | ablation | peers | choices | variants | tokens) ;;
     *) [ $# -eq 1 ] || [ $left -lt $each ] || left=$each ;;
   esac
   if [ $left -lt 5 ]; then
@@ -34,7 +34,7 @@ for section; do
       job=(bench.gpu_check)
       [ $# -gt 1 ] || job+=(--seconds $((left - 15)))
       ;;
-    cifar10 | resnet20 | shakespeare)
+    mnist | names | cifar10 | resnet20 | shakespeare | ablation | peers)
       [ -e "$results/sgsc.json" ] || [ ! -e bench/results/sgsc.json ] ||
         { mkdir -p "$results" && cp bench/results/sgsc.json "$results/"; }
       job=(bench.sgsc "$section" --device cuda --seconds $((left - 15)) --data "${DATA:-../shared/data}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from sgsc.certificate import allowed
-from sgsc.demos.job import FLOAT
+from sgsc.demos.job import CHECKPOINT, FLOAT
 from sgsc.environment import environment
 
 from . import record
@@ -152,8 +153,13 @@ class Section:
         found = record.read(self.file, self.settings.results)["rows"]
         self.rows: list[Row] = [row for row in found if row["section"] == self.name]
 
-    def row(self, of: Row, measure: Callable[[], Row]) -> Row:
+    def row(self, of: Row, measure: Callable[[], Row], resumes: bool = False) -> Row:
         """The row with all the entries of `of`: the one that is there, or a new one, which is then written.
+
+        Args:
+            of: What it is of.
+            measure: Returns the other entries.
+            resumes: Whether what it could not end in time is not lost; else it is not begun unless it will end.
 
         Raises:
             OutOfTime: If it is not there, and no time is left to measure it.
@@ -164,7 +170,7 @@ class Section:
         for row in same:
             if self.settings.named and row["commit"] == self.settings.commit:
                 return row
-        if self.settings.left <= self._expected(of):
+        if self.settings.left <= (0.0 if resumes else self._expected(of)):
             raise OutOfTime
         made = {**of, **measure(), "commit": self.settings.commit}
         self.rows = [row for row in self.rows if row not in same] + [made]
@@ -209,6 +215,8 @@ class Section:
     ) -> Row:
         """One run of `sgsc compress`."""
 
+        row = {"method": method, "task": task, "target_size": target, "seed": seed, **of}
+
         def measure() -> Row:
             s, start = self.settings, self.start(task, seed)
             flags = [*s.flags(task), *s.rest]
@@ -217,17 +225,24 @@ class Section:
             flags += rest  # after the schedule: it may ask for steps of its own
             if start.is_file():
                 flags += ["--start", str(start)]
-            with tempfile.TemporaryDirectory() as folder:
-                report = report_of(task, target, seed, flags, folder, s.timeout())
-                if not start.is_file():
-                    start.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copy(Path(folder) / FLOAT, start)
+            # kept where time runs out: the same call, repeated, goes on with it
+            name = "-".join(str(value) for value in (self.name, *row.values(), s.schedule, s.device, s.commit))
+            folder = s.work / re.sub(r"[^\w.-]", "-", name)
+            resumed = (folder / CHECKPOINT).is_file()
+            flags += ["--resume"] if resumed else []
+            try:
+                report = report_of(task, target, seed, flags, str(folder), s.timeout())
+            finally:
+                if not start.is_file() and (folder / FLOAT).is_file():
+                    shutil.copy(folder / FLOAT, start)
+            shutil.rmtree(folder)
             guard = report["guard"]
             tail = {key: guard[key] for key in ("worst_class", "tail") if key in guard}
-            row = summary(report) | {"steps": report["settings"]["config"]["steps"], **tail}
-            return row | {"float_seconds": report["seconds_by_phase"]["float training"]}
+            made = summary(report) | {"steps": report["settings"]["config"]["steps"], **tail}
+            made |= {"resumed": True} if resumed else {}  # its seconds are those of its last part
+            return made | {"float_seconds": report["seconds_by_phase"]["float training"]}
 
-        return self.row({"method": method, "task": task, "target_size": target, "seed": seed, **of}, measure)
+        return self.row(row, measure, resumes=True)
 
     def shared(self, task: str, seed: int) -> list[str]:
         """What commands get that compare at one width."""

@@ -140,11 +140,12 @@ def ahead(rows: list[Row], need: int) -> list[Row]:
                 mine = pick(of, method="sgsc", seed=point["seed"], against=method)
                 pairs += [(m, point) for m in mine if m["stored_bytes"] <= point["stored_bytes"]]
             text = f"{of[0]['task']}: ahead of uniform {method.removeprefix('lsq')}-bit training at equal bytes"
-            found.append(_lead(f"{text}{says(schedule)}", pairs, need))
+            found.append(lead(f"{text}{says(schedule)}", pairs, need))
     return found
 
 
-def _lead(text: str, pairs: Sequence[tuple[Row, Row]], need: int) -> Row:
+def lead(text: str, pairs: Sequence[tuple[Row, Row]], need: int) -> Row:
+    """A claim on how far the first of each pair is ahead of the second: in nats where text is judged, else accuracy."""
     loss = any("packed_loss" in mine and mine["task"] in ("names", "shakespeare") for mine, _ in pairs)
     key, sign, unit = ("packed_loss", -1, "nats") if loss else ("packed_accuracy", 1, "share")
     leads = [
@@ -165,7 +166,7 @@ def default_form(rows: list[Row], forms: Sequence[str], need: int) -> list[Row]:
                 pairs += [
                     (mine, row) for mine in pick(of, method=forms[0], seed=row["seed"], target_size=row["target_size"])
                 ]
-            found.append(_lead(f"digits: ahead of {form} grids over all sizes{says(schedule)}", pairs, need))
+            found.append(lead(f"digits: ahead of {form} grids over all sizes{says(schedule)}", pairs, need))
     return found
 
 

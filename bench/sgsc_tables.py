@@ -87,7 +87,8 @@ def _name(row: Row) -> str:
 
 
 def _seconds(group: Sequence[Row]) -> str:
-    return spread([row["seconds"] - row.get("float_seconds", 0.0) for row in group], ".0f")
+    whole = [row["seconds"] - row.get("float_seconds", 0.0) for row in group if "resumed" not in row]
+    return spread(whole, ".0f") if whole else ""
 
 
 def ablation(rows: Sequence[Row]) -> str:
@@ -130,20 +131,16 @@ def peers(rows: Sequence[Row]) -> str:
             name = _name(first)
         else:
             name = f"{name}, {first['bits']} bits, scale of {first['group'] or 'a row'}"
-        lines.append([first["task"], name, steps(group), seeds(group), stored(group), *_both(group)])
+        lines.append([first["task"], name, steps(group), seeds(group), stored(group), *quality(group)])
     head = ["task", "weights by", "schedule, steps", "seeds", "stored, % of float32 bytes"]
-    head += ["float test accuracy, %", "stored test accuracy, %", "float test loss", "stored test loss"]
+    head += ["float", "stored", "change"]
     note = (
+        "Images by test accuracy, in %, text by test loss, in nats. "
         "The libraries round a trained network, without training it further; bytes are counted in bench/sgsc_peers.py."
     )
     notes = "".join(f" {library} is missing: {cell(why)}." for library, why in missing.items())
     notes += "".join(f" {where} left float: {cell(why)}." for where, why in left.items())
     return f"{table(head, lines, text=3)}\n\n{note}{notes}"
-
-
-def _both(group: Sequence[Row]) -> list[str]:
-    of = ((100, "float_accuracy", ".2f"), (100, "packed_accuracy", ".2f"), (1, "float_loss", ".4f"))
-    return [spread([f * row[key] for row in group], form) for f, key, form in (*of, (1, "packed_loss", ".4f"))]
 
 
 LAYOUTS: dict[str, Callable[[Sequence[Row]], str]] = {

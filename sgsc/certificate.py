@@ -67,6 +67,7 @@ class Certificate:
     hashes: dict[str, str]
     stored_bytes: int
     margin_tolerance: float | None = None
+    remark: str = ""
 
     @property
     def allowed(self) -> int | None:
@@ -119,6 +120,7 @@ class Certificate:
             "seeds": dict(self.seeds),
             "hashes": dict(self.hashes),
             "stored_bytes": self.stored_bytes,
+            "remark": self.remark,
             "statement": self.statement(),
         }
 
@@ -143,6 +145,8 @@ class Certificate:
         broken = guard.non_finite + (kept.non_finite if kept is not None else 0)
         if broken:
             parts.append(f"outputs for {broken} samples were not finite and count as wrong")
+        if self.remark:
+            parts.append(self.remark)
         return "; ".join(parts) + "."
 
 
@@ -157,6 +161,7 @@ def certify(
     stored_bytes: int,
     seeds: Mapping[str, int] | None = None,
     hashes: Mapping[str, str] | None = None,
+    remark: str = "",
     batch_size: int = 256,
 ) -> Certificate:
     """Compare a packed model with the float model that it came from.
@@ -171,6 +176,7 @@ def certify(
         seeds: Seed of each random choice, by name.
         hashes: Digests of model, data and file, by name.
         stored_bytes: Bytes of the artefact on disk.
+        remark: What else a reader must know, such as what the guard split is not held out from; ends the statement.
         batch_size: Samples a forward pass.
 
     Raises:
@@ -207,4 +213,5 @@ def certify(
         seeds=dict(seeds or {}),
         hashes=dict(hashes or {}),
         stored_bytes=stored_bytes,
+        remark=remark,
     )

@@ -13,7 +13,7 @@ import torch
 from bench import claims, readme, record, runs, sgsc, sgsc_claims, sgsc_peers, uniform
 from sgsc import cli, report
 from sgsc.certificate import allowed
-from sgsc.demos import jpeg, load
+from sgsc.demos import job, jpeg, load
 from sgsc.guard import Check
 from tests.test_demos import write_mnist
 from tests.test_demos_cifar import plays, write_cifar
@@ -152,14 +152,45 @@ def test_a_section_that_was_cut_off_goes_on(bench, monkeypatch, capsys):
     assert len(bench("names", "--targets", "0.6", "--seeds", "3")) == 1
 
 
-def test_a_run_that_would_not_end_in_time_is_not_begun(bench, capsys):
+def test_what_would_not_end_in_time_is_not_begun_unless_it_can_go_on_later(bench, monkeypatch, capsys):
+    monkeypatch.setitem(sgsc.UNIFORM, "shakespeare", (3,))
+    assert [c[2] for c in bench("shakespeare")] == ["bench.uniform", "sgsc"]
+    point, mine = ({**row, "seconds": 1000.0} for row in rows_of(bench, "shakespeare"))
+    record.write("sgsc", "shakespeare", [point, mine], [], "x", bench.folder)
+    assert bench("shakespeare", "--seeds", "2", "--seconds", "500") == []  # uniform training cannot go on
+    assert "time is up with 2 rows measured" in capsys.readouterr().err
+    record.write("sgsc", "shakespeare", [point], [], "x", bench.folder)
+    assert [c[2] for c in bench("shakespeare", "--seconds", "500")] == ["sgsc"]
+
+
+def test_a_run_whose_time_is_up_goes_on_where_it_was(bench, monkeypatch):
+    real, folders = runs.called, []
+
+    def cut(command, *_, **__):
+        folders.append(Path(command[command.index("--out") + 1]))
+        folders[0].mkdir(parents=True)
+        for name in (job.FLOAT, job.CHECKPOINT):
+            (folders[0] / name).write_bytes(b"")
+        raise runs.OutOfTime
+
+    monkeypatch.setattr(runs, "called", cut)
+    bench("names", "--targets", "0.6")
+    assert rows_of(bench, "names") == []
+    assert list((bench.folder / "work").glob("names-0-*.safetensors"))  # for the other runs of the seed
+
+    def checked(command, seconds=None, codes=(0,)):
+        assert command.pop() == "--resume"
+        assert folders[0] == Path(command[command.index("--out") + 1])
+        del command[command.index("--start") : command.index("--start") + 2]
+        return real(command, seconds, codes)
+
+    monkeypatch.setattr(runs, "called", checked)
     bench("names", "--targets", "0.6")
     (row,) = rows_of(bench, "names")
-    record.write("sgsc", "names", [{**row, "seconds": 1000.0, "float_seconds": 990.0}], [], "x", bench.folder)
-    assert bench("names", "--targets", "0.5", "--seconds", "9") == []
-    assert "time is up with 1 row measured" in capsys.readouterr().err
-    assert len(bench("names", "--targets", "0.5", "--seconds", "500")) == 1  # its float network is there
-    assert bench("names", "--targets", "0.5", "--seeds", "2", "--seconds", "500") == []  # that of another seed is not
+    assert row["resumed"]  # its seconds count for nothing
+    assert not folders[0].exists()
+    (line,) = (n for n in readme.filled(SECTION, bench.folder).splitlines() if n.startswith("| sgsc at 60 %"))
+    assert line.endswith("|  |")
 
 
 def test_ours_gets_the_bytes_of_each_uniform_width(bench, monkeypatch):
@@ -302,9 +333,15 @@ def test_libraries_that_are_not_there_are_named_and_ours_stays_below_the_others(
     assert abs(row["packed_loss"] - row["float_loss"]) < 1e-2
     assert mine["target_size"] == min(point["stored_ratio"], row["stored_ratio"])
     assert row["float_loss"] == point["float_loss"] == mine["float_loss"]
-    (claim,) = record.read("sgsc", bench.folder)["claims"]
-    assert claim["claim"].startswith("mnist, 3 bits: test loss less than that of the best library at no fewer bytes")
-    assert claim["measured"] == min(row["packed_loss"], group["packed_loss"]) - mine["packed_loss"]
+    found = [c for c in record.read("sgsc", bench.folder)["claims"] if "ahead of" in c["claim"]]
+    told = [c["claim"].partition(", at no more bytes")[0].removeprefix("mnist: ahead of ") for c in found]
+    assert told == ["uniform 3-bit training", "half, 3 bits, scale of a row", "half, 3 bits, scale of 32"]
+    least = min(r["stored_bytes"] for r in (point, row, group))
+    ours = {**mine, "stored_bytes": least}
+    for claim, peer in zip(sgsc_peers.peer_claims([point, row, group, ours]), (point, row, group), strict=True):
+        assert claim["measured"] == mine["packed_accuracy"] - peer["packed_accuracy"]
+    more = sgsc_peers.peer_claims([point, row, group, {**mine, "stored_bytes": row["stored_bytes"] + 1}])
+    assert more[1]["measured"] is None  # more bytes are no lead
     assert bench("peers") == []
     assert "gone is missing: ModuleNotFoundError" in readme.filled(SECTION, bench.folder)
 

@@ -47,6 +47,7 @@ def certify_run(
         seeds={"run": seed},
         hashes={**hashes, "what the set was chosen from": keep.data_hash, "splits": data_hash(task)},
         stored_bytes=artefact.size,
+        remark=task.remark,
     )
     test = task.test()
     x, y = test.tensors

@@ -60,6 +60,7 @@ class Task:
         mean: What was subtracted from each colour of 0..1; empty where images are grey, or samples are text.
         deviation: What each colour was then divided by.
         start: Returns the state dict of a float network that is trained already, where there is one.
+        remark: What the certificate must say of the guard split.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Task:
     mean: tuple[float, ...] = ()
     deviation: tuple[float, ...] = ()
     start: Callable[[], Mapping[str, Tensor]] | None = None
+    remark: str = ""
 
     @property
     def text(self) -> bool:

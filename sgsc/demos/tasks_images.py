@@ -105,9 +105,9 @@ def resnet20(data: Path | None, seed: int, limit: int | None) -> Task:
     weights = (data if data.is_dir() else data.parent) / PRETRAINED
     if not weights.is_file():
         return task
-    # it has seen the validation and guard splits: these are held out from the compression alone
     seen = "float weights trained on the whole training split before, its validation and guard parts included"
-    return replace(task, start=lambda: pretrained_resnet20(weights), sources=f"{task.sources}; {seen}")
+    remark = "these samples are held out from the compression alone: the float model was trained on them before"
+    return replace(task, start=lambda: pretrained_resnet20(weights), sources=f"{task.sources}; {seen}", remark=remark)
 
 
 def _cifar10(name: str, network: str, data: Path | None, seed: int, limit: int | None) -> Task:
