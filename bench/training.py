@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from sgsc.compression import SelfCompression
 from sgsc.demos.models import CharLM
 from sgsc.demos.tasks import Task, load
-from sgsc.demos.training import augmentation, batches, train
+from sgsc.demos.training import samples_of, train
 from sgsc.kernels import Op
 from sgsc.measure import interleaved
 from sgsc.preparation import prepare
@@ -134,7 +134,7 @@ def stepper(task: Task, model: nn.Module, keep: PreservationSet | None = None) -
     """A call that makes one training step; with `keep`, one of SelfCompression."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=task.learning_rate / 10, weight_decay=0.01)
     run = None if keep is None else SelfCompression(model, keep, optimizer=optimiser, steps=task.compress_steps)
-    data = batches(task.train, task.batch_size, torch.Generator().manual_seed(0), augmentation(task))
+    data = samples_of(task, torch.Generator().manual_seed(0))
 
     def step() -> None:
         model.train()

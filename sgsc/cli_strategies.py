@@ -105,7 +105,7 @@ def _named(name: str) -> Any:
             spec = importlib.util.spec_from_file_location(Path(home).stem, home)
             if spec is None or spec.loader is None:
                 raise ValueError(f"{home} is no Python file")
-            found = importlib.util.module_from_spec(spec)
+            found = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
             spec.loader.exec_module(found)
         else:
             found = importlib.import_module(home)

@@ -6,9 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from sgsc.kernels import fake_quantize
-from sgsc.strategies import INPUTS, WEIGHTS, InputStatistics, WeightStrategy
+from sgsc.layers import quant_layers
+from sgsc.strategies import INPUTS, WEIGHTS, InputStatistics, StrategyTraining, WeightStrategy
 from sgsc.strategies.inputs import _divergence
 from sgsc.strategies.registry import BITS, grid_between, strategies
 
@@ -297,6 +299,18 @@ def test_the_offset_of_lsq_plus_learns():
     assert (after, end) == (low - 1, high - 1)
 
 
+def test_the_offset_of_lsq_plus_learns_for_an_input_that_is_nowhere_negative():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    x = torch.randn(64, 6)
+    run = StrategyTraining(net, x, steps=20, weights=["lsq"], inputs=["lsq+"], edge_bits=None, rate=0.01)
+    quantizer = quant_layers(run.model)["2"].input_quantizer
+    assert quantizer.offset == 0
+    while not run.done:
+        run.step(run.model(x + 0.1 * torch.randn(64, 6)).square().mean())
+    assert quantizer.offset.abs() > 0.01 * quantizer.step
+
+
 def test_straight_through_follows_the_input_while_it_trains():
     quantizer = INPUTS["straight-through"].fitted(seen_of(torch.linspace(0, 1, 100)), 4).train()
     for _ in range(600):
@@ -364,6 +378,15 @@ def test_memory_does_not_grow_with_the_data():
         seen.observe(torch.randn(50, 100) * (i + 1))
         sizes.add((seen.histogram.numel(), len(vars(seen))))
     assert len(sizes) == 1
+
+
+def test_counts_go_on_where_single_precision_ends():
+    seen, x = InputStatistics(), torch.zeros(2**24 + 1001)
+    x[:1000] = 0.5
+    seen.observe(x)
+    seen.observe(torch.full((2**24 + 1,), 0.25))
+    assert seen.zeros == 2**24 + 1
+    assert seen.histogram.sum() == 2**24 + 1 + 1000
 
 
 def test_what_is_no_number_is_refused():

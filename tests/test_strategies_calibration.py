@@ -8,7 +8,7 @@ from torch import nn
 from sgsc.demos.models import DigitsCNN
 from sgsc.layers import quant_layers
 from sgsc.preparation import prepare
-from sgsc.strategies import INPUTS, WEIGHTS, calibrate, fold_batch_norms
+from sgsc.strategies import INPUTS, WEIGHTS, StrategySettings, calibrate, calibration, fold_batch_norms, make_problem
 from sgsc.strategies.calibration import round_biases
 
 
@@ -139,7 +139,7 @@ def test_a_pass_of_several_batches_stops_at_the_layer():
     model, x, runs = chain(), torch.randn(30, 4), []
     model[4].register_forward_hook(lambda *_: runs.append(1))
     calibrate(model, list(x.split(10)), watch("min-max")[0])
-    assert len(runs) == 1  # the count of the calls
+    assert len(runs) == 3  # the count of the calls
 
 
 class Twice(nn.Module):
@@ -213,10 +213,125 @@ def test_integer_biases_are_whole_steps_of_the_sum():
         assert not torch.equal(layer.bias.detach(), before[name])
 
 
-def test_a_bias_beyond_int32_is_cut_and_counted():
+def test_a_bias_beyond_int32_is_left_and_counted():
     model = chain()
     calibrate(model, [torch.randn(50, 4)], watch("min-max")[0])
     with torch.no_grad():
         model[0].bias[0] = 1e12
     assert round_biases(model) == 1
-    assert model[0].bias[0] < 1e12
+    assert model[0].bias[0] == 1e12
+
+
+def test_the_bias_of_a_row_of_zeros_is_left():
+    model = chain()
+    with torch.no_grad():
+        model[0].weight[1], model[0].bias[1] = 0, 2.0
+    for layer in quant_layers(model).values():
+        layer.weight_quantizer = WEIGHTS["max-abs"](len(layer.weight), 8)
+        layer.weight_quantizer.fit(layer.rows())
+    calibrate(model, [torch.randn(50, 4)], watch("min-max")[0])
+    assert round_biases(model) == 1
+    assert model[0].bias[1] == 2.0
+
+
+def test_a_layer_that_only_later_batches_reach_is_calibrated():
+    net = nn.ModuleDict({"one": nn.Linear(3, 3), "two": nn.Linear(3, 3)})
+    net.forward = lambda x: net["two"](net["one"](x)) if len(x) > 2 else net["one"](x)
+    model = prepare(net, quantizer="lsq8").model
+    model.forward = lambda x: model["two"](model["one"](x)) if len(x) > 2 else model["one"](x)
+    choose, shown = watch("min-max")
+    assert calibrate(model, [torch.randn(2, 3), torch.randn(5, 3)], choose) == ["one", "two"]
+    assert (shown["one"].count, shown["two"].count) == (21, 15)
+
+
+class Aliased(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3)
+        self.both = nn.Sequential(self.conv, self.norm)
+
+    def forward(self, x):
+        return self.both(x)
+
+
+class Transposed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(5, 7), nn.BatchNorm1d(7)
+
+    def forward(self, x):
+        return self.norm(self.linear(x))
+
+
+class ReadsWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return self.norm(self.linear(x)) + F.linear(x, self.linear.weight)
+
+
+class OtherWidth(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 6), nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return self.norm(self.linear(x))
+
+
+class Computed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 3, 1)), nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "folds"),
+    [
+        (Aliased, (4, 2, 6), True),
+        (ReadsWeight, (8, 4), False),
+        (OtherWidth, (8, 3, 4), False),
+        (Computed, (4, 2, 6), False),
+    ],
+)
+def test_what_folds_answers_as_before_and_the_rest_stays(make, shape, folds):
+    torch.manual_seed(0)
+    net, x = make(), torch.randn(shape)
+    for _ in range(3):
+        net(2 * x + 1)
+    with torch.no_grad():
+        net.norm.weight.mul_(3)
+    net.eval()
+    done = fold_batch_norms(net)
+    assert bool(done.folded) is folds
+    with torch.no_grad():
+        torch.testing.assert_close(done.model(x), net(x))
+
+
+def test_a_norm_of_another_axis_is_found_out_by_the_data():
+    torch.manual_seed(0)
+    net, x = Transposed(), torch.randn(40, 7, 5)
+    for _ in range(3):
+        net(2 * x + 1)
+    net.eval()
+    problem = make_problem(net, x, StrategySettings(bits_weights=8, bits_activations=None))
+    assert problem.left["norm"] == "folded, the network answers otherwise"
+    assert isinstance(problem.model.norm, nn.BatchNorm1d)
+    problem.set(problem.uniform("mse", None))
+    with torch.no_grad():
+        torch.testing.assert_close(problem.model(x), net(x), rtol=0.1, atol=0.1)
+
+
+def test_as_many_samples_pass_together_as_there_is_room_for(monkeypatch):
+    model, x = chain(), torch.randn(9, 4)
+    layers = quant_layers(model)
+    monkeypatch.setattr(calibration, "MOST_BYTES", 1000)
+    widest = max(max(layer.weight.shape) for layer in layers.values())
+    assert calibration.room(model, layers, x) == 1000 // (calibration.ALIVE * 4 * widest)
+    monkeypatch.setattr(calibration, "MOST_BYTES", 1)
+    assert calibration.room(model, layers, x) == 1

@@ -152,3 +152,26 @@ def test_a_mixture_of_one_is_that_one_and_repeats():
     mixed = MixedInput(inputs(1))
     assert torch.equal(mixed(x), mixed.candidates[0](x))
     assert "MixedInput" in repr(mixed_conv())
+
+
+def test_what_follows_its_input_does_so_in_a_mixture():
+    seen = InputStatistics()
+    seen.observe(torch.randn(64, 4))
+    mixed = MixedInput({name: INPUTS[name].fitted(seen, 8) for name in ("lsq", "straight-through")})
+    before = mixed.candidates[1].most.item()
+    mixed.eval()(torch.full((3, 4), 99.0))
+    assert mixed.candidates[1].most == before
+    mixed.train()(torch.full((3, 4), 99.0))
+    assert mixed.candidates[1].most > before
+
+
+def test_codes_are_those_of_the_leading_candidate():
+    rows = torch.randn(3, 8)
+    made = {name: WEIGHTS[name](3, 3) for name in ("lsq", "dorefa")}
+    for quantizer in made.values():
+        quantizer.fit(rows)
+    mixed = MixedWeights(made)
+    with torch.no_grad():
+        mixed.logits[1] = 5.0
+    for ours, theirs in zip(mixed.codes(rows), made["dorefa"].codes(rows), strict=True):
+        assert torch.equal(ours, theirs)

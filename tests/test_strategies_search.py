@@ -10,7 +10,7 @@ from torch import nn
 from sgsc import fold_batch_norms, load_into, pack, save, search_strategies
 from sgsc.layers import quant_layers
 from sgsc.quantizers import StaticInput
-from sgsc.strategies import WEIGHTS, make_problem
+from sgsc.strategies import INPUTS, WEIGHTS, StrategySettings, make_problem
 from sgsc.strategies.problem import distance, divergence
 from sgsc.strategies.search import greedy
 from sgsc.strategies.settled import Settled
@@ -36,6 +36,7 @@ def data(n=160, seed=1):
     return torch.randn(n, 1, 6, 6, generator=torch.Generator().manual_seed(seed)).abs() ** 1.5
 
 
+SETTINGS = StrategySettings(bits_weights=3, bits_activations=4, edge_bits=None)
 QUICK = {"steps": 8, "batch_size": 32, "bits_weights": 3, "bits_activations": 4, "edge_bits": None}
 
 
@@ -47,7 +48,7 @@ def found():
 def test_the_result_is_no_worse_than_any_uniform_choice_and_than_greed_alone(found):
     report = found.report
     losses = [row["loss"] for row in report["uniform"]]
-    assert len(losses) == 5 * 6
+    assert len(losses) == len(report["layers"][0]["weight_losses"]) * len(report["layers"][0]["input_losses"])
     assert found.loss <= report["greedy_loss"] <= min(losses) == report["best_uniform_loss"]
     assert found.loss < 0.8 * min(losses)  # there is something to choose
     assert max(losses) > 2 * min(losses)
@@ -60,9 +61,10 @@ def test_every_layer_reports_its_choice_and_each_candidate_s_loss(found):
         assert (
             set(row["weight_losses"])
             == set(row["weight_shares"])
-            == set(WEIGHTS) - {*("lsq", "lsq+", "straight-through", "dorefa")}
+            == {name for name, cls in WEIGHTS.items() if not cls.trained}
         )
-        assert len(row["input_losses"]) == len(row["input_shares"]) == 6
+        untrained = {name for name, cls in INPUTS.items() if not cls.trained}
+        assert set(row["input_losses"]) == set(row["input_shares"]) == untrained
         assert sum(row["input_shares"].values()) == pytest.approx(1)
         assert row["weight_losses"][row["weight"]] <= min(row["weight_losses"].values()) + 1e-12
         assert row["input_losses"][row["input"]] == min(row["input_losses"].values())
@@ -137,7 +139,7 @@ def test_integer_biases_are_asked_for():
     layer = quant_layers(found.model)["7"]
     code = layer.bias / (layer.weight_quantizer.grid()[0] * layer.input_quantizer.grid()[0])
     torch.testing.assert_close(code, code.round(), rtol=0, atol=1e-3)
-    assert found.report["biases_cut"] == 0
+    assert found.report["biases_left"] == 0
 
 
 def test_one_pass_starts_from_the_best_uniform_choice_and_one_from_the_mixture(monkeypatch):
@@ -156,11 +158,38 @@ def test_one_pass_starts_from_the_best_uniform_choice_and_one_from_the_mixture(m
 def test_answers_from_memory_change_nothing(monkeypatch):
     ends = []
     for most in (2**30, 0):
-        problem = make_problem(network(), data(), bits_weights=3, bits_activations=4, edge_bits=None)
+        problem = make_problem(network(), data(), SETTINGS)
         monkeypatch.setattr("sgsc.strategies.search.Settled", lambda p, most=most: Settled(p, most))
         ends.append(greedy(problem, problem.uniform("mse", "mse"), lambda *_: None, ""))
     assert ends[0] == ends[1]
     assert not any("forward" in vars(m) for m in problem.model.modules())
+
+
+class InPlace(nn.Module):
+    """A shortcut that is added in place to what a layer, and no norm any more, has answered."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.head = nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1), nn.Linear(36, 4)
+
+    def forward(self, x):
+        out = self.norm(self.conv(x))
+        out += x
+        return self.head(out.flatten(1))
+
+
+def test_a_network_that_goes_on_in_place_does_not_change_what_is_remembered():
+    ends = []
+    for most in (2**30, 0):
+        problem = make_problem(InPlace().eval(), data(), SETTINGS)
+        choice = problem.uniform("mse", "mse")
+        problem.set(choice)
+        with Settled(problem, most) as settled:
+            settled.add("conv")
+            ends.append([problem.judge() for _ in range(3)])
+    assert ends[0] == ends[1]
+    assert len(set(ends[0])) == 1
 
 
 class Twice(nn.Module):
@@ -185,7 +214,59 @@ def test_a_module_called_twice_has_one_strategy_and_the_right_loss():
         assert divergence(found.model(select), net(select)).item() == pytest.approx(found.loss, rel=1e-2, abs=1e-6)
 
 
+def test_edges_are_the_first_and_the_last_of_the_network():
+    problem = make_problem(Twice(), torch.randn(40, 5), StrategySettings(bits_weights=3, bits_activations=4))
+    assert problem.bits == {"between": (3, 4), "shared": (8, 8), "head": (8, 8)}
+
+
+def test_batches_are_split_by_samples():
+    x = data(40)
+    whole, parts = (make_problem(network(), given, SETTINGS) for given in (x, [x[:10], x[10:]]))
+    for a, b in zip((*whole.fit, *whole.select), (*parts.fit, *parts.select), strict=True):
+        assert torch.equal(a, b)
+    one = make_problem(network(), [x[:4]], StrategySettings(select_share=0.9))
+    assert [len(batch) for batch in (*one.fit, *one.select)] == [1, 3]
+
+
+class Loops(nn.Module):
+    """A cell that is called once a step of a sequence."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.cell, self.head = nn.Linear(3, 3), nn.Linear(3, 4)
+
+    def forward(self, x):
+        state = x[:, 0]
+        for t in range(x.shape[1]):
+            state = torch.tanh(self.cell(state + x[:, t]))
+        return self.head(state)
+
+
+@pytest.mark.parametrize("lengths", [(4, 2, 2), (2, 4, 4)])
+def test_a_layer_called_as_often_as_the_data_says_has_seen_all_of_it(lengths):
+    make = torch.Generator().manual_seed(0)
+    batches = [torch.randn(8, length, 3, generator=make) for length in lengths]
+    problem = make_problem(Loops(), batches, SETTINGS)
+    assert problem.inputs["cell"].keys() == problem.input_strategies.keys()
+    found = search_strategies(Loops(), batches, **QUICK)
+    assert isinstance(quant_layers(found.model)["cell"].input_quantizer, StaticInput)
+
+
 # ---- bad input ----
+
+
+@pytest.mark.parametrize(("outputs", "shape"), [(1, (4, 1)), (None, (4,))])
+def test_answers_among_one_class_are_refused(outputs, shape):
+    net = nn.Sequential(nn.Linear(3, outputs or 1), nn.Identity() if outputs else nn.Flatten(0))
+    with pytest.raises(ValueError, match=r"loss='kl' compares answers among classes.*take loss='l1'"):
+        search_strategies(net, torch.randn(16, 3), steps=2)
+    assert search_strategies(net, torch.randn(16, 3), steps=2, loss="l1").loss > 0
+
+
+def test_data_that_the_network_does_not_take_is_named():
+    with pytest.raises(ValueError, match=r"does not take the calibration data, torch.uint8 of shape \(\d+, 1, 6, 6\)"):
+        search_strategies(network(), torch.zeros(20, 1, 6, 6, dtype=torch.uint8), **QUICK)
 
 
 @pytest.mark.parametrize("nothing", [torch.zeros(0, 1, 6, 6), [], [torch.zeros(0, 1, 6, 6)]])
@@ -200,11 +281,13 @@ def test_calibration_data_that_is_not_finite_is_named(bad):
     x[7, 0, 2, 2] = bad
     with pytest.raises(ValueError, match="sample 7 holds NaN or infinity"):
         search_strategies(network(), x, **QUICK)
-    with pytest.raises(ValueError, match="batch 3 holds NaN or infinity"):
+    with pytest.raises(ValueError, match="sample 7 holds NaN or infinity"):
         search_strategies(network(), list(x.split(2)), **QUICK)
 
 
 def test_another_dtype_is_refused():
+    with pytest.raises(ValueError, match=r"the model is torch.float64, which has no quantized form; .*\.float\(\)"):
+        search_strategies(network().double(), data(40).double(), **QUICK)
     with pytest.raises(ValueError, match=r"calibration data is torch.float64, the model torch.float32; convert it"):
         search_strategies(network(), data().double(), **QUICK)
 
@@ -265,6 +348,8 @@ def test_a_network_that_has_diverged_is_refused():
         ({"select_share": 1.0}, "select_share=1.0"),
         ({"weights": ["lsq"]}, "'lsq' is not known without training"),
         ({"inputs": []}, "no strategy is named"),
+        ({"inputs": iter([])}, "no strategy is named"),
+        ({"weights": "mse"}, r"weights='mse': want several names, such as \['mse'\]"),
     ],
 )
 def test_arguments_are_checked(wrong, said):

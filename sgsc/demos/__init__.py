@@ -7,9 +7,9 @@ from .tasks import TASKS as TASKS
 from .tasks import Task as Task
 from .tasks import load as load
 from .training import accuracy as accuracy
-from .training import augmentation as augmentation
 from .training import batches as batches
 from .training import evaluate as evaluate
+from .training import samples_of as samples_of
 from .training import train as train
 
 artefact.ARCHITECTURES.update(ARCHITECTURES)  # so that `sgsc.load` can build them

@@ -34,7 +34,7 @@ from sgsc.preservation import PreservationSet
 from sgsc.size import float_bytes, nominal_bits
 
 from .tasks import Task
-from .training import augmentation, batches, evaluate, train
+from .training import evaluate, samples_of, train
 
 MODEL, FLOAT, KEPT, CHECKPOINT = "model.sgsc", "float.safetensors", "preservation.safetensors", "checkpoint.safetensors"
 REPORTS = ("report.json", "certificate.json", "report.html")  # written last: those of an older run must not stay
@@ -214,7 +214,7 @@ def _train_compressed(
         run.load_state_dict(saved["run"])
         optimiser.load_state_dict(saved["optimiser"])
         order.set_state(saved["order"])
-    data = batches(task.train, task.batch_size, order, augmentation(task))
+    data = samples_of(task, order)
     look = TensorDataset(*task.validation[:LOOK])
     while run.steps < config.steps:
         rate = task.learning_rate * schedule(run.steps / config.steps)

@@ -22,7 +22,7 @@ from sgsc.size import float_bytes
 
 from .job import schedule
 from .task import Task
-from .training import augmentation, batches, evaluate
+from .training import evaluate, samples_of
 
 EDGES = 8  # bits of the first and the last layer
 
@@ -62,7 +62,7 @@ def tune(task: Task, model: nn.Module, steps: int, seed: int, watch: Callable[[i
     for step in (q.get_parameter("step") for q in quantizers):
         groups.append({"params": [step], "of": float(step.detach().mean()), "weight_decay": 0.0})
     optimiser = torch.optim.AdamW(groups, lr=task.learning_rate, weight_decay=0.01)
-    data = batches(task.train, task.batch_size, torch.Generator().manual_seed(seed), augmentation(task))
+    data = samples_of(task, torch.Generator().manual_seed(seed))
     for done in range(steps):
         model.train()
         rate = task.learning_rate * schedule(done / steps)

@@ -90,7 +90,8 @@ def search_any(
 
 def store(found: Strategies, folder: Path, notes: dict[str, Any]) -> dict[str, Any]:
     """Write the derived network; returns what the report says of its files."""
-    state = {name: value.contiguous() for name, value in found.model.state_dict().items()}
+    # a module in two places is stored in both
+    state = {name: value.contiguous().clone() for name, value in found.model.state_dict().items()}
     write_atomically(folder / DERIVED, safetensors.torch.save(state))
     try:
         size = save(pack(found.model, remove=False), folder / MODEL, notes={**notes, "strategies": True})

@@ -76,7 +76,7 @@ def train(task: Task, seed: int, steps: int | None = None, progress: Progress | 
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimiser = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], weight_decay=0.01)
-    samples = batches(task.train, task.batch_size, torch.Generator().manual_seed(seed), augmentation(task))
+    samples = samples_of(task, torch.Generator().manual_seed(seed))
     for step in range(steps):
         rate = task.learning_rate * _schedule(step, steps)
         for group in optimiser.param_groups:
@@ -123,11 +123,28 @@ def _draw(
         yield (x if augment is None else augment(x, generator)), y
 
 
-def augmentation(task: Task) -> Augment | None:
-    """What training does to a batch of this task: images are shifted, those in colour also mirrored, text is left."""
+def samples_of(task: Task, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """What a task trains on, as `batches`: images are shifted, those in colour also mirrored, text is cut anew."""
     if task.text:
-        return None
-    return mirror_and_shift if task.colour else shift
+        return crops(task.train, task.batch_size, generator)
+    return batches(task.train, task.batch_size, generator, mirror_and_shift if task.colour else shift)
+
+
+def crops(windows: TensorDataset, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches of text that begin at any character, not only where a window does: else few are learned by heart.
+
+    Args:
+        windows: x and y, (N, T) int64, one window after the other in the text; y is the character after.
+        batch_size: Samples a batch, (batch_size, T).
+        generator: Of the places; its state is that of the stream.
+    """
+    x, y = windows.tensors
+    text = torch.cat([x.flatten(), y[-1, -1:]])
+    span = torch.arange(x.shape[1] + 1)
+    while True:
+        starts = torch.randint(len(text) - x.shape[1], (batch_size, 1), generator=generator)
+        cut = text[(starts + span).to(text.device)]
+        yield cut[:, :-1], cut[:, 1:]
 
 
 def shift(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -25,8 +25,13 @@ class InputQuantizer(nn.Module, ABC):
     def _apply(self, fn, recurse: bool = True):
         return super()._apply(lambda t: at_least_float32(t, fn(t)), recurse)
 
+    def follow(self, x: Tensor) -> None:
+        """Take notice of an input while training, where that moves the grid; most do not."""
+
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape -> the same, differentiable in x and in what is learned."""
+        """Any shape -> the same, differentiable in x and in what is learned; not to be overridden: mixtures fuse it."""
+        if self.training and x.numel():
+            self.follow(x)
         return fake_quantize(x.reshape(1, -1), *self.grid()).view(x.shape)
 
 

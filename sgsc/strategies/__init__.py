@@ -9,6 +9,7 @@ from .problem import LOSSES, make_problem
 from .qat import StrategyTraining
 from .registry import INPUTS, WEIGHTS, InputStrategy, WeightStrategy
 from .search import Strategies, search_strategies
+from .settings import StrategySettings
 from .statistics import InputStatistics
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "InputStatistics",
     "InputStrategy",
     "Strategies",
+    "StrategySettings",
     "StrategyTraining",
     "WeightStrategy",
     "calibrate",

@@ -3,13 +3,14 @@
 Every layer is calibrated on what the layers before it, already quantized, give it: its grid then knows of their errors.
 Data of one batch passes through once; each layer finds its grid as the batch arrives, and rounds it. Of several batches
 all are needed for a layer before the next may look, so each pass stops at the layer in question: half a forward of all
-data a layer on average, at no memory beyond that of one batch and the statistics of one layer.
+data a layer on average, at no memory beyond that of one batch and the statistics of one layer. `room` says how many
+samples a batch may have: most calibration data is one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from sgsc.samples import evaluating
 
 from .statistics import InputStatistics
 
+MOST_BYTES = 2**30  # of activations that are alive at once
+ALIVE = 6  # tensors like the largest input of a layer: it, its rounding, outputs before and after a norm, a shortcut
+
 Choose = Callable[[str, InputStatistics], InputQuantizer]
 
 
@@ -27,8 +31,22 @@ class _Stop(Exception):
     pass
 
 
+class Calls(NamedTuple):
+    """Who is called when.
+
+    Attributes:
+        first: Layers in the order of their first calls.
+        last: In the order of their last calls.
+        counts: For each batch, layer -> number of its calls.
+    """
+
+    first: list[str]
+    last: list[str]
+    counts: list[dict[str, int]]
+
+
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Sequence[Tensor], choose: Choose, observe: bool = True) -> list[str]:
+def calibrate(model: nn.Module, batches: Sequence[Tensor], choose: Choose) -> list[str]:
     """Give every quantized layer but embeddings an input quantizer, in place.
 
     A module that is called several times is calibrated on all its inputs, before its last call.
@@ -37,7 +55,6 @@ def calibrate(model: nn.Module, batches: Sequence[Tensor], choose: Choose, obser
         model: From `prepare`, weights quantized as they will be.
         batches: Inputs of the model.
         choose: (name of a layer, what was seen of its input) -> its input quantizer.
-        observe: Without, nothing is set, and the layers are named only.
 
     Returns:
         Names of all quantized layers in the order of their last calls.
@@ -45,66 +62,99 @@ def calibrate(model: nn.Module, batches: Sequence[Tensor], choose: Choose, obser
     Raises:
         ValueError: If there is no batch, a layer is never called, or an input holds NaN or infinity.
     """
+    layers = quant_layers(model)
+    calls = count_calls(model, layers, batches)
+    wanted = [name for name in calls.last if not isinstance(layers[name], QuantEmbedding)]
+    for name in wanted:
+        layers[name].input_quantizer = None
+    groups = [wanted] if len(batches) == 1 else [[name] for name in wanted]
+    for group in groups:
+        left = {name: sum(count.get(name, 0) for count in calls.counts) for name in group}
+        seen = {name: InputStatistics() for name in group}
+        for batch, count in zip(batches, calls.counts, strict=True):
+            here = {name: layers[name] for name in group if name in count}
+            _pass(model, here, batch, count, left, seen, choose, len(batches) > 1)
+    return calls.last
+
+
+@torch.no_grad()
+def count_calls(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Tensor]) -> Calls:
+    """Which layers the batches reach, and when.
+
+    Raises:
+        ValueError: If there is no batch, or a layer is never called.
+    """
     if not len(batches):
         raise ValueError("no calibration data: want at least one batch of inputs")
-    layers = quant_layers(model)
-    calls = count_calls(model, layers, batches[0])
-    never = [name for name in layers if name not in calls]
+    first: dict[str, None] = {}
+    last: dict[str, None] = {}
+    counts: list[dict[str, int]] = []
+
+    def count(name: str) -> None:
+        first.setdefault(name)
+        last.pop(name, None)
+        last[name] = None
+        counts[-1][name] = counts[-1].get(name, 0) + 1
+
+    hooks = [m.register_forward_pre_hook(lambda *_, name=name: count(name)) for name, m in layers.items()]
+    try:
+        with evaluating(model):
+            for batch in batches:
+                counts.append({})
+                model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    never = [name for name in layers if name not in first]
     if never:
         raise ValueError(
             f"layers never called on the calibration data: {', '.join(never)}; their inputs have no grid. Call the "
             "model as it will be used, or leave these layers float with skip=[...]"
         )
-    if not observe:
-        return list(calls)
-    wanted = [name for name in calls if not isinstance(layers[name], QuantEmbedding)]
-    for name in wanted:
-        layers[name].input_quantizer = None
-    groups = [wanted] if len(batches) == 1 else [[name] for name in wanted]
-    for group in groups:
-        seen = {name: (InputStatistics(), [0]) for name in group}
-        for batch in batches:
-            _pass(model, {name: layers[name] for name in group}, calls, batch, seen, choose, len(batches))
-    return list(calls)
+    return Calls(list(first), list(last), counts)
 
 
 @torch.no_grad()
-def count_calls(model: nn.Module, layers: dict[str, QuantLayer], batch: Tensor) -> dict[str, int]:
-    """Layer -> number of its calls for one batch, in the order of the last ones."""
-    found: dict[str, int] = {}
+def room(model: nn.Module, layers: Mapping[str, nn.Module], batch: Tensor) -> int:
+    """Samples like those of a batch that may pass through together, for activations of about MOST_BYTES."""
+    largest = [1]
 
-    def count(name: str) -> None:
-        found[name] = found.pop(name, 0) + 1
+    def look(_module: nn.Module, args: tuple, output: Any) -> None:
+        largest.extend(t.numel() * t.element_size() for t in (*args, output) if isinstance(t, Tensor))
 
-    hooks = [m.register_forward_pre_hook(lambda *_, name=name: count(name)) for name, m in layers.items()]
+    hooks = [m.register_forward_hook(look) for m in layers.values()]
     try:
         with evaluating(model):
-            model(batch)
+            model(batch[:1])
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return max(MOST_BYTES // (ALIVE * max(largest)), 1)
 
 
 def _pass(
     model: nn.Module,
     layers: dict[str, QuantLayer],
-    calls: dict[str, int],
     batch: Tensor,
-    seen: dict[str, tuple[InputStatistics, list[int]]],
+    calls: Mapping[str, int],
+    left: dict[str, int],
+    seen: Mapping[str, InputStatistics],
     choose: Choose,
-    batches: int,
+    stop: bool,
 ) -> None:
+    """Show a batch to the statistics; `left` counts the calls until a layer may choose, `stop` ends at its last one."""
+    times = dict.fromkeys(layers, 0)
+
     def look(layer: Any, args: tuple, kwargs: dict, name: str) -> None:
-        statistics, times = seen[name]
         try:
-            statistics.observe(args[0] if args else kwargs["input"])
+            seen[name].observe(args[0] if args else kwargs["input"])
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}; look for NaN in the data and in the model's weights") from None
-        times[0] += 1
-        if times[0] == calls[name] * batches:
-            layer.input_quantizer = choose(name, statistics).to(layer.weight.device)
-        if batches > 1 and times[0] % calls[name] == 0:
+        times[name] += 1
+        left[name] -= 1
+        if left[name] == 0:
+            layer.input_quantizer = choose(name, seen[name]).to(layer.weight.device)
+        if stop and times[name] == calls[name]:
             raise _Stop
 
     hooks = [
@@ -126,17 +176,19 @@ def round_biases(model: nn.Module) -> int:
     """Round biases to what integer kernels add: whole steps of scale_w * scale_x in int32, in place.
 
     Ours add a float bias to the scaled sum, which is exact: this is for networks that will run on kernels which
-    accumulate codes with the bias among them. The error is at most half such a step, unless 2^31 of them are too few.
+    accumulate codes with the bias among them. The error is at most half such a step. A bias of more than 2^31 steps
+    stays as it is: such are those of rows of zeros.
 
     Returns:
-        How many biases do not fit int32 and were cut to its ends.
+        How many biases do not fit int32 and were left.
     """
-    cut = 0
+    kept = 0
     for layer in quant_layers(model).values():
         if layer.bias is None or not isinstance(layer.input_quantizer, InputQuantizer):
             continue
         step = layer.weight_quantizer.grid()[0].double() * layer.input_quantizer.grid()[0].double()
         code = (layer.bias.double() / step).round()
-        cut += int(((code < -(2.0**31)) | (code > 2.0**31 - 1)).sum())
-        layer.bias.copy_((code.clamp(-(2.0**31), 2.0**31 - 1) * step).to(layer.bias.dtype))
-    return cut
+        fits = (code >= -(2.0**31)) & (code <= 2.0**31 - 1)
+        kept += int((~fits).sum())
+        layer.bias.copy_(torch.where(fits, code * step, layer.bias.double()).to(layer.bias.dtype))
+    return kept

@@ -47,12 +47,13 @@ def fold_batch_norms(model: nn.Module) -> Folded:
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         return Folded(model, (), dict.fromkeys(norms, f"the model cannot be traced ({said})"))
     calls: dict[int, list[fx.Node]] = {}
+    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     for node in graph.nodes:
         if node.op == "call_module":
             calls.setdefault(id(modules[str(node.target)]), []).append(node)
     folded, left = [], {}
     for name in norms:
-        why = _why_not(modules, calls, modules[name])
+        why = _why_not(modules, calls, modules[name], read)
         if why:
             left[name] = why
             continue
@@ -60,12 +61,15 @@ def fold_batch_norms(model: nn.Module) -> Folded:
         fuse = fuse_linear_bn_eval if isinstance(modules[before], nn.Linear) else fuse_conv_bn_eval
         fused = fuse(modules[before], modules[name])  # pyright: ignore
         modules[before].weight, modules[before].bias = fused.weight, fused.bias
-        model.set_submodule(name, nn.Identity())
+        gone = nn.Identity()
+        for alias, module in list(model.named_modules(remove_duplicate=False)):
+            if module is modules[name]:
+                model.set_submodule(alias, gone)
         folded.append(name)
     return Folded(model, tuple(folded), left)
 
 
-def _why_not(modules: dict[str, nn.Module], calls: dict[int, list[fx.Node]], norm: nn.Module) -> str:
+def _why_not(modules: dict[str, nn.Module], calls: dict[int, list[fx.Node]], norm: nn.Module, read: set[str]) -> str:
     nodes = calls.get(id(norm), [])
     if len(nodes) != 1:
         return f"it is called {len(nodes)} times"
@@ -79,7 +83,11 @@ def _why_not(modules: dict[str, nn.Module], calls: dict[int, list[fx.Node]], nor
         return f"a {type(layer).__name__} is right before it"
     if isinstance(layer, nn.Linear) and type(norm) is not nn.BatchNorm1d:
         return f"a {type(norm).__name__} after a Linear"
-    if len(calls[id(layer)]) != 1 or len(source.users) != 1:
+    if layer._parameters.get("weight") is None or layer._forward_hooks or layer._forward_pre_hooks:
+        return f"the weight of {source.target} is computed, or it carries hooks"
+    if layer.weight.shape[0] != norm.num_features:
+        return f"{source.target} has {layer.weight.shape[0]} channels and the norm {norm.num_features}"
+    if str(source.target) in read or len(calls[id(layer)]) != 1 or len(source.users) != 1:
         return f"{source.target} is read by others too"
     if sum(layer.weight is p for m in modules.values() for p in m._parameters.values()) > 1:
         return f"{source.target} shares its weight"

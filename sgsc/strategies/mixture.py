@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from sgsc.kernels.fake_quantize import BACKWARD, OP
 from sgsc.layers import quant_layers
 from sgsc.quantizers import InputQuantizer, Quantizer
+from sgsc.quantizers.base import Codes
 
 
 class Mixture(nn.Module):
@@ -55,7 +56,7 @@ class Mixture(nn.Module):
 
 
 class MixedWeights(Mixture, Quantizer):
-    """sum_j beta_j W_j. Its codes are those of the leading candidate.
+    """sum_j beta_j W_j.
 
     Args:
         candidates: Name -> fitted quantizer.
@@ -78,6 +79,10 @@ class MixedWeights(Mixture, Quantizer):
         made = self._made(rows) if self.fixed is None else self.fixed
         return torch.tensordot(self.shares().to(made.dtype), made, 1)
 
+    def codes(self, rows: Tensor) -> Codes:
+        """Of the leading candidate."""
+        return self.candidates[self.leading()].codes(rows)  # pyright: ignore
+
     def bit_cost(self) -> Tensor:
         """(C,) of the leading candidate."""
         return self.candidates[self.leading()].bit_cost()  # pyright: ignore
@@ -96,6 +101,8 @@ class MixedInput(Mixture, InputQuantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape -> the same."""
+        for candidate in self.candidates if self.training and x.numel() else ():
+            candidate.follow(x)  # pyright: ignore
         grids = [torch.cat(parts) for parts in zip(*(q.grid() for q in self.candidates), strict=True)]  # pyright: ignore
         return _Mix.apply(x, self.shares(), *grids)
 

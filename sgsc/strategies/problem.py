@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +16,12 @@ from sgsc.preparation import prepare
 from sgsc.quantizers import InputQuantizer, Quantizer
 from sgsc.samples import device_of, evaluating
 
-from .calibration import calibrate
+from .calibration import calibrate, count_calls, room
 from .folding import Folded, fold_batch_norms
-from .registry import INPUTS, WEIGHTS, check_bits, strategies
+from .registry import INPUTS, WEIGHTS, strategies
+from .settings import Loss, StrategySettings
 from .statistics import InputStatistics
 
-Loss = Callable[[Tensor, Tensor], Tensor]
 Choice = dict[str, tuple[str, str | None]]  # layer -> strategy of its weight, of its input
 
 
@@ -45,20 +45,21 @@ class Problem:
 
     Attributes:
         model: Prepared, folded, in evaluation mode; its layers hold what was last `set`.
-        layers: Quantized layers in the order in which the network calls them.
-        weights: Layer -> strategy -> fitted quantizer.
-        inputs: Layer -> strategy -> quantizer; empty for embeddings, and where inputs stay float.
+        layers: Quantized layers in the order in which the network ends with them.
         bits: Layer -> bits of the weight, of the input or None.
+        input_strategies: Those that inputs may get, by name.
         fit: Inputs that grids and mixtures are fitted to, in batches.
         select: Inputs that discrete choices are judged by.
         wanted: What the float model answers to each batch of `fit`, then of `select`.
         loss: (outputs, wanted) -> scalar.
         left: Layers and norms that stay float -> why.
+        weights: Layer -> strategy -> fitted quantizer.
+        inputs: Layer -> strategy -> quantizer; empty for embeddings, and where inputs stay float.
+        place: Of the batch that `judge` is at.
     """
 
     model: nn.Module
     layers: dict[str, QuantLayer]
-    weights: dict[str, dict[str, Quantizer]]
     bits: dict[str, tuple[int, int | None]]
     input_strategies: Mapping[str, Any]
     fit: list[Tensor]
@@ -66,9 +67,9 @@ class Problem:
     wanted: tuple[list[Tensor], list[Tensor]]
     loss: Loss
     left: dict[str, str]
-    at_once: int
+    weights: dict[str, dict[str, Quantizer]] = field(default_factory=dict)
     inputs: dict[str, dict[str, InputQuantizer]] = field(default_factory=dict)
-    place: int = 0  # of the batch that `judge` is at
+    place: int = 0
 
     def set(self, choice: Choice) -> None:
         """Give every layer the candidates of that choice."""
@@ -91,10 +92,14 @@ class Problem:
                 count += len(x)
         return total / count
 
+    def fitted(self, name: str, strategy: str, seen: InputStatistics) -> InputQuantizer:
+        """The input quantizer that a strategy gives a layer, where the layer is."""
+        return self.input_strategies[strategy].fitted(seen, self.bits[name][1]).to(self.layers[name].weight.device)
+
     def calibrate(self, choose: Callable[[str, InputStatistics], InputQuantizer]) -> None:
         """Give every layer an input quantizer, in the order of the network, from the samples of `fit`."""
         if any(given is not None for _, given in self.bits.values()):
-            calibrate(self.model, joined(self.fit, self.at_once), choose)
+            calibrate(self.model, joined(self.fit, room(self.model, self.layers, self.fit[0])), choose)
 
     def recalibrate(self, choice: Choice) -> None:
         """Set a choice, each layer calibrated on what the chosen ones before it give it."""
@@ -103,75 +108,47 @@ class Problem:
         def choose(name: str, seen: InputStatistics) -> InputQuantizer:
             given = choice[name][1]
             assert given is not None  # calibrate leaves embeddings out, and `bits` says that the rest has inputs
-            return self.input_strategies[given].fitted(seen, self.bits[name][1])
+            return self.fitted(name, given, seen)
 
         self.calibrate(choose)
 
 
 def make_problem(
-    network: nn.Module,
-    calibration: Tensor | Sequence[Tensor],
-    *,
-    bits_weights: int,
-    bits_activations: int | None,
-    edge_bits: int | None = 8,
-    per_channel: bool = True,
-    weights: Iterable[str] | None = None,
-    inputs: Iterable[str] | None = None,
-    skip: Iterable[str] = (),
-    loss: str | Loss = "kl",
-    select_share: float = 0.25,
-    batch_size: int = 64,
-    at_once: int = 512,
-    seed: int = 0,
-    fold: bool = True,
-    trained: bool = False,
+    network: nn.Module, calibration: Tensor | Sequence[Tensor], settings: StrategySettings, fold: bool = True
 ) -> Problem:
-    """Fold, prepare, and find every candidate's grid; see `search_strategies` for the arguments.
+    """Fold, prepare, and find every candidate's grid; see `search_strategies` for network and data.
 
     The start of all inputs is the strategy `mse`, or the first that was named: what the layers before give a layer when
     its candidates find their grids.
 
     Raises:
-        ValueError: If the calibration data, the model or an argument cannot be served.
+        ValueError: If the calibration data, the model or a setting cannot be served.
     """
-    check_bits(bits_weights)
-    if bits_activations is not None:
-        check_bits(bits_activations)
-    judge = LOSSES.get(loss) if isinstance(loss, str) else loss
+    judge = LOSSES.get(settings.loss) if isinstance(settings.loss, str) else settings.loss
     if judge is None:
-        raise ValueError(f"loss={loss!r} is not known; choose one of {', '.join(LOSSES)}, or pass a function")
-    of_weights, of_inputs = strategies(WEIGHTS, weights, trained), strategies(INPUTS, inputs, trained)
-    fit, select = split(calibration, network, select_share, batch_size, seed)
-    folded = fold_batch_norms(network) if fold else Folded(copy.deepcopy(network).eval(), (), {})
-    with torch.no_grad(), evaluating(folded.model):
-        wanted = [folded.model(x) for x in fit], [folded.model(x) for x in select]
-    for outputs in (y for part in wanted for y in part):
-        if not isinstance(outputs, Tensor) or not torch.isfinite(outputs).all():
-            said = "NaN or infinity" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}, not a tensor"
-            raise ValueError(f"the float model answers {said} on the calibration data; there is nothing to be close to")
-    prepared = prepare(folded.model, quantizer="lsq8", skip=skip)
+        raise ValueError(f"loss={settings.loss!r} is not known; choose one of {', '.join(LOSSES)}, or pass a function")
+    of_weights = strategies(WEIGHTS, settings.weights, settings.trained)
+    of_inputs = strategies(INPUTS, settings.inputs, settings.trained)
+    fit, select = split(calibration, network, settings)
+    with torch.no_grad(), evaluating(network):
+        wanted = _answers(network, fit, settings.loss), _answers(network, select, settings.loss)
+    folded = _folded(network, fit[0], wanted[0][0]) if fold else Folded(copy.deepcopy(network).eval(), (), {})
+    prepared = prepare(folded.model, quantizer="lsq8", skip=settings.skip)
     model = prepared.model.eval().requires_grad_(False)
     found = quant_layers(model)
-    order = calibrate(model, joined(fit, at_once), _never, observe=False)
-    layers = {name: found[name] for name in order}
-    bits = dict.fromkeys(layers, (bits_weights, bits_activations))
-    if edge_bits is not None:
-        edge = check_bits(edge_bits)
-        for name in (order[0], order[-1]):
-            bits[name] = max(edge, bits_weights), None if bits_activations is None else max(edge, bits_activations)
+    order = count_calls(model, found, fit)
+    edges = {order.first[0], order.last[-1]}
+    layers = {name: found[name] for name in order.last}
+    bits = {name: settings.bits(name in edges) for name in layers}
     for name, layer in layers.items():
         if isinstance(layer, QuantEmbedding):
             bits[name] = bits[name][0], None
-    problem = Problem(
-        *(model, layers, {}, bits, of_inputs, fit, select, wanted, judge),
-        left={**folded.left, **{k: v for k, v in prepared.left.items() if k not in folded.left}},
-        at_once=at_once,
-    )
+    left = {**folded.left, **{k: v for k, v in prepared.left.items() if k not in folded.left}}
+    problem = Problem(model, layers, bits, of_inputs, fit, select, wanted, judge, left)
     for name, layer in layers.items():
         problem.weights[name] = {}
         for strategy, cls in of_weights.items():
-            made = cls(layer.weight.shape[0], bits[name][0], per_channel).to(layer.weight.device)
+            made = cls(layer.weight.shape[0], bits[name][0], settings.per_channel).to(layer.weight.device)
             try:
                 made.fit(layer.rows())
             except ValueError as error:
@@ -181,67 +158,85 @@ def make_problem(
     start = "mse" if "mse" in of_inputs else next(iter(of_inputs))
 
     def choose(name: str, seen: InputStatistics) -> InputQuantizer:
-        width = bits[name][1]
-        assert width is not None
-        device = layers[name].weight.device
-        problem.inputs[name] = {s: cls.fitted(seen, width).to(device) for s, cls in of_inputs.items()}
+        problem.inputs[name] = {strategy: problem.fitted(name, strategy, seen) for strategy in of_inputs}
         return problem.inputs[name][start]
 
     problem.calibrate(choose)
     return problem
 
 
-def _never(name: str, seen: InputStatistics) -> InputQuantizer:
-    raise AssertionError(name)
+def _answers(network: nn.Module, batches: Sequence[Tensor], loss: str | Loss) -> list[Tensor]:
+    found = []
+    for x in batches:
+        try:
+            outputs = network(x)
+        except (RuntimeError, TypeError, IndexError) as error:
+            said = str(error).splitlines()[0]
+            raise ValueError(
+                f"the model does not take the calibration data, {x.dtype} of shape {tuple(x.shape)}: {said}"
+            ) from None
+        if not isinstance(outputs, Tensor) or not torch.isfinite(outputs).all():
+            said = "NaN or infinity" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}, not a tensor"
+            raise ValueError(f"the float model answers {said} on the calibration data; there is nothing to be close to")
+        if loss == "kl" and (outputs.dim() < 2 or outputs.shape[-1] < 2):
+            raise ValueError(
+                f"loss='kl' compares answers among classes, and the model's outputs are {tuple(outputs.shape)}; take "
+                "loss='l1', or pass a function"
+            )
+        found.append(outputs)
+    return found
+
+
+def _folded(network: nn.Module, x: Tensor, wanted: Tensor) -> Folded:
+    """Norms folded, unless the network then answers otherwise: its graph cannot tell everything."""
+    folded = fold_batch_norms(network)
+    if folded.folded:
+        with torch.no_grad():
+            off = (folded.model(x) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
+        if not off <= torch.finfo(wanted.dtype).eps ** 0.5:
+            why = dict.fromkeys(folded.folded, "folded, the network answers otherwise")
+            return Folded(copy.deepcopy(network).eval(), (), {**folded.left, **why})
+    return folded
 
 
 def joined(batches: Sequence[Tensor], at_once: int) -> list[Tensor]:
-    """The same samples in batches of up to `at_once`, where their shapes allow it."""
-    groups: list[list[Tensor]] = []
+    """The same samples in batches of up to `at_once` of one shape."""
+    groups: dict[torch.Size, list[list[Tensor]]] = {}
     for batch in batches:
-        last = groups[-1] if groups else []
-        if last and last[0].shape[1:] == batch.shape[1:] and sum(map(len, last)) + len(batch) <= at_once:
-            last.append(batch)
-        else:
-            groups.append([batch])
-    return [torch.cat(group) for group in groups]
+        alike = groups.setdefault(batch.shape[1:], [[]])
+        if sum(map(len, alike[-1])) + len(batch) > at_once and alike[-1]:
+            alike.append([])
+        alike[-1].append(batch)
+    return [torch.cat(group) for alike in groups.values() for group in alike]
 
 
 def split(
-    calibration: Tensor | Sequence[Tensor], network: nn.Module, select_share: float, batch_size: int, seed: int
+    calibration: Tensor | Sequence[Tensor], network: nn.Module, settings: StrategySettings
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Batches to fit to and batches to select by, on the network's device; a single sample serves both.
 
     Raises:
-        ValueError: If there is no sample, one holds NaN or infinity or is of another dtype than the network, or an
-            argument is out of its range.
+        ValueError: If there is no sample, or one holds NaN or infinity or is of another dtype than the network.
     """
-    if not 0 < select_share < 1 or batch_size < 1:
-        raise ValueError(
-            f"select_share={select_share}, batch_size={batch_size}: want a share of 1, and 1 sample or more"
-        )
-    batches = list(calibration.split(1)) if isinstance(calibration, Tensor) and calibration.dim() else list(calibration)
-    batches = [b for b in batches if isinstance(b, Tensor) and b.numel()] if _tensors(batches) else []
-    if not batches:
-        raise ValueError("no calibration data: want a tensor (samples, ...) of inputs, or a list of such batches")
-    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-    for place, batch in enumerate(batches):
-        if batch.is_floating_point() and not torch.isfinite(batch).all():
-            what = "sample" if isinstance(calibration, Tensor) else "batch"
-            raise ValueError(f"calibration data: {what} {place} holds NaN or infinity; take it out")
-        if batch.is_floating_point() and batch.dtype != dtype:
-            raise ValueError(
-                f"calibration data is {batch.dtype}, the model {dtype}; convert it with .to({dtype}), or the model"
-            )
-    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
-    device, count = device_of(network), max(round(select_share * len(batches)), 1)
-    moved = [batches[i].to(device) for i in order]
-    parts = (moved[count:], moved[:count]) if len(moved) > 1 else (moved, moved)
-    return joined(parts[0], batch_size), joined(parts[1], batch_size)
-
-
-def _tensors(batches: list[Any]) -> bool:
-    for batch in batches:
+    given = [calibration] if isinstance(calibration, Tensor) else list(calibration)
+    for batch in given:
         if not isinstance(batch, Tensor) or not batch.dim():
             raise ValueError(f"calibration data: a batch is a {type(batch).__name__}; want tensors (samples, ...)")
-    return True
+    samples = [sample for batch in given if batch.numel() for sample in batch.split(1)]
+    if not samples:
+        raise ValueError("no calibration data: want a tensor (samples, ...) of inputs, or a list of such batches")
+    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    if dtype == torch.float64:
+        raise ValueError("the model is torch.float64, which has no quantized form; convert model and data by .float()")
+    for place, sample in enumerate(samples):
+        if sample.is_floating_point() and not torch.isfinite(sample).all():
+            raise ValueError(f"calibration data: sample {place} holds NaN or infinity; take it out")
+        if sample.is_floating_point() and sample.dtype != dtype:
+            raise ValueError(
+                f"calibration data is {sample.dtype}, the model {dtype}; convert it with .to({dtype}), or the model"
+            )
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    device, count = device_of(network), min(max(round(settings.select_share * len(samples)), 1), len(samples) - 1)
+    moved = [samples[i].to(device) for i in order]
+    parts = (moved[count:], moved[:count]) if len(moved) > 1 else (moved, moved)
+    return joined(parts[0], settings.batch_size), joined(parts[1], settings.batch_size)

@@ -10,7 +10,7 @@ settled    every layer keeps its leading candidate; the learning rate starts ane
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +21,11 @@ from sgsc.layers import quant_layers
 from .mixture import MixedInput, MixedWeights, entropy, mixtures, set_temperature, settle
 from .problem import Choice, make_problem
 from .search import COLDEST, RATE
+from .settings import StrategySettings
 
 WARM, SEARCH = 0.1, 0.3  # shares of the steps; the rest is settled
 SHARP = 1.0  # weight of the entropy at the end of the search, in units of the loss at its start
-CLIP = 1.0  # norm of all gradients of weights
+CLIP = 1.0  # norm of all gradients of weights and grids
 
 
 class StrategyTraining:
@@ -39,17 +40,11 @@ class StrategyTraining:
         network: Trained, in float; it is left as it is.
         calibration: Inputs, (samples, ...) or a list of such batches, that learned grids start from.
         steps: Of the whole training.
-        bits_weights: 2 to 8.
-        bits_activations: 2 to 8, or None to leave inputs float.
-        edge_bits: Least bits of the first and the last layer; None for no exception.
-        per_channel: Whether each output channel has a step of its own.
-        weights: Names of WEIGHTS that are for training; all if None. With one of each nothing is to be searched.
-        inputs: Names of INPUTS, likewise.
-        skip: Names of layers to leave float.
         fold: Whether batch norms are folded before; else they train on, and stay.
         rate: Peak of the learning rate of the weights; shares have their own.
         optimiser: Called with groups of parameters; AdamW if None.
-        seed: Of the order in which calibration data is read.
+        bits_activations: As of StrategySettings, but 4 unless it is named.
+        settings: Other fields of StrategySettings; with one name each of `weights` and `inputs` nothing is searched.
 
     Raises:
         ValueError: If `steps` is below 1, or as `search_strategies` does.
@@ -61,28 +56,20 @@ class StrategyTraining:
         calibration: Tensor | Sequence[Tensor],
         *,
         steps: int,
-        bits_weights: int = 4,
-        bits_activations: int | None = 4,
-        edge_bits: int | None = 8,
-        per_channel: bool = True,
-        weights: Iterable[str] | None = None,
-        inputs: Iterable[str] | None = None,
-        skip: Iterable[str] = (),
         fold: bool = False,
         rate: float = 1e-3,
         optimiser: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
-        seed: int = 0,
+        bits_activations: int | None = 4,
+        **settings: Any,
     ) -> None:
         if steps < 1:
             raise ValueError(f"steps={steps} trains nothing; give 1 or more")
-        problem = make_problem(
-            *(network, calibration),
-            **{"bits_weights": bits_weights, "bits_activations": bits_activations, "edge_bits": edge_bits},
-            **{"per_channel": per_channel, "weights": weights, "inputs": inputs, "skip": skip, "seed": seed},
-            fold=fold,
-            trained=True,
-        )
-        self.model = problem.model.requires_grad_(True)
+        wanted = StrategySettings(bits_activations=bits_activations, trained=True, **settings)
+        problem = make_problem(network, calibration, wanted, fold)
+        self.model = problem.model
+        frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
+        for name, p in self.model.named_parameters():  # the search had them all frozen
+            p.requires_grad_(name not in frozen)
         self.steps, self.done_steps, self.rate = steps, 0, rate
         self.choice: Choice = {}
         self.first: float | None = None
@@ -158,8 +145,7 @@ class StrategyTraining:
         for layer in quant_layers(self.model).values():
             for quantizer in (layer.weight_quantizer, layer.input_quantizer):
                 for name, p in [] if quantizer is None else quantizer.named_parameters():
-                    # relative to its start: an optimiser that normalises gradients would else move all steps alike
-                    own[id(p)] = 0.0 if name == "logits" else max(p.detach().abs().mean().item(), 1e-8)
+                    own[id(p)] = 0.0 if name == "logits" else _unit(quantizer, name, p)
         learned = [p for p in self.model.parameters() if p.requires_grad]
         plain = [p for p in learned if id(p) not in own]
         groups: list[dict[str, Any]] = [{"params": plain, "of": 1.0}]
@@ -173,3 +159,14 @@ class StrategyTraining:
         part = (self.done_steps - self.began) / max(end - self.began, 1)
         least = 0.0 if self.choice else 0.1
         return min(part / 0.05 + 0.05, least + (1 - least) * 0.5 * (1 + math.cos(math.pi * part)))
+
+
+def _unit(quantizer: Any, name: str, p: Tensor) -> float:
+    """What a rate is relative to: an optimiser that normalises gradients would else move all steps alike.
+
+    It is the size of the parameter as it starts; of an offset, which may start at 0, what the grid spans.
+    """
+    if name.endswith("offset"):
+        scale, low, high, _ = quantizer.grid()
+        return float((scale * (high - low)).detach().mean())
+    return max(p.detach().abs().mean().item(), 1e-8)

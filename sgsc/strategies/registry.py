@@ -180,6 +180,7 @@ def strategies(registry: dict[str, Any], names: Any = None, trained: bool = Fals
     fit = {name: cls for name, cls in registry.items() if cls.trained is trained}
     if names is None:
         return fit
+    names = list(names)
     for name in names:
         if name not in fit:
             raise ValueError(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,8 @@ from sgsc.layers import QuantLayer, quant_layers
 
 from .calibration import round_biases
 from .mixture import MixedInput, MixedWeights, entropy, mixtures, set_temperature
-from .problem import Choice, Loss, Problem, make_problem
+from .problem import Choice, Problem, make_problem
+from .settings import StrategySettings
 from .settled import Settled
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
@@ -64,43 +65,22 @@ def search_strategies(
     model: nn.Module,
     calibration: Tensor | Sequence[Tensor],
     *,
-    bits_weights: int = 4,
-    bits_activations: int | None = 8,
-    edge_bits: int | None = 8,
-    per_channel: bool = True,
-    weights: Iterable[str] | None = None,
-    inputs: Iterable[str] | None = None,
-    skip: Iterable[str] = (),
-    loss: str | Loss = "kl",
     steps: int = 100,
-    select_share: float = 0.25,
-    batch_size: int = 64,
-    at_once: int = 512,
     integer_bias: bool = False,
-    seed: int = 0,
     progress: Progress = lambda phase, step, steps, values: None,
+    **settings: Any,
 ) -> Strategies:
     """Find, without retraining, the quantization strategy of each layer's weight and input.
 
     Args:
         model: Trained, in float; it is left as it is. Batch norms are folded where its graph allows it.
         calibration: Inputs, (samples, ...) or a list of such batches, of the kind that the model will see; no targets.
-        bits_weights: 2 to 8.
-        bits_activations: 2 to 8, or None to leave inputs float.
-        edge_bits: Least bits of the first and the last layer, as is usual; None for no exception.
-        per_channel: Whether each output channel has a step of its own.
-        weights: Names of WEIGHTS to choose from; all that need no training if None.
-        inputs: Names of INPUTS, likewise.
-        skip: Names of layers to leave float, as `prepare` takes them.
-        loss: "kl" (divergence of the answers from the float model's), "l1" (for images), or a function (outputs,
-            wanted) -> scalar.
         steps: Of Adam on the mixture.
-        select_share: Of the samples, by which discrete choices are judged; the others find grids and train the mixture.
-        batch_size: Samples of a step.
-        at_once: Samples that pass through the network together while it is calibrated; memory grows with it.
-        integer_bias: Round biases to steps of the int32 sums of integer kernels (ours need no such rounding).
-        seed: Of every random choice.
+        integer_bias: Round biases to steps of the int32 sums of integer kernels (ours need no such rounding); the loss
+            is that of rounded biases.
         progress: Called as progress(phase, step, steps, values).
+        settings: Fields of StrategySettings: bits_weights=4, bits_activations=8, edge_bits=8, per_channel=True,
+            weights, inputs, skip, loss="kl", select_share=0.25, batch_size=64, seed=0.
 
     Raises:
         ValueError: If the calibration data is empty, not finite or of another dtype than the model, a layer is never
@@ -108,18 +88,14 @@ def search_strategies(
     """
     if steps < 0:
         raise ValueError(f"steps={steps}: want 0 or more")
+    wanted = StrategySettings(**settings)
     started = time.perf_counter()
-    problem = make_problem(
-        *(model, calibration),
-        **{"bits_weights": bits_weights, "bits_activations": bits_activations, "edge_bits": edge_bits},
-        **{"per_channel": per_channel, "weights": weights, "inputs": inputs, "skip": skip, "loss": loss},
-        **{"select_share": select_share, "batch_size": batch_size, "at_once": at_once, "seed": seed},
-    )
+    problem = make_problem(model, calibration, wanted)
     clock = {"calibration": time.perf_counter() - started}
     uniforms = try_uniforms(problem, progress)
     best = min(uniforms, key=lambda pair: uniforms[pair])
     clock["uniform"] = time.perf_counter() - started - sum(clock.values())
-    proposed, shares, course = train_mixture(problem, steps, seed, progress)
+    proposed, shares, course = train_mixture(problem, steps, wanted.seed, progress)
     clock["mixture"] = time.perf_counter() - started - sum(clock.values())
     ends = {
         "greedy": greedy(problem, problem.uniform(*best), progress, "greedy pass from the best uniform"),
@@ -129,7 +105,7 @@ def search_strategies(
     origin = min(ends, key=lambda name: (ends[name].loss, name == "greedy"))
     end = ends[origin]
     result, recalibrated = end.loss, False
-    if bits_activations is not None:
+    if wanted.bits_activations is not None:
         # grids were found behind layers of one strategy; now they may be found behind those that are chosen
         problem.recalibrate(end.choice)
         again = problem.judge()
@@ -137,7 +113,10 @@ def search_strategies(
         result = min(again, result)
     if not recalibrated:
         problem.set(end.choice)
-    cut = round_biases(problem.model) if integer_bias else 0
+    left_biases = 0
+    if integer_bias:
+        left_biases = round_biases(problem.model)
+        result = problem.judge()
     layers = [
         {
             **{"name": name, "weight": end.choice[name][0], "input": end.choice[name][1]},
@@ -149,13 +128,13 @@ def search_strategies(
         for name, layer in problem.layers.items()
     ]
     report = {
-        **{"bits_weights": bits_weights, "bits_activations": bits_activations, "edge_bits": edge_bits, "seed": seed},
-        **{"per_channel": per_channel, "steps": steps, "samples_fit": sum(map(len, problem.fit))},
+        **{key: getattr(wanted, key) for key in ("bits_weights", "bits_activations", "edge_bits", "seed")},
+        **{"per_channel": wanted.per_channel, "steps": steps, "samples_fit": sum(map(len, problem.fit))},
         **{"samples_select": sum(map(len, problem.select)), "origin": origin, "loss": result, "left": problem.left},
         **{"uniform": [{"weight": w, "input": a, "loss": v} for (w, a), v in uniforms.items()]},
         **{"best_uniform": list(best), "best_uniform_loss": uniforms[best], "greedy_loss": ends["greedy"].loss},
         **{"mixture_argmax_loss": ends["mixture"].start, "mixture_greedy_loss": ends["mixture"].loss},
-        **{"recalibrated": recalibrated, "biases_cut": cut, "course": course, "layers": layers},
+        **{"recalibrated": recalibrated, "biases_left": left_biases, "course": course, "layers": layers},
         **{"seconds_by_phase": clock, "seconds": time.perf_counter() - started},
     }
     for layer in problem.layers.values():  # what is derived is independent of what was tried

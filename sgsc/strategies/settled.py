@@ -13,13 +13,14 @@ MOST_BYTES = 2**30  # of outputs that are kept
 class Settled:
     """A context in which layers that were `add`ed, first to last in the order of their calls, answer from memory.
 
-    Half of a greedy pass is saved. Nothing is where any layer is called more than once a batch: one in between is then
+    Half of a greedy pass is saved. Nothing is where any layer is not called once a batch: one in between is then
     given what a layer makes whose turn is later. Nor is where memory ends. The answers are the same either way.
     """
 
     def __init__(self, problem: Problem, most_bytes: int = MOST_BYTES) -> None:
-        calls = count_calls(problem.model, problem.layers, problem.select[0])
-        self.problem, self.left = problem, most_bytes if max(calls.values()) == 1 else 0
+        counts = count_calls(problem.model, problem.layers, problem.select).counts
+        once = all(count.get(name) == 1 for count in counts for name in problem.layers)
+        self.problem, self.left = problem, most_bytes if once else 0
         self.added: list[nn.Module] = []
 
     def __enter__(self) -> Settled:
@@ -38,7 +39,7 @@ class Settled:
 
         def keep(_module: nn.Module, _args: tuple, output: Tensor) -> None:
             if self.left > 0:
-                outputs[problem.place].append(output)
+                outputs[problem.place].append(output.clone())  # the network may go on in place, here …
                 self.left -= output.numel() * output.element_size()
 
         hook = layer.register_forward_hook(keep)
@@ -48,5 +49,5 @@ class Settled:
             hook.remove()
         if self.left <= 0:
             return
-        layer.__dict__["forward"] = lambda *_args, **_kwargs: outputs[problem.place][0]
+        layer.__dict__["forward"] = lambda *_args, **_kwargs: outputs[problem.place][0].clone()  # … and there
         self.added.append(layer)

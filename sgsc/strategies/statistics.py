@@ -19,6 +19,7 @@ from torch import Tensor
 BINS = 4096  # on each side of 0
 GROUP = 64  # samples of a step of the averages, so that they do not depend on how data is cut into batches of more
 MOMENTUM = 0.9
+COUNTED = 2**22  # values at once: histc counts in float32, which stops at 2^24 a bin
 
 
 class InputStatistics:
@@ -61,11 +62,10 @@ class InputStatistics:
         self.values = x[0].numel() if x.dim() else 1
         self._reach_to(max(-self.least, self.most))
         if self.reach:
-            found = torch.histc(x, bins=2 * BINS, min=-self.reach, max=self.reach).double().cpu()
-            none = int((x == 0).sum())
-            found[BINS] -= none
-            self.zeros += none
-            self.histogram += found
+            others = x[x != 0]
+            self.zeros += x.numel() - others.numel()
+            for part in others.split(COUNTED):
+                self.histogram += torch.histc(part, 2 * BINS, -self.reach, self.reach).double().cpu()
         else:
             self.zeros += x.numel()
 

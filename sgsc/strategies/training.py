@@ -222,14 +222,9 @@ class MinMaxInput(LearnedInput, name="straight-through"):
         """See `InputQuantizer`."""
         return self.step.detach(), self.code_min, self.code_max, torch.zeros_like(self.code_min)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape -> the same."""
-        if self.training and x.numel():
-            self._follow(x)
-        return super().forward(x)
-
     @torch.no_grad()
-    def _follow(self, x: Tensor) -> None:
+    def follow(self, x: Tensor) -> None:
+        """See `InputQuantizer`."""
         low, high = x.detach().aminmax()
         self.least.lerp_(low.to(self.least.dtype).clamp_max(0), 0.01)
         self.most.lerp_(high.to(self.most.dtype).clamp_min(0), 0.01)

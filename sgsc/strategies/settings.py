@@ -1,0 +1,69 @@
+"""What a search of strategies, with and without training, is asked for: said once for both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .registry import INPUTS, WEIGHTS, check_bits, strategies
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategySettings:
+    """What layers are to get, and by which data that is decided.
+
+    Attributes:
+        bits_weights: 2 to 8.
+        bits_activations: 2 to 8, or None to leave inputs float.
+        edge_bits: Least bits of the first and the last layer, as is usual; None for no exception.
+        per_channel: Whether each output channel has a step of its own.
+        weights: Names of WEIGHTS to choose from; all that serve the purpose if None.
+        inputs: Names of INPUTS, likewise.
+        skip: Names of layers to leave float, as `prepare` takes them.
+        loss: "kl" (divergence of the answers from the float model's), "l1" (for images and other real numbers), or a
+            function (outputs, wanted) -> scalar.
+        select_share: Of the samples, by which discrete choices are judged; the others find grids and train mixtures.
+        batch_size: Samples of a step.
+        seed: Of every random choice.
+
+    Raises:
+        ValueError: If bits, a share, a batch or the name of a strategy is out of its range.
+    """
+
+    bits_weights: int = 4
+    bits_activations: int | None = 8
+    edge_bits: int | None = 8
+    per_channel: bool = True
+    weights: Iterable[str] | None = None
+    inputs: Iterable[str] | None = None
+    skip: Iterable[str] = ()
+    loss: str | Loss = "kl"
+    select_share: float = 0.25
+    batch_size: int = 64
+    seed: int = 0
+    trained: bool = False  # whether strategies are those that learn with the weights
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "inputs", "skip"):  # an iterator would be read up by the first who looks
+            if isinstance(given := getattr(self, name), str):
+                raise ValueError(f"{name}={given!r}: want several names, such as [{given!r}]")
+            object.__setattr__(self, name, None if given is None else tuple(given))
+        for bits in (self.bits_weights, self.bits_activations, self.edge_bits):
+            if bits is not None:
+                check_bits(bits)
+        if not 0 < self.select_share < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"select_share={self.select_share}, batch_size={self.batch_size}: want a share of 1, and 1 sample or "
+                "more"
+            )
+        strategies(WEIGHTS, self.weights, self.trained)
+        strategies(INPUTS, self.inputs, self.trained)
+
+    def bits(self, edge: bool) -> tuple[int, int | None]:
+        """Bits of the weight and of the input of a layer, at an edge of the network or within."""
+        least = (self.edge_bits or 0) if edge else 0
+        return max(least, self.bits_weights), self.bits_activations and max(least, self.bits_activations)
