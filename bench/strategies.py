@@ -13,19 +13,25 @@ from __future__ import annotations
 import argparse
 import functools
 import random
-import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sgsc.demos.training import batches, mirror_and_shift, shift
-from sgsc.strategies import INPUTS, WEIGHTS, StrategyTraining, make_problem, search_strategies
+from sgsc.strategies import (
+    INPUTS,
+    WEIGHTS,
+    Strategies,
+    StrategySettings,
+    StrategyTraining,
+    make_problem,
+    search_strategies,
+)
 from sgsc.strategies.folding import fold_batch_norms
 from sgsc.strategies.problem import Choice, Problem
 from sgsc.strategies.registry import strategies
@@ -34,7 +40,7 @@ from . import record
 from .runs import Row, Section, Settings
 from .sgsc_peers import LIBRARIES, ROW
 from .strategy_claims import mixture_claims, network_claims, qat_claims
-from .strategy_networks import Network, network
+from .strategy_networks import Network, means, network
 
 NETWORKS = ("digits", "char-lm", "resnet20", "resnet56", "stories260k", "vdsr")
 SETTINGS: dict[str, tuple[int, int | None]] = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W3": (3, None)}
@@ -44,11 +50,12 @@ START = "mse"  # of the other side, where strategies of one side are compared
 
 def measure_network(section: Section, of: Network, settings: Sequence[str], draws: int, randoms: int) -> None:
     """Every method in every setting on every draw."""
-    common = {"task": section.name.removeprefix("strategies-"), "test_samples": of.test_samples}
+    common = {"task": section.name.removeprefix("strategies-"), "test_samples": of.test_samples, "metric": of.metric}
     section.row({**common, "method": "float"}, lambda: timed(lambda: of.judge(of.model)))
     for setting in settings:
         for seed in range(draws):
-            _one(section, of, setting, seed, randoms, {**common, "setting": setting, "seed": seed})
+            one = {**common, "setting": setting, "samples": of.samples, "seed": seed}
+            _one(section, of, setting, seed, randoms, one)
 
 
 def _one(section: Section, of: Network, setting: str, seed: int, randoms: int, row: Row) -> None:
@@ -56,27 +63,38 @@ def _one(section: Section, of: Network, setting: str, seed: int, randoms: int, r
     how = {"bits_weights": bits_weights, "bits_activations": bits_activations, "skip": of.skip, "loss": of.loss}
 
     @functools.cache
-    def found() -> Any:
-        return search_strategies(of.model, of.calibration(seed), **how, seed=seed)
+    def found() -> tuple[Strategies, dict[str, Tensor]]:
+        made = search_strategies(of.model, of.calibration(seed), **how, seed=seed)
+        return made, of.each(made.model)
 
     @functools.cache
     def problem() -> Problem:
-        return make_problem(of.model, of.calibration(seed), **how, seed=seed)
+        return make_problem(of.model, of.calibration(seed), StrategySettings(**how, seed=seed))
 
-    def judged(choice: Choice, recalibrate: bool = True) -> Row:
+    def beside(model: nn.Module) -> Row:
+        """How it is judged, and how far ours is ahead on the same samples."""
+        theirs, ours = of.each(model), found()[1]
+        leads = of.sign * (ours[of.metric] - theirs[of.metric]).double()
+        error = leads.std().item() / len(leads) ** 0.5 if len(leads) > 1 else 0.0
+        return {**means(theirs), "ours_ahead": leads.mean().item(), "ours_ahead_error": error}
+
+    def judged(choice: Choice) -> Row:
+        """Calibrated behind its own layers where that is better on the samples that choices are judged by: as ours."""
         made = problem()
-        before = {name: dict(quantizers) for name, quantizers in made.inputs.items()}
-        made.recalibrate(choice) if recalibrate else made.set(choice)
-        said = {"select_loss": made.judge(), **of.judge(made.model)}
-        made.inputs = before
-        return said
+        made.set(choice)
+        loss = made.judge()
+        made.recalibrate(choice)
+        again = made.judge()
+        if again >= loss:
+            made.set(choice)
+        return {"select_loss": min(loss, again), **beside(made.model)}
 
     def dqss() -> Row:
-        f = found()
+        f, each = found()
         kept = ("origin", "best_uniform", "best_uniform_loss", "greedy_loss", "mixture_argmax_loss", "recalibrated")
         kinds = {f"different_{side}s": len({row[side] for row in f.report["layers"]}) for side in ("weight", "input")}
         said = {**{key: f.report[key] for key in kept}, **kinds, "search_seconds": f.report["seconds"]}
-        return {"select_loss": f.loss, **of.judge(f.model), **said, "layers": len(f.choice)}
+        return {"select_loss": f.loss, **means(each), **said, "layers": len(f.choice)}
 
     def drawn(count: int) -> Row:
         rng, made = random.Random(seed), problem()
@@ -89,12 +107,14 @@ def _one(section: Section, of: Network, setting: str, seed: int, randoms: int, r
                 )
                 for name in made.layers
             }
-            said.append(judged(choice, False))
-        means = {key: statistics.fmean(s[key] for s in said) for key in said[0]}
-        return means | {f"{of.metric}_worst": min((s[of.metric] for s in said), key=lambda v: of.sign * v)}
+            said.append(judged(choice))
+        kept = {key: statistics.fmean(s[key] for s in said) for key in said[0]}
+        return kept | {f"{of.metric}_worst": min((s[of.metric] for s in said), key=lambda v: of.sign * v)}
 
     section.row({**row, "method": "DQSS"}, lambda: timed(dqss))
-    section.row({**row, "method": "greedy"}, lambda: timed(lambda: judged(found().greedy, False)))
+    section.row({**row, "method": "greedy"}, lambda: timed(lambda: judged(found()[0].greedy)))
+    best = lambda: judged(problem().uniform(*found()[0].uniform))  # noqa: E731
+    section.row({**row, "method": "best uniform"}, lambda: timed(best))
     pairs = [(w, START) for w in strategies(WEIGHTS)]
     pairs += [(START, a) for a in strategies(INPUTS) if a != START] if bits_activations else []
     for w, a in pairs:
@@ -104,26 +124,23 @@ def _one(section: Section, of: Network, setting: str, seed: int, randoms: int, r
         section.row({**row, "method": "random", "assignments": randoms}, lambda: timed(lambda: drawn(randoms)))
     if bits_activations is None:
         for library in LIBRARIES:
-            section.row({**row, "method": library}, lambda library=library: _library(of, library, bits_weights))
+            section.row({**row, "method": library}, lambda library=library: _library(of, library, problem(), beside))
 
 
-def _library(of: Network, library: str, bits: int) -> Row:
-    """Weights as another library rounds them, norms folded, 8 bits in the first and the last layer, inputs float."""
+def _library(of: Network, library: str, problem: Problem, beside: Callable[[nn.Module], Row]) -> Row:
+    """Weights as another library rounds them: norms folded, widths as ours, embeddings and inputs float."""
     model = fold_batch_norms(of.model).model
-    layers = [
-        m
-        for name, m in model.named_modules()
-        if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d)) and name not in of.skip
-    ]
     try:
         with torch.no_grad():
-            for layer in layers:
-                width = 8 if layer in (layers[0], layers[-1]) else bits
-                rows = layer.weight.flatten(1)
-                layer.weight.copy_(LIBRARIES[library][0](rows.clone(), width, ROW)[0].view_as(layer.weight))
+            for name, (bits, _) in problem.bits.items():
+                if not isinstance(layer := model.get_submodule(name), nn.Embedding):
+                    rows = layer.get_parameter("weight")
+                    rows.copy_(LIBRARIES[library][0](rows.flatten(1).clone(), bits, ROW)[0].view_as(rows))
     except ImportError as error:
         return {"missing": f"{type(error).__name__}: {error}"}
-    return timed(lambda: of.judge(model))
+    except Exception as error:  # of another's code, on shapes or widths that it may not serve
+        return {"missing": f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"}
+    return timed(lambda: beside(model))
 
 
 def timed(run: Callable[[], Row]) -> Row:
@@ -183,8 +200,7 @@ def _mixture(count: int, together: bool) -> Row:
         started = time.process_time()  # of all threads: others use this machine too
         once()
         times.append(time.process_time() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"cpu_seconds": statistics.median(times), "kept_bytes": sum(kept.values()), "process_peak_kilobytes": peak}
+    return {"cpu_seconds": statistics.median(times), "kept_bytes": sum(kept.values())}
 
 
 # ---- training ----
@@ -192,11 +208,9 @@ def _mixture(count: int, together: bool) -> Row:
 
 def measure_qat(section: Section, of: Network, steps: int, draws: int, rate: float) -> None:
     """ResNet-20 at 4 bits: strategies that are searched, and LSQ in all layers, equally long."""
-    common = {"task": "resnet20", "setting": "W4A4", "steps": steps, "rate": rate, "test_samples": of.test_samples}
-    section.row(
-        {**{k: common[k] for k in ("task", "test_samples")}, "method": "float"},
-        lambda: timed(lambda: of.judge(of.model)),
-    )
+    float_row = {"task": "resnet20", "test_samples": of.test_samples}
+    common = {**float_row, "setting": "W4A4", "steps": steps, "rate": rate, "samples": of.samples}
+    section.row({**float_row, "method": "float"}, lambda: timed(lambda: of.judge(of.model)))
     for seed in range(draws):
         for method, names in (("DQSS", None), ("lsq", ["lsq"])):
             section.row(
@@ -243,19 +257,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deadline = float("inf") if chosen.seconds is None else started + chosen.seconds
     work = Path("runs/bench")
     shared = Settings("full", {}, chosen.data, "cpu", None, chosen.results, work, deadline=deadline)
+    draws = 1 if chosen.quick else chosen.draws
+
+    def drawn_from(name: str) -> Network:
+        of = network(name, chosen.data, work, shared.commit, chosen.test)
+        of.samples = min(of.samples, chosen.samples)
+        return of
+
     for name in chosen.sections or known:
         claims = {"mixture": mixture_claims, "qat": qat_claims}.get(name, network_claims)
         section = Section(f"strategies-{name}", shared, claims, file="strategies")
         if name == "mixture":
             measure = functools.partial(measure_mixture, section)
         elif name == "qat":
-            of = network("resnet20", chosen.data, work, chosen.test)
-            measure = functools.partial(measure_qat, section, of, chosen.steps, chosen.draws, chosen.rate)
+            measure = functools.partial(measure_qat, section, drawn_from("resnet20"), chosen.steps, draws, chosen.rate)
         else:
-            of = network(name, chosen.data, work, chosen.test)
-            of.samples = min(of.samples, chosen.samples)
-            draws = 1 if chosen.quick else chosen.draws
-            measure = functools.partial(measure_network, section, of, settings_wanted, draws, chosen.random)
+            measure = functools.partial(
+                measure_network, section, drawn_from(name), settings_wanted, draws, chosen.random
+            )
         if not section.finished(measure):
             break
     return 0

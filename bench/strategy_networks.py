@@ -19,36 +19,35 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from sgsc.demos import evaluate
-from sgsc.demos.task import Task
 from sgsc.demos.tasks import load
 
 from .uniform import float_network
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PATCH, SCALE = 41, 2  # of VDSR's calibration, and of its test images
-STORY = 256  # tokens of a story that count
+PATCHES = 48  # of each of T91's images, from which calibration is drawn
+STORY, STORIES = 256, 200  # tokens of a story that count, and stories that judge
 SAMPLES = 1024
 
-Judge = Callable[[nn.Module], dict[str, float]]
+Each = Callable[[nn.Module], dict[str, Tensor]]
 
 
 @dataclass
 class Network:
     """A float network, inputs to draw calibration from, and how it is judged.
 
-    `metric` is the entry of what `judge` returns that claims are made of; `sign` is 1 where more of it is better.
+    `each` returns what it is judged by for each test sample, (N,) by metric. `metric` is the one that claims are made
+    of; `sign` is 1 where more of it is better.
     """
 
     model: nn.Module
     pool: Tensor
-    judge: Judge
+    each: Each
     metric: str = "accuracy"
     sign: int = 1
     skip: tuple[str, ...] = ()
     loss: str = "kl"
     samples: int = SAMPLES
-    task: Task | None = None
     train: TensorDataset | None = None
     test_samples: int = 0
 
@@ -57,22 +56,38 @@ class Network:
         order = torch.randperm(len(self.pool), generator=torch.Generator().manual_seed(seed))
         return self.pool[order[: self.samples]]
 
+    def judge(self, model: nn.Module) -> dict[str, float]:
+        """Means over the test samples."""
+        return means(self.each(model))
 
-def demo(name: str, work: Path, data: Path | None, most: int | None) -> Network:
+
+def means(of: dict[str, Tensor]) -> dict[str, float]:
+    """Metric -> its mean over samples."""
+    return {name: values.double().mean().item() for name, values in of.items()}
+
+
+@torch.no_grad()
+def answered(model: nn.Module, test: TensorDataset, batch_size: int) -> dict[str, Tensor]:
+    """Loss, in nats, and accuracy of each sample: of text the means over its positions."""
+    found: dict[str, list[Tensor]] = {"loss": [], "accuracy": []}
+    for start in range(0, len(test), batch_size):
+        x, y = test[start : start + batch_size]
+        logits = model(x).flatten(0, -2)
+        loss = F.cross_entropy(logits, y.flatten(), reduction="none")
+        for name, values in (("loss", loss), ("accuracy", (logits.argmax(1) == y.flatten()).double())):
+            found[name].append(values.view(len(x), -1).mean(1))
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def demo(name: str, work: Path, commit: str, most: int | None) -> Network:
     """A demo task; its float network is trained once, with seed 0."""
-    task = load(name, data, 0, None)
-    model = float_network(task, work / f"strategies-{name}.safetensors", 0, "cpu").eval()
+    task = load(name, None, 0, None)
+    model = float_network(task, work / f"strategies-{name}-{commit}.safetensors", 0, "cpu").eval()
     test = _first(task.test(), most)
-    samples = min(SAMPLES, len(task.train))
+    samples = min(SAMPLES, len(task.train) // 2)  # or draws would hardly differ
     of: dict[str, Any] = {} if name == "digits" else {"metric": "loss", "sign": -1}
-    return Network(
-        *(model, task.train.tensors[0], lambda m: evaluate(m, test, 128)),
-        **of,
-        samples=samples,
-        task=task,
-        train=task.train,
-        test_samples=len(test),
-    )
+    each: Each = lambda m: answered(m, test, 128)  # noqa: E731
+    return Network(model, task.train.tensors[0], each, **of, samples=samples, test_samples=len(test))
 
 
 def cifar(name: str, data: Path, most: int | None) -> Network:
@@ -88,9 +103,9 @@ def cifar(name: str, data: Path, most: int | None) -> Network:
     # no more than is drawn from: 50,000 images would be 600 MB
     kept = np.random.default_rng(0).permutation(len(arrays["x_train"]))[: 8 * SAMPLES]
     pool, labels = images(arrays["x_train"][kept]), torch.from_numpy(arrays["y_train"][kept].astype(np.int64))
-    judge: Judge = lambda m: evaluate(m, test, 250)  # noqa: E731
+    each: Each = lambda m: answered(m, test, 250)  # noqa: E731
     model = loader.network(name)
-    return Network(model, pool, judge, train=TensorDataset(pool, labels), test_samples=len(test))
+    return Network(model, pool, each, train=TensorDataset(pool, labels), test_samples=len(test))
 
 
 def stories(data: Path, most: int | None) -> Network:
@@ -98,21 +113,14 @@ def stories(data: Path, most: int | None) -> Network:
     loader = shared(data)
     tokens = loader.stories()
     long = [t for t in tokens if len(t) >= STORY]
-    test = torch.from_numpy(np.stack([t[:STORY] for t in long[: (most or 200)]]))
-    pool = torch.from_numpy(np.stack([t[:STORY] for t in long[200:]]))
-
-    @torch.no_grad()
-    def judge(model: nn.Module) -> dict[str, float]:
-        total = 0.0
-        for part in test.split(16):
-            logits = model(part[:, :-1])
-            total += F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").item()
-        return {"loss": total / (test.numel() - len(test))}
-
+    test = torch.from_numpy(np.stack([t[:STORY] for t in long[: min(most or STORIES, STORIES)]]))
+    pool = torch.from_numpy(np.stack([t[:STORY] for t in long[STORIES:]]))
+    pairs = TensorDataset(test[:, :-1], test[:, 1:])
+    each: Each = lambda m: answered(m, pairs, 16)  # noqa: E731
     samples = min(256, len(pool))  # of 256 tokens each
     model = loader.network("stories260k")
     of: dict[str, Any] = {"metric": "loss", "sign": -1, "skip": ("emb",), "samples": samples}
-    return Network(model, pool, judge, **of, test_samples=len(test))
+    return Network(model, pool, each, **of, test_samples=len(test))
 
 
 def vdsr(data: Path, most: int | None) -> Network:
@@ -138,21 +146,21 @@ def vdsr(data: Path, most: int | None) -> Network:
         y = luma(path)
         height, width = (n // SCALE * SCALE for n in y.shape)
         up = resized(resized(y[:height, :width], (width // SCALE, height // SCALE)), (width, height))
-        for _ in range(12):
+        for _ in range(PATCHES):
             row, column = rng.integers(height - PATCH + 1), rng.integers(width - PATCH + 1)
             patches.append(torch.from_numpy(up[row : row + PATCH, column : column + PATCH].copy()))
 
     @torch.no_grad()
-    def judge(model: nn.Module) -> dict[str, float]:
+    def each(model: nn.Module) -> dict[str, Tensor]:
         inside = slice(SCALE, -SCALE)
         found = []
         for x, real in pairs:
             y = model(x)[0, 0].double().numpy()
             found.append((psnr(y[inside, inside], real[inside, inside]), ssim(y[inside, inside], real[inside, inside])))
-        return {"psnr": float(np.mean([p for p, _ in found])), "ssim": float(np.mean([s for _, s in found]))}
+        return dict(zip(("psnr", "ssim"), torch.tensor(found).T, strict=True))
 
     model, pool = loader.network("vdsr"), torch.stack(patches)[:, None]
-    return Network(model, pool, judge, metric="psnr", loss="l1", test_samples=len(pairs))
+    return Network(model, pool, each, metric="psnr", loss="l1", test_samples=len(pairs))
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -180,14 +188,14 @@ def shared(data: Path) -> Any:
     return importlib.import_module("load")
 
 
-def network(name: str, data: Path | None, work: Path, most: int | None) -> Network:
+def network(name: str, data: Path | None, work: Path, commit: str, most: int | None) -> Network:
     """The network of that name.
 
     Raises:
         SystemExit: If it needs the data folder and none is named.
     """
     if name in ("digits", "char-lm"):
-        return demo(name, work, None, most)
+        return demo(name, work, commit, most)
     if data is None:
         raise SystemExit(f"bench.strategies: {name} needs --data PATH, the folder of load.py")
     if name == "stories260k":

@@ -55,8 +55,8 @@ def strategies_summary(report: Mapping[str, Any]) -> RenderableType:
     best = report.get("best_uniform")
     named = " + ".join(plain(name) for name in best if name) if isinstance(best, (list, tuple)) else "not recorded"
     for name, key in ((f"best uniform ({named})", "best_uniform_loss"), ("greedy alone", "greedy_loss")):
-        compared.add_row(Text(name), number(report.get(key), "{:.5f}"))
-    compared.add_row("result", number(report.get("loss"), "{:.5f}"))
+        compared.add_row(Text(name), number(report.get(key), "{:.3g}"))
+    compared.add_row("result", number(report.get("loss"), "{:.3g}"))
     ends = []
     if report.get("derived_accuracy") is not None:
         accuracies = percent(report.get("derived_accuracy")), percent(report.get("float_accuracy"))
