@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from sgsc.demos import ARCHITECTURES, TASKS, accuracy, batches, evaluate, load, train
 from sgsc.demos.models import CharLM, MnistCNN, NamesLM
 from sgsc.demos.tasks import NAME_LETTERS, PRINTABLE, stratified, windows
-from sgsc.demos.training import shift
+from sgsc.demos.training import crops, shift
 
 DATA = Path(os.environ.get("SGSC_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_mnist = pytest.mark.skipif(not (DATA / "mnist.npz").is_file(), reason="no mnist.npz in SGSC_DATA")
@@ -344,6 +344,24 @@ def test_batches_resume_from_the_generators_state():
         assert torch.equal(x, again_x)
         assert torch.equal(y, again_y)
     assert not torch.equal(expected[0][1], expected[1][1])
+
+
+def test_text_is_cut_at_any_character_and_goes_on_from_a_state():
+    letters = torch.arange(61)
+    windows = TensorDataset(letters[:60].view(6, 10), letters[1:].view(6, 10))
+    make = torch.Generator().manual_seed(0)
+    stream, begun = crops(windows, 40, make), set()
+    for _ in range(20):
+        x, y = next(stream)
+        assert x.shape == y.shape == (40, 10)
+        assert torch.equal(x - x[:, :1], torch.arange(10).expand(40, 10))  # a piece of the text as it stands
+        assert torch.equal(y, x + 1)
+        begun |= set(x[:, 0].tolist())
+    assert begun == set(range(51))  # 50 is the last that has a character after it
+    state = make.get_state()
+    expected = next(stream)
+    again = next(crops(windows, 40, torch.Generator().set_state(state)))
+    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
 
 
 def test_batches_of_nothing_are_refused_at_once():
