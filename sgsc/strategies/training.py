@@ -17,6 +17,7 @@ from sgsc.quantizers.base import Codes
 from .inputs import MSE
 from .registry import SMALLEST_STEP, InputStrategy, WeightStrategy, check_bits, grid_between
 from .statistics import InputStatistics
+from .weights import MaxAbs
 
 
 class LSQ(WeightStrategy, name="lsq"):
@@ -66,14 +67,10 @@ class LSQPlus(LSQ, name="lsq+"):
         return torch.maximum((mean - 3 * deviation).abs(), (mean + 3 * deviation).abs()) / (most + 1)
 
 
-class MinMax(WeightStrategy, name="straight-through"):
+class MinMax(MaxAbs, name="straight-through"):
     """The step of max-abs, found anew from the weights at every step of the training."""
 
     trained = True
-
-    def steps(self, rows: Tensor, most: int) -> Tensor:
-        """See `WeightStrategy`."""
-        return rows.abs().amax(1) / most
 
     def forward(self, rows: Tensor) -> Tensor:
         """(C, K) -> (C, K)."""
@@ -82,7 +79,7 @@ class MinMax(WeightStrategy, name="straight-through"):
         return super().forward(rows)
 
 
-class DoReFa(WeightStrategy, name="dorefa"):
+class DoReFa(MaxAbs, name="dorefa"):
     """Rounds tanh(w) instead of w (Zhou et al. 2016, arXiv 1606.06160, equation 9), which spreads out small weights.
 
     There tanh(w) / max |tanh(w)| in -1..1 is the weight, whatever its size was, on a grid without 0. Ours keeps the
@@ -90,10 +87,6 @@ class DoReFa(WeightStrategy, name="dorefa"):
     """
 
     trained = True
-
-    def steps(self, rows: Tensor, most: int) -> Tensor:
-        """See `WeightStrategy`."""
-        return rows.abs().amax(1) / most
 
     def squashed(self, rows: Tensor) -> Tensor:
         """(C, K) -> (C, K): what is rounded."""
