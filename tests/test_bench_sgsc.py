@@ -381,9 +381,15 @@ def test_a_process_is_ended_when_its_time_is_up_and_a_failed_one_is_shown(tmp_pa
     leaves = f"import subprocess; p = subprocess.Popen(['sleep', '60']); open({pid!r}, 'w').write(str(p.pid))"
     with pytest.raises(runs.OutOfTime):
         runs.called([sys.executable, "-c", f"{leaves}; p.wait()"], 5.0)
-    state = Path("/proc", Path(pid).read_text(), "stat")
+
+    def alive():
+        try:
+            return Path("/proc", Path(pid).read_text(), "stat").read_text().split()[2] != "Z"
+        except OSError:  # it is gone
+            return False
+
     deadline = time.monotonic() + 30  # a process that was killed still needs a moment of the machine to end
-    while state.is_file() and state.read_text().split()[2] != "Z":
+    while alive():
         assert time.monotonic() < deadline, "what it started is ended with it"
         time.sleep(0.05)
     with pytest.raises(SystemExit, match=r"failed: .*no such thing"):
