@@ -42,7 +42,7 @@ from sgsc.packed import pack
 from sgsc.search.baselines import RandomSampler
 from sgsc.search.cost import Budget, Configuration
 from sgsc.search.problem import Problem, prepare_search
-from sgsc.search.study import trained
+from sgsc.search.trials import trained
 from sgsc.size import float_bytes
 
 from .runs import Row, Section, called

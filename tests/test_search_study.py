@@ -6,6 +6,7 @@ import optuna
 import pytest
 import torch
 import torch.nn.functional as F
+from optuna.trial import TrialState
 from torch import nn
 
 from sgsc import pack, prepare, save
@@ -178,9 +179,56 @@ def test_an_error_in_training_leaves_a_readable_study(network, tmp_path):
     with pytest.raises(RuntimeError, match="out of memory"):
         search(network, train=broken, storage=storage)
     study = optuna.load_study(study_name="search", storage=storage)
-    assert study.trials[0].state == optuna.trial.TrialState.FAIL
+    assert study.trials[0].state == TrialState.FAIL
     assert search(network, trials=10, storage=storage).loss < 1
     storage.engine.dispose()
+
+
+def baselines(storage, *states):
+    study = optuna.load_study(study_name="search", storage=storage)
+    return [t.user_attrs["baseline"] for t in study.trials if t.state in states and "baseline" in t.user_attrs]
+
+
+def test_no_baseline_is_lost_to_an_error_in_training_or_to_a_kill_while_they_are_put_in_the_queue(network, monkeypatch):
+    def broken(model, report):
+        raise RuntimeError("out of memory")
+
+    def killed(self, *arguments, **more):
+        if len(self.trials) == 3:
+            raise SystemExit
+        return enqueue(self, *arguments, **more)
+
+    whole, failed, torn = (optuna.storages.InMemoryStorage() for _ in range(3))
+    search(network, trials=14, storage=whole)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        search(network, train=broken, storage=failed)
+    search(network, trials=14, storage=failed)
+    enqueue = optuna.Study.enqueue_trial
+    monkeypatch.setattr(optuna.Study, "enqueue_trial", killed)
+    with pytest.raises(SystemExit):
+        search(network, storage=torn)
+    monkeypatch.undo()
+    search(network, trials=14, storage=torn)
+    wanted = baselines(whole, TrialState.COMPLETE)
+    assert len(wanted) == len(set(wanted)) == 4
+    assert set(wanted) == set(baselines(failed, TrialState.COMPLETE))
+    assert wanted == baselines(torn, TrialState.COMPLETE)
+
+
+def test_a_baseline_that_fails_each_time_is_left_out_in_the_end(network):
+    def no_two_bits(model, report):
+        if {int(m.weight_quantizer.bits()[0]) for m in quant_layers(model).values()} == {2}:
+            raise RuntimeError("no kernel")
+
+    storage, failures = optuna.storages.InMemoryStorage(), 0
+    while failures < 4:
+        try:
+            search(network, train=no_two_bits, trials=14, storage=storage)
+            break
+        except RuntimeError:
+            failures += 1
+    assert failures == 3
+    assert baselines(storage, TrialState.FAIL) == ["uniform 2"] * 3
 
 
 def test_wrong_arguments_are_named(network):

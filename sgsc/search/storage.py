@@ -26,7 +26,7 @@ import optuna
 import sqlalchemy
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
@@ -148,14 +148,19 @@ def fail_stale(study: Study) -> list[int]:
         except optuna.exceptions.UpdateFinishedTrialError:  # another worker was faster
             continue
         failed.append(trial.number)
-        given = trial.system_attrs.get("fixed_params") or trial.params
-        if given and AGAIN not in trial.user_attrs:
+        params = given(trial)
+        if params and AGAIN not in trial.user_attrs:
             kept = {key: value for key, value in trial.user_attrs.items() if key not in (WORKER, BEAT)}
-            study.enqueue_trial(given, user_attrs={**kept, AGAIN: trial.number})
+            study.enqueue_trial(params, user_attrs={**kept, AGAIN: trial.number})
     return failed
 
 
-def _alive(trial: optuna.trial.FrozenTrial) -> bool:
+def given(trial: FrozenTrial) -> dict[str, Any]:
+    """The parameters of a trial, also of one that was put in the queue and has not begun."""
+    return trial.system_attrs.get("fixed_params") or trial.params
+
+
+def _alive(trial: FrozenTrial) -> bool:
     worker = trial.user_attrs.get(WORKER)
     if worker is None:
         return False

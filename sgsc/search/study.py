@@ -14,12 +14,11 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
-import torch
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -28,20 +27,15 @@ from torch import Tensor, nn
 from sgsc.layers import quant_layers
 
 from .baselines import SAMPLERS
-from .candidates import build
 from .cost import Budget, Configuration
-from .evidence import BASELINE, COST, DIVERGED, importance, layer_rows, trial_row
+from .evidence import BASELINE, importance, layer_rows, trial_row
 from .problem import Problem, prepare_search
 from .remembered import digest, recall, remember
 from .sensitivity import Loss, Progress
-from .storage import open_study, working, writing
-
-Report = Callable[[float], None]  # called with the validation loss part of the way through a training; may not return
-Train = Callable[[nn.Module, Report], None]
-Validate = Callable[[nn.Module], float]
+from .storage import open_study, writing
+from .trials import TAKEN, Train, Validate, enqueue_baselines, run_trial, trained
 
 SETTINGS = "settings"  # attribute of a study
-TAKEN = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)  # judged, stopped or being judged
 STARTUP = 8  # trials that must have reported before one is stopped for being worse than their median
 
 
@@ -125,11 +119,11 @@ def search_network(
     with writing(storage):
         _same_settings(study, problem, sampler, seed, settings or {})
         remember(study, key, problem)
-        _enqueue(study, problem)
+        enqueue_baselines(study, problem)
     exhausted = False
     while not exhausted and (done := _done(study)) < trials:
         with writing(storage):
-            exhausted = _trial(study, problem, train, validate, seed, trials)
+            exhausted = run_trial(study, problem, train, validate, seed, trials)
         progress("search", min(done + 1, trials), trials, {"best loss": _best_so_far(study)})
     reason = "nothing new within the budget was left to try" if exhausted else ""
     return _result(study, problem, train, validate, finish, seed, reason, prepared, time.perf_counter() - started)
@@ -167,91 +161,6 @@ def _same_settings(study: Study, problem: Problem, sampler: str, seed: int, sett
             f"study {study.study_name!r} is of another {other}: { ({k: found.get(k) for k in other.split(', ')}) }; "
             "give the settings of that study, or another name with --study"
         )
-
-
-def _enqueue(study: Study, problem: Problem) -> None:
-    """Put the baselines that are within the budget first; a second worker finds them there."""
-    if study.trials:
-        return
-    sizes = problem.structure.sizes
-    for name, configuration in problem.baselines.items():
-        params = problem.space.params(configuration, sizes)
-        if problem.feasible(params):
-            study.enqueue_trial(params, user_attrs={BASELINE: name}, skip_if_exists=True)
-
-
-def _trial(study: Study, problem: Problem, train: Train, validate: Validate, seed: int, trials: int) -> bool:
-    """Run one, unless others took the last ones meanwhile; whether there was nothing new to try.
-
-    Raises:
-        ValueError: If training or judging raises one that does not say that it diverged.
-    """
-    trial = study.ask()
-    others = [t for t in study.get_trials(deepcopy=False, states=TAKEN) if t.number != trial.number]
-    if sum(t.state.is_finished() or t.number < trial.number for t in others) >= trials:
-        study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)  # for whoever asks for more trials
-        return False
-    with working(trial):
-        params = {n: trial.suggest_categorical(n, d.choices) for n, d in problem.space.distributions().items()}  # pyright: ignore
-        others = study.get_trials(deepcopy=False)
-        known = [t for t in others if t.number < trial.number and t.params == params and t.state != TrialState.FAIL]
-        if known:
-            _tell(study, trial, TrialState.FAIL)
-            return BASELINE not in trial.user_attrs
-        configuration = problem.space.configuration(params)
-        trial.set_user_attr(COST, problem.cost(configuration))
-        baseline = trial.user_attrs.get(BASELINE)
-
-        def report(loss: float) -> None:
-            if not math.isfinite(loss):
-                raise optuna.TrialPruned
-            trial.report(loss, 1)
-            if baseline is None and trial.should_prune():
-                raise optuna.TrialPruned
-
-        try:
-            model = trained(problem, configuration, train, report, seed)
-            value = float(validate(model))
-        except optuna.TrialPruned:
-            _tell(study, trial, TrialState.PRUNED)
-            return False
-        except ValueError as error:
-            if "diverged" not in str(error):
-                _tell(study, trial, TrialState.FAIL)
-                raise
-            value = math.nan
-        except BaseException:
-            _tell(study, trial, TrialState.FAIL)
-            raise
-        if math.isfinite(value):
-            _tell(study, trial, TrialState.COMPLETE, value)
-        else:
-            trial.set_user_attr(DIVERGED, True)
-            _tell(study, trial, TrialState.PRUNED)
-    return False
-
-
-def _tell(study: Study, trial: optuna.Trial, state: TrialState, value: float | None = None) -> None:
-    """End a trial, unless it was taken for lost and failed meanwhile: it is then in the queue again.
-
-    Raises:
-        ValueError: If it cannot be ended for another reason.
-        UpdateFinishedTrialError: The same.
-    """
-    try:
-        study.tell(trial, value, state=state)
-    except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
-        if not study._storage.get_trial(trial._trial_id).state.is_finished():
-            raise
-
-
-def trained(problem: Problem, of: Configuration, train: Train, report: Report, seed: int) -> nn.Module:
-    """A candidate, built from the parent and trained, in evaluation mode; torch's global generator is left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build(problem.parent, problem.structure, of, seed)
-        train(model, report)
-    return model.eval()
 
 
 def _result(

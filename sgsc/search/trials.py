@@ -1,0 +1,112 @@
+"""The trials of a study: baselines in the queue first, then each is taken, trained, judged and told.
+
+A baseline comes back into the queue until it was judged, whatever interrupts a worker, or failed `TRIES` times.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import optuna
+import torch
+from optuna.study import Study
+from optuna.trial import TrialState
+from torch import nn
+
+from .candidates import build
+from .cost import Configuration
+from .evidence import BASELINE, COST, DIVERGED
+from .problem import Problem
+from .storage import given, working
+
+Report = Callable[[float], None]  # called with the validation loss part of the way through a training; may not return
+Train = Callable[[nn.Module, Report], None]
+Validate = Callable[[nn.Module], float]
+
+TAKEN = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)  # judged, stopped or being judged
+TRIES = 3  # of a baseline, until it counts as one that cannot be trained
+
+
+def enqueue_baselines(study: Study, problem: Problem) -> None:
+    """Put the baselines first that are within the budget and neither judged nor waiting nor running."""
+    for name, configuration in problem.baselines.items():
+        params = problem.space.params(configuration, problem.structure.sizes)
+        states = [t.state for t in study.get_trials(deepcopy=False) if given(t) == params]
+        lost = states.count(TrialState.FAIL)
+        if lost == len(states) < TRIES and problem.feasible(params):
+            study.enqueue_trial(params, user_attrs={BASELINE: name})
+
+
+def run_trial(study: Study, problem: Problem, train: Train, validate: Validate, seed: int, trials: int) -> bool:
+    """Run one, unless others took the last ones meanwhile; whether there was nothing new to try.
+
+    Raises:
+        ValueError: If training or judging raises one that does not say that it diverged.
+    """
+    trial = study.ask()
+    others = [t for t in study.get_trials(deepcopy=False, states=TAKEN) if t.number != trial.number]
+    if sum(t.state.is_finished() or t.number < trial.number for t in others) >= trials:
+        study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)  # for whoever asks for more trials
+        return False
+    with working(trial):
+        params = {n: trial.suggest_categorical(n, d.choices) for n, d in problem.space.distributions().items()}  # pyright: ignore
+        others = study.get_trials(deepcopy=False)
+        known = [t for t in others if t.number < trial.number and t.params == params and t.state != TrialState.FAIL]
+        if known:
+            _tell(study, trial, TrialState.FAIL)
+            return BASELINE not in trial.user_attrs
+        configuration = problem.space.configuration(params)
+        trial.set_user_attr(COST, problem.cost(configuration))
+        baseline = trial.user_attrs.get(BASELINE)
+
+        def report(loss: float) -> None:
+            if not math.isfinite(loss):
+                raise optuna.TrialPruned
+            trial.report(loss, 1)
+            if baseline is None and trial.should_prune():
+                raise optuna.TrialPruned
+
+        try:
+            model = trained(problem, configuration, train, report, seed)
+            value = float(validate(model))
+        except optuna.TrialPruned:
+            _tell(study, trial, TrialState.PRUNED)
+            return False
+        except ValueError as error:
+            if "diverged" not in str(error):
+                _tell(study, trial, TrialState.FAIL)
+                raise
+            value = math.nan
+        except BaseException:
+            _tell(study, trial, TrialState.FAIL)
+            raise
+        if math.isfinite(value):
+            _tell(study, trial, TrialState.COMPLETE, value)
+        else:
+            trial.set_user_attr(DIVERGED, True)
+            _tell(study, trial, TrialState.PRUNED)
+    return False
+
+
+def _tell(study: Study, trial: optuna.Trial, state: TrialState, value: float | None = None) -> None:
+    """End a trial, unless it was taken for lost and failed meanwhile: it is then in the queue again.
+
+    Raises:
+        ValueError: If it cannot be ended for another reason.
+        UpdateFinishedTrialError: The same.
+    """
+    try:
+        study.tell(trial, value, state=state)
+    except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+        if not study._storage.get_trial(trial._trial_id).state.is_finished():
+            raise
+
+
+def trained(problem: Problem, of: Configuration, train: Train, report: Report, seed: int) -> nn.Module:
+    """A candidate, built from the parent and trained, in evaluation mode; torch's global generator is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build(problem.parent, problem.structure, of, seed)
+        train(model, report)
+    return model.eval()
