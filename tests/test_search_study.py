@@ -99,19 +99,45 @@ def test_a_baseline_that_is_best_wins(network):
     assert (found.origin, found.loss) == ("uniform 3", 0)
 
 
-def test_finish_takes_the_better_of_search_and_baseline(network):
+def test_finish_takes_the_best_of_a_few_of_the_search_and_the_best_baseline(network):
     calls = []
 
     def finish(model, report):
-        calls.append(sorted({int(m.weight_quantizer.bits()[0]) for m in quant_layers(model).values()}))
-        if len(calls) == 1:  # the winner of the trials is spoilt by its last training
+        calls.append(1)
+        train(model, report, steps=10)
+        if len(calls) < 4:  # the last is the baseline
             with torch.no_grad():
                 model[0].weight.mul_(0)
 
     found = search(network, finish=finish)
-    assert len(calls) == len(found.report["finalists"]) == 2
-    assert found.origin != "search"
-    assert found.loss == min(f["loss"] for f in found.report["finalists"])
+    assert len(calls) == len(found.report["finalists"]) == 4
+    trials = found.report["trials"]
+    searched = sorted(t["loss"] for t in trials if t["loss"] is not None and not t["baseline"])[:3]
+    best = min((t for t in trials if t["baseline"] and t["loss"] is not None), key=lambda t: t["loss"])
+    ends = {f["trial"] for f in found.report["finalists"]}
+    assert ends == {best["number"]} | {t["number"] for t in trials if t["loss"] in searched}
+    assert found.origin == best["baseline"]
+    assert found.loss == min(f["loss"] for f in found.report["finalists"]) < best["loss"]
+
+
+def test_a_longer_training_that_makes_networks_worse_costs_nothing(network):
+    def finish(model, report):
+        with torch.no_grad():
+            model[0].weight.mul_(0)
+
+    found = search(network, finish=finish, trials=16)
+    assert found.loss == min(t["loss"] for t in found.report["trials"] if t["loss"] is not None)
+    assert [f["long"] for f in found.report["finalists"]] == [False, True, True, True, True]
+    assert validate(found.model) == found.loss
+
+
+def test_a_finalist_is_of_the_search_where_a_baseline_leads(network):
+    def prefers_three(model):
+        return sum(abs(float(m.weight_quantizer.bits().float().mean()) - 3) for m in quant_layers(model).values())
+
+    found = search(network, trials=14, validate=prefers_three, widths=False, finish=train)
+    assert found.origin == "uniform 3"
+    assert sum(f["baseline"] is None for f in found.report["finalists"]) == 3
 
 
 def test_interrupted_and_resumed_is_the_same_study(network, tmp_path):

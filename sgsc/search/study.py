@@ -1,8 +1,8 @@
 """`search_network`: from a trained network, ways to train and judge it, and a budget, to one with widths of its own.
 
 The baselines are the first trials of the study, and the result is the best of all trials within the budget, so that it
-is never worse than the best baseline that was evaluated, on the data that `validate` judges by. Where `finish` trains
-the winner longer, it trains the best baseline as long, and the better of the two is the result.
+is never worse than the best baseline that was evaluated, on the data that `validate` judges by. `finish` trains the
+best few of the search and the best baseline longer (finals.py); what the best trial had counts beside them.
 
 Trials run one after another in a process; any number of processes share a study (storage.py). One process alone, with
 deterministic functions, gives the same study each time, interrupted or not.
@@ -21,19 +21,20 @@ from typing import Any
 import optuna
 from optuna.storages import BaseStorage
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from torch import Tensor, nn
 
 from sgsc.layers import quant_layers
 
 from .baselines import SAMPLERS
 from .cost import Budget, Configuration
-from .evidence import BASELINE, importance, layer_rows, trial_row
+from .evidence import importance, layer_rows, trial_row
+from .finals import last_trainings
 from .problem import Problem, prepare_search
 from .remembered import digest, recall, remember
 from .sensitivity import Loss, Progress
 from .storage import open_study, writing
-from .trials import TAKEN, Train, Validate, enqueue_baselines, run_trial, trained
+from .trials import TAKEN, Train, Validate, enqueue_baselines, run_trial
 
 SETTINGS = "settings"  # attribute of a study
 STARTUP = 8  # trials that must have reported before one is stopped for being worse than their median
@@ -93,7 +94,8 @@ def search_network(
         storage: From `open_storage`; in memory if None.
         name: Of the study.
         sampler: "kmeans-tpe", or "tpe" or "random" for comparison.
-        finish: Trains the winner, and the best baseline, from the start in place of `train`, if given.
+        finish: Trains the three best networks of the search, and the best baseline, from the start and longer, if
+            given; the result is the best of these and of all trials.
         settings: What else decides the results; a study of other settings is refused.
         progress: Called as progress(phase, step, steps, values).
         **preparation: `widths`, `method`, `architecture`, `notes`, `latency`, as `prepare_search` takes them.
@@ -126,7 +128,8 @@ def search_network(
             exhausted = run_trial(study, problem, train, validate, seed, trials)
         progress("search", min(done + 1, trials), trials, {"best loss": _best_so_far(study)})
     reason = "nothing new within the budget was left to try" if exhausted else ""
-    return _result(study, problem, train, validate, finish, seed, reason, prepared, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return _result(study, problem, train, validate, finish, seed, progress, reason, prepared, seconds)
 
 
 def _done(study: Study) -> int:
@@ -134,11 +137,8 @@ def _done(study: Study) -> int:
 
 
 def _best_so_far(study: Study) -> float:
-    return min((t.value for t in _complete(study) if t.value is not None), default=math.nan)
-
-
-def _complete(study: Study) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return min((t.value for t in complete if t.value is not None), default=math.nan)
 
 
 def _same_settings(study: Study, problem: Problem, sampler: str, seed: int, settings: Mapping[str, Any]) -> None:
@@ -170,41 +170,22 @@ def _result(
     validate: Validate,
     finish: Train | None,
     seed: int,
+    progress: Progress,
     reason: str,
     prepared: float,
     seconds: float,
 ) -> Found:
-    """Train the winner again, and where that is longer than in the trials the best baseline too.
-
-    Raises:
-        ValueError: If no trial came to an end.
-    """
+    """Train the finalists, and tell all that is known."""
     began = time.perf_counter()
-    complete = sorted(_complete(study), key=lambda t: (t.value, t.number))
-    if not complete:
-        raise ValueError(
-            f"none of the {len(study.trials)} trials gave a finite validation loss; train the parent longer, lower the "
-            "learning rate of `train`, or raise the budget"
-        )
-    finalists = [complete[0]]
-    if finish is not None:
-        finalists += [t for t in complete if BASELINE in t.user_attrs and t is not complete[0]][:1]
-    ends = []
-    for trial in finalists:
-        configuration = problem.space.configuration(trial.params)
-        model = trained(problem, configuration, finish or train, lambda loss: None, seed)
-        ends.append((float(validate(model)), trial, configuration, model))
-    ends = [end for end in ends if math.isfinite(end[0])]
-    if not ends:
-        raise ValueError("the winner diverged in its last training; lower the learning rate of `finish`")
-    value, winner, configuration, model = min(ends, key=lambda end: end[0])
+    ends = last_trainings(study, problem, train, validate, finish, seed, progress)
+    best, configuration = ends[0], ends[0].configuration
     report = {
         **{"budget": problem.budget.limits(), "reason": reason, "sampler": study.user_attrs[SETTINGS]["sampler"]},
         "result": {
-            **{"loss": value, "trial": winner.number, "origin": winner.user_attrs.get(BASELINE, "search")},
-            **{"cost": problem.cost(configuration), "short_loss": winner.value},
+            **{"loss": best.loss, "trial": best.trial.number, "origin": best.baseline or "search"},
+            **{"cost": problem.cost(configuration), "short_loss": best.trial.value, "long": best.long},
         },
-        "finalists": [{"trial": t.number, "loss": v, "baseline": t.user_attrs.get(BASELINE)} for v, t, _, _ in ends],
+        "finalists": [end.row() for end in ends],
         "trials": [trial_row(trial) for trial in study.get_trials(deepcopy=False)],
         "baselines_over_budget": sorted(
             name for name, c in problem.baselines.items() if not problem.budget.holds(problem.cost(c))
@@ -222,5 +203,4 @@ def _result(
             **{"preparation": prepared, "search": seconds - prepared, "finish": time.perf_counter() - began}
         },
     }
-    origin = winner.user_attrs.get(BASELINE, "search")
-    return Found(model, configuration, value, problem.cost(configuration), origin, report)
+    return Found(best.model, configuration, best.loss, problem.cost(configuration), best.baseline or "search", report)
