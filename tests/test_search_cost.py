@@ -80,6 +80,18 @@ def test_latency_is_the_roofline_until_it_was_measured():
     assert cost.seconds("first.0", 4, 64, 288) == pytest.approx(measured / 2)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_as_it_stands_takes_the_times_that_were_measured(name):
+    make, example = NETWORKS[name]
+    model = prepare(make(), quantizer="lsq8").model
+    structure = structure_of(model)
+    cost = CostModel(model, structure, example)
+    cost.measure(model, example, (4,), repeats=1)
+    assert set(cost.times) == {(name, 4) for name in structure.layers}
+    found = cost(Configuration(dict.fromkeys(structure.layers, 4)))["seconds"]
+    assert found == pytest.approx(sum(cost.times.values()))  # tables too, which multiply nothing
+
+
 def test_more_bits_never_count_as_faster(monkeypatch):
     model = prepare(models.DigitsCNN(), quantizer="lsq8").model
     example = torch.rand(1, 1, 8, 8)

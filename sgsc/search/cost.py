@@ -132,11 +132,11 @@ class CostModel:
         }
 
     def seconds(self, name: str, bits: int, rows: int, width: int) -> float:
-        """Of one layer: measured in its own widths and scaled with its multiplications, or the roofline."""
-        macs = self.places[name] * rows * width
+        """Of one layer: measured in its own widths and scaled with its weights, or the roofline."""
         if (name, bits) in self.times:
             own_rows, own_width = self.shapes[name].weights(self.structure.sizes)
-            return self.times[name, bits] * macs / (self.places[name] * own_rows * own_width)
+            return self.times[name, bits] * (rows * width) / (own_rows * own_width)
+        macs = self.places[name] * rows * width
         return max(macs / PEAK, rows * width * bits / 8 / BANDWIDTH)
 
     def layer_bytes(self, name: str, bits: int, sizes: Mapping[str, int]) -> float:
