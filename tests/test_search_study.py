@@ -14,6 +14,7 @@ from sgsc.layers import quant_layers
 from sgsc.search import study as study_module
 from sgsc.search.candidates import as_float
 from sgsc.search.cost import Budget, CostModel
+from sgsc.search.kmeans_tpe import KMeansTPESampler
 from sgsc.search.remembered import digest
 from sgsc.search.storage import open_storage
 from sgsc.search.study import search_network
@@ -195,6 +196,19 @@ def test_a_space_of_one_point_ends(network):
     assert set(found.configuration.bits.values()) == {2}
     assert found.report["reason"] == "nothing new within the budget was left to try"
     assert len([t for t in found.report["trials"] if t["loss"] is not None]) == 1
+
+
+def test_a_proposal_that_another_worker_was_first_to_make_does_not_end_a_search(network, monkeypatch):
+    propose = KMeansTPESampler.sample_relative
+
+    def as_the_other(self, study, trial, space):
+        return propose(self, study, trial, space) if trial.number not in (9, 11, 12) else study.trials[8].params
+
+    monkeypatch.setattr(KMeansTPESampler, "sample_relative", as_the_other)
+    found = search(network, trials=12)
+    assert found.report["reason"] == ""
+    assert [t["state"] for t in found.report["trials"]].count("fail") == 3
+    assert len([t for t in found.report["trials"] if t["state"] in ("complete", "pruned")]) == 12
 
 
 def test_an_error_in_training_leaves_a_readable_study(network, tmp_path):

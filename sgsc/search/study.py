@@ -37,6 +37,7 @@ from .storage import open_study, writing
 from .trials import TAKEN, Train, Validate, enqueue_baselines, run_trial
 
 SETTINGS = "settings"  # attribute of a study
+REPETITIONS = 5  # in a row after which nothing new is left; one alone may be another worker's, proposed just before
 STARTUP = 8  # trials that must have reported before one is stopped for being worse than their median
 
 
@@ -122,12 +123,12 @@ def search_network(
         _same_settings(study, problem, sampler, seed, settings or {})
         remember(study, key, problem)
         enqueue_baselines(study, problem)
-    exhausted = False
-    while not exhausted and (done := _done(study)) < trials:
+    repeated = 0  # in a row
+    while repeated < REPETITIONS and (done := _done(study)) < trials:
         with writing(storage):
-            exhausted = run_trial(study, problem, train, validate, seed, trials)
+            repeated = 0 if run_trial(study, problem, train, validate, seed, trials) else repeated + 1
         progress("search", min(done + 1, trials), trials, {"best loss": _best_so_far(study)})
-    reason = "nothing new within the budget was left to try" if exhausted else ""
+    reason = "nothing new within the budget was left to try" if repeated == REPETITIONS else ""
     seconds = time.perf_counter() - started
     return _result(study, problem, train, validate, finish, seed, progress, reason, prepared, seconds)
 

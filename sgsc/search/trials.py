@@ -39,7 +39,7 @@ def enqueue_baselines(study: Study, problem: Problem) -> None:
 
 
 def run_trial(study: Study, problem: Problem, train: Train, validate: Validate, seed: int, trials: int) -> bool:
-    """Run one, unless others took the last ones meanwhile; whether there was nothing new to try.
+    """Run one, unless others took the last ones meanwhile; False where the sampler repeated one that there is.
 
     Raises:
         ValueError: If training or judging raises one that does not say that it diverged.
@@ -48,14 +48,14 @@ def run_trial(study: Study, problem: Problem, train: Train, validate: Validate, 
     others = [t for t in study.get_trials(deepcopy=False, states=TAKEN) if t.number != trial.number]
     if sum(t.state.is_finished() or t.number < trial.number for t in others) >= trials:
         study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)  # for whoever asks for more trials
-        return False
+        return True
     with working(trial):
         params = {n: trial.suggest_categorical(n, d.choices) for n, d in problem.space.distributions().items()}  # pyright: ignore
         others = study.get_trials(deepcopy=False)
         known = [t for t in others if t.number < trial.number and t.params == params and t.state != TrialState.FAIL]
         if known:
             _tell(study, trial, TrialState.FAIL)
-            return BASELINE not in trial.user_attrs
+            return BASELINE in trial.user_attrs
         configuration = problem.space.configuration(params)
         trial.set_user_attr(COST, problem.cost(configuration))
         baseline = trial.user_attrs.get(BASELINE)
@@ -72,7 +72,7 @@ def run_trial(study: Study, problem: Problem, train: Train, validate: Validate, 
             value = float(validate(model))
         except optuna.TrialPruned:
             _tell(study, trial, TrialState.PRUNED)
-            return False
+            return True
         except ValueError as error:
             if "diverged" not in str(error):
                 _tell(study, trial, TrialState.FAIL)
@@ -86,7 +86,7 @@ def run_trial(study: Study, problem: Problem, train: Train, validate: Validate, 
         else:
             trial.set_user_attr(DIVERGED, True)
             _tell(study, trial, TrialState.PRUNED)
-    return False
+    return True
 
 
 def _tell(study: Study, trial: optuna.Trial, state: TrialState, value: float | None = None) -> None:
