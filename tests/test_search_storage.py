@@ -109,7 +109,10 @@ def test_what_a_dead_worker_had_is_tried_once_more(study):
 
 def test_a_silent_host_loses_its_trials(study, monkeypatch):
     trial = study.ask(SPACE)
-    trial.set_user_attr(storages.WORKER, {"host": "elsewhere", "pid": 1, "started": "1"})
+    note = {"host": "elsewhere", "pid": 1, "started": "1", "time": time.time()}
+    trial.set_user_attr(storages.WORKER, note)
+    assert fail_stale(study) == []  # it has just begun
+    trial.set_user_attr(storages.WORKER, {**note, "time": 0.0})
     trial.set_user_attr(storages.BEAT, time.time())
     assert fail_stale(study) == []
     monkeypatch.setattr(storages, "PATIENCE", -1.0)

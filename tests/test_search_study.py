@@ -1,6 +1,7 @@
 """The search as a whole, on a problem that trains in milliseconds."""
 
 import math
+from contextlib import contextmanager
 
 import optuna
 import pytest
@@ -12,11 +13,12 @@ from torch import nn
 from sgsc import pack, prepare, save
 from sgsc.layers import quant_layers
 from sgsc.search import study as study_module
+from sgsc.search import trials as trials_module
 from sgsc.search.candidates import as_float
 from sgsc.search.cost import Budget, CostModel
 from sgsc.search.kmeans_tpe import KMeansTPESampler
 from sgsc.search.remembered import digest
-from sgsc.search.storage import open_storage
+from sgsc.search.storage import given, open_storage, working
 from sgsc.search.study import search_network
 from tests.small import blobs
 
@@ -209,6 +211,38 @@ def test_a_proposal_that_another_worker_was_first_to_make_does_not_end_a_search(
     assert found.report["reason"] == ""
     assert [t["state"] for t in found.report["trials"]].count("fail") == 3
     assert len([t for t in found.report["trials"] if t["state"] in ("complete", "pruned")]) == 12
+
+
+@pytest.mark.parametrize("when", ["begun", "trained", "judged"])
+def test_a_trial_that_was_taken_for_lost_is_left_to_the_queue(network, monkeypatch, when):
+    def lost(at):
+        if at == when and not taken:
+            study = optuna.load_study(study_name="search", storage=storage)
+            (trial,) = study.get_trials(states=(TrialState.RUNNING,))
+            taken.append(trial.number)
+            storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            study.enqueue_trial(given(trial), user_attrs={"baseline": trial.user_attrs["baseline"]})
+
+    @contextmanager
+    def begun(trial):
+        lost("begun")
+        with working(trial):
+            yield
+
+    def trained(model, report):
+        lost("trained")  # before it reports
+        train(model, report)
+
+    def judged(model):
+        found = validate(model)
+        lost("judged")
+        return found
+
+    monkeypatch.setattr(trials_module, "working", begun)
+    storage, taken = optuna.storages.InMemoryStorage(), []
+    found = search(network, train=trained, validate=judged, trials=12, storage=storage)
+    assert [t["number"] for t in found.report["trials"] if t["state"] == "fail"] == taken == [0]
+    assert "uniform 2" in baselines(storage, TrialState.COMPLETE)
 
 
 def test_an_error_in_training_leaves_a_readable_study(network, tmp_path):

@@ -166,7 +166,7 @@ def _alive(trial: FrozenTrial) -> bool:
         return False
     if worker["host"] == socket.gethostname():
         return _started(worker["pid"]) == worker["started"]
-    return time.time() - trial.user_attrs.get(BEAT, 0.0) < PATIENCE
+    return time.time() - max(worker["time"], trial.user_attrs.get(BEAT, 0.0)) < PATIENCE
 
 
 def _started(pid: int) -> str | None:
@@ -188,7 +188,7 @@ def _started(pid: int) -> str | None:
 @contextmanager
 def working(trial: optuna.Trial) -> Iterator[None]:
     """Note who runs a trial, and give a sign of life every `HEARTBEAT` seconds while it runs."""
-    note = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+    note = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()), "time": time.time()}
     trial.set_user_attr(WORKER, note)
     over = threading.Event()
 

@@ -49,58 +49,55 @@ def run_trial(study: Study, problem: Problem, train: Train, validate: Validate, 
     if sum(t.state.is_finished() or t.number < trial.number for t in others) >= trials:
         study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)  # for whoever asks for more trials
         return True
-    with working(trial):
-        params = {n: trial.suggest_categorical(n, d.choices) for n, d in problem.space.distributions().items()}  # pyright: ignore
-        others = study.get_trials(deepcopy=False)
-        known = [t for t in others if t.number < trial.number and t.params == params and t.state != TrialState.FAIL]
-        if known:
-            _tell(study, trial, TrialState.FAIL)
-            return BASELINE in trial.user_attrs
-        configuration = problem.space.configuration(params)
-        trial.set_user_attr(COST, problem.cost(configuration))
-        baseline = trial.user_attrs.get(BASELINE)
-
-        def report(loss: float) -> None:
-            if not math.isfinite(loss):
-                raise optuna.TrialPruned
-            trial.report(loss, 1)
-            if baseline is None and trial.should_prune():
-                raise optuna.TrialPruned
-
-        try:
-            model = trained(problem, configuration, train, report, seed)
-            value = float(validate(model))
-        except optuna.TrialPruned:
-            _tell(study, trial, TrialState.PRUNED)
-            return True
-        except ValueError as error:
-            if "diverged" not in str(error):
-                _tell(study, trial, TrialState.FAIL)
-                raise
-            value = math.nan
-        except BaseException:
-            _tell(study, trial, TrialState.FAIL)
-            raise
-        if math.isfinite(value):
-            _tell(study, trial, TrialState.COMPLETE, value)
-        else:
-            trial.set_user_attr(DIVERGED, True)
-            _tell(study, trial, TrialState.PRUNED)
-    return True
+    try:
+        with working(trial):
+            return _judge(study, trial, problem, train, validate, seed)
+    except optuna.exceptions.UpdateFinishedTrialError:  # taken for lost and failed meanwhile: it is in the queue again
+        return True
 
 
-def _tell(study: Study, trial: optuna.Trial, state: TrialState, value: float | None = None) -> None:
-    """End a trial, unless it was taken for lost and failed meanwhile: it is then in the queue again.
+def _judge(study: Study, trial: optuna.Trial, problem: Problem, train: Train, validate: Validate, seed: int) -> bool:
+    """Train and judge what a trial proposes; False where the sampler repeated one that there is.
 
     Raises:
-        ValueError: If it cannot be ended for another reason.
-        UpdateFinishedTrialError: The same.
+        ValueError: If training or judging raises one that does not say that it diverged.
     """
+    params = {n: trial.suggest_categorical(n, d.choices) for n, d in problem.space.distributions().items()}  # pyright: ignore
+    others = study.get_trials(deepcopy=False)
+    if any(t.number < trial.number and t.params == params and t.state != TrialState.FAIL for t in others):
+        study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+        return BASELINE in trial.user_attrs
+    configuration = problem.space.configuration(params)
+    trial.set_user_attr(COST, problem.cost(configuration))
+    baseline = trial.user_attrs.get(BASELINE)
+
+    def report(loss: float) -> None:
+        if not math.isfinite(loss):
+            raise optuna.TrialPruned
+        trial.report(loss, 1)
+        if baseline is None and trial.should_prune():
+            raise optuna.TrialPruned
+
     try:
-        study.tell(trial, value, state=state)
-    except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
-        if not study._storage.get_trial(trial._trial_id).state.is_finished():
+        model = trained(problem, configuration, train, report, seed)
+        value = float(validate(model))
+    except optuna.TrialPruned:
+        study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+        return True
+    except ValueError as error:
+        if "diverged" not in str(error):
+            study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
             raise
+        value = math.nan
+    except BaseException:
+        study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+        raise
+    if math.isfinite(value):
+        study.tell(trial, value, skip_if_finished=True)
+    else:
+        trial.set_user_attr(DIVERGED, True)
+        study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+    return True
 
 
 def trained(problem: Problem, of: Configuration, train: Train, report: Report, seed: int) -> nn.Module:
