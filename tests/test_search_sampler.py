@@ -75,6 +75,24 @@ def test_nothing_over_budget_and_nothing_twice():
     assert len({tuple(t.params.values()) for t in study.trials}) == affordable  # all of them, each once
 
 
+def test_what_lies_outside_a_window_blocks_nothing_and_speaks_for_nothing():
+    names = space(2)
+    study = optuna.create_study(sampler=KMeansTPESampler(0, None, names, {"bits00": (2, 3, 4)}))
+    outside = {"bits00": 8, "bits01": 2}
+    study.add_trial(optuna.create_trial(params=outside, distributions=names, value=0.0))
+    run(study, names, 15)
+    tried = {tuple(t.params.values()) for t in study.trials[1:]}
+    assert tried == set(itertools.product((2, 3, 4), BITS))  # (4, 2) too
+
+    def proposed(value):
+        study = optuna.create_study(sampler=KMeansTPESampler(0, None, names, {"bits00": (2, 3, 4)}))
+        run(study, names, 9)
+        study.add_trial(optuna.create_trial(params=outside, distributions=names, value=value))
+        return study.ask(names).params
+
+    assert proposed(-1.0) == proposed(100.0)
+
+
 def test_what_runs_elsewhere_is_not_proposed_again():
     names = space(1)
     study = fresh(names, feasible=None)

@@ -80,7 +80,7 @@ class KMeansTPESampler(BaseSampler):
         self._space = None if space is None else dict(sorted(space.items()))
         self._found = IntersectionSearchSpace(include_pruned=True)
         self._rows: dict[
-            Any, tuple[NDArray[np.int16], float | None, bool]
+            Any, tuple[NDArray[np.int16], float | None, bool, bool]
         ] = {}  # of finished trials, which do not change: a cache, no state
         self._rows_of: dict[str, BaseDistribution] = {}
 
@@ -130,7 +130,8 @@ class KMeansTPESampler(BaseSampler):
     ) -> tuple[NDArray[np.int16], NDArray[np.float64], int, set[bytes]]:
         """(N, P) choices and (N,) losses, ascending; how many of them a sampler chose; all configurations there are.
 
-        Trials that run or failed are not observed, but not proposed again either; a range may be looked at again.
+        Trials that run or failed are not observed, but not proposed again either; a range may be looked at again. What
+        lies outside a window has no place among the choices: it says nothing of the nearest one, and does not block it.
         """
         of = {name: axis.distribution for name, axis in axes.items()}
         if of != self._rows_of:
@@ -146,7 +147,9 @@ class KMeansTPESampler(BaseSampler):
                 entry = _encoded(t, axes, sign)
                 if t.state.is_finished():
                     self._rows[key] = entry
-            row, loss, sampled = entry
+            row, loss, sampled, within = entry
+            if not within:
+                continue
             seen.add(row.tobytes())
             if loss is not None:
                 rows.append(row)
@@ -264,15 +267,20 @@ def split(losses: NDArray[np.float64]) -> tuple[int, int]:
     return good, min(bad, count - good)
 
 
-def _encoded(trial: FrozenTrial, axes: Mapping[str, Axis], sign: float) -> tuple[NDArray[np.int16], float | None, bool]:
-    """(P,) choices; the loss, infinite where it is only known to be bad, None where nothing is; sampled or given."""
+def _encoded(
+    trial: FrozenTrial, axes: Mapping[str, Axis], sign: float
+) -> tuple[NDArray[np.int16], float | None, bool, bool]:
+    """(P,) choices; the loss, infinite where it is only known to be bad, None where nothing is; whether it was sampled,
+    not given; whether it lies within the windows.
+    """
     row = np.array([axis.index(trial.params[name]) for name, axis in axes.items()], dtype=np.int16)
     loss = None
     if trial.state == TrialState.PRUNED:
         loss = np.inf
     elif trial.state == TrialState.COMPLETE and trial.value is not None:
         loss = sign * trial.value if sign * trial.value > -np.inf else np.inf
-    return row, loss, "fixed_params" not in trial.system_attrs
+    within = all(axis.holds(trial.params[name]) for name, axis in axes.items())
+    return row, loss, "fixed_params" not in trial.system_attrs, within
 
 
 def _refuse_several_objectives(study: Study) -> None:
