@@ -153,6 +153,8 @@ def test_interrupted_and_resumed_is_the_same_study(network, tmp_path):
     assert rows(again) == rows(whole)
     with pytest.raises(ValueError, match=r"study 'search' is of another budget, seed: .*; give the settings"):
         search(network, Budget(mean_bits=3), trials=16, storage=storage, seed=1)
+    with pytest.raises(ValueError, match=r"study 'search' is of another space: "):
+        search(network, trials=16, storage=storage, widths=False)
     storage.engine.dispose()
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import optuna
+from optuna.distributions import distribution_to_json
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import TrialState
@@ -151,7 +152,10 @@ def _same_settings(study: Study, problem: Problem, sampler: str, seed: int, sett
     weights = hashlib.sha256()
     for layer in quant_layers(problem.parent).values():
         weights.update(layer.weight.detach().cpu().contiguous().numpy().tobytes())
+    space = {n: distribution_to_json(d) for n, d in problem.space.distributions().items()}
+    searched = json.dumps([space, problem.space.windows], sort_keys=True)
     own = {"sampler": sampler, "seed": seed, "budget": problem.budget.limits(), "weights": weights.hexdigest()}
+    own |= {"space": hashlib.sha256(searched.encode()).hexdigest()}
     own = json.loads(json.dumps({**own, **settings}))
     found = study.user_attrs.get(SETTINGS)
     if found is None:
