@@ -312,6 +312,8 @@ def test_wrong_arguments_are_named(network):
         search(network, trials=0)
     with pytest.raises(ValueError, match="sampler='x' is not known; choose one of kmeans-tpe"):
         search(network, sampler="x")
+    with pytest.raises(ValueError, match="seed=-1: a seed is 0 or more"):
+        search(network, seed=-1)
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe"])

@@ -73,6 +73,8 @@ class KMeansTPESampler(BaseSampler):
         windows: Mapping[str, Sequence[Any]] | None = None,
         start: int = START,
     ) -> None:
+        if seed < 0:
+            raise ValueError(f"seed={seed}: a seed is 0 or more")
         if start < 2:
             raise ValueError(f"start={start}: two clusters need at least 2 trials; give 2 or more")
         self._seed, self._feasible, self._start = seed, feasible, start

@@ -33,7 +33,7 @@ from .evidence import importance, layer_rows, trial_row
 from .finals import last_trainings
 from .problem import Problem, prepare_search
 from .remembered import digest, recall, remember
-from .sensitivity import Loss, Progress
+from .sensitivity import Loss, Progress, check_method
 from .storage import open_study, writing
 from .trials import TAKEN, Train, Validate, enqueue_baselines, run_trial
 
@@ -103,13 +103,10 @@ def search_network(
         **preparation: `widths`, `method`, `architecture`, `notes`, `latency`, as `prepare_search` takes them.
 
     Raises:
-        ValueError: If the budget is below the smallest network, trials are below 1, the sampler is unknown, the study
-            is of other settings, or no candidate gave a finite loss.
+        ValueError: If the budget is below the smallest network, trials are below 1, the seed is negative, the sampler
+            or the method is unknown, the study is of other settings, or no candidate gave a finite loss.
     """
-    if trials < 1:
-        raise ValueError(f"trials={trials} tries nothing; give 1 or more")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler={sampler!r} is not known; choose one of {', '.join(SAMPLERS)}")
+    check_settings(trials, seed, sampler, preparation.get("method", "auto"))
     started = time.perf_counter()
     storage = optuna.storages.InMemoryStorage() if storage is None else storage
     key = digest(network, batches, seed, *(preparation.get(k) for k in ("method", "latency")))
@@ -132,6 +129,21 @@ def search_network(
     reason = "nothing new within the budget was left to try" if repeated == REPETITIONS else ""
     seconds = time.perf_counter() - started
     return _result(study, problem, train, validate, finish, seed, progress, reason, prepared, seconds)
+
+
+def check_settings(trials: int, seed: int, sampler: str, method: str) -> None:
+    """Refuse what no search can begin with.
+
+    Raises:
+        ValueError: If trials are below 1, the seed is negative, or the sampler or the method is unknown.
+    """
+    if trials < 1:
+        raise ValueError(f"trials={trials} tries nothing; give 1 or more")
+    if seed < 0:
+        raise ValueError(f"seed={seed}: a seed is 0 or more")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler={sampler!r} is not known; choose one of {', '.join(SAMPLERS)}")
+    check_method(method)
 
 
 def _done(study: Study) -> int:
