@@ -7,12 +7,15 @@ best few of the search and the best baseline are trained to the end, and what th
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
+
+from sgsc.quantizers import Diverged
 
 from .cost import Configuration
 from .evidence import BASELINE
@@ -65,22 +68,24 @@ def last_trainings(
             "learning rate of `train`, or raise the budget"
         )
 
-    def end(trial: FrozenTrial, by: Train) -> End:
-        configuration = problem.space.configuration(trial.params)
-        model = trained(problem, configuration, by, lambda loss: None, seed)
-        return End(float(validate(model)), trial, configuration, model, by is finish)
-
     ends: list[End] = []
+
+    def end(trial: FrozenTrial, by: Train) -> None:
+        configuration = problem.space.configuration(trial.params)
+        with suppress(Diverged):
+            model = trained(problem, configuration, by, lambda loss: None, seed)
+            loss = float(validate(model))
+            if math.isfinite(loss):
+                ends.append(End(loss, trial, configuration, model, by is finish))
+
     if finish is not None:
         baselines = [t for t in complete if BASELINE in t.user_attrs]
         finalists = [t for t in complete if BASELINE not in t.user_attrs][:FINALISTS] + baselines[:1]
         for step, trial in enumerate(finalists, start=1):
-            ends.append(end(trial, finish))
-            progress("finish", step, len(finalists), {"loss": ends[-1].loss})
-    reached = min((e.loss for e in ends if math.isfinite(e.loss)), default=math.inf)
-    if complete[0].value < reached:
-        ends.append(end(complete[0], train))
-    ends = sorted((e for e in ends if math.isfinite(e.loss)), key=lambda e: e.loss)
+            end(trial, finish)
+            progress("finish", step, len(finalists), {"best loss": min((e.loss for e in ends), default=math.nan)})
+    if complete[0].value < min((e.loss for e in ends), default=math.inf):
+        end(complete[0], train)
     if not ends:
         raise ValueError("the winner diverged in its last training; lower the learning rate of `finish`")
-    return ends
+    return sorted(ends, key=lambda e: e.loss)

@@ -52,8 +52,9 @@ def open_storage(where: str | Path) -> BaseStorage:
     text = str(where)
     url = text if "://" in text else f"sqlite:///{text}"
     try:
-        if url.startswith("sqlite:///") and not url.startswith("sqlite:///:memory:"):
-            return _sqlite(url)
+        made = sqlalchemy.make_url(url)
+        if made.get_backend_name() == "sqlite" and made.database not in (None, "", ":memory:"):
+            return _sqlite(url, Path(made.database))
         return _made(url)
     except StorageError:
         raise
@@ -73,8 +74,7 @@ def _made(url: str, **how: Any) -> RDBStorage:
     return RDBStorage(url, **how)
 
 
-def _sqlite(url: str) -> RDBStorage:
-    path = Path(url.removeprefix("sqlite:///").split("?")[0])
+def _sqlite(url: str, path: Path) -> RDBStorage:
     if not path.parent.is_dir():
         raise StorageError(f"the storage {path} cannot be made: there is no folder {path.parent}; make it first")
     if path.is_file() and path.stat().st_size:
@@ -137,7 +137,7 @@ def fail_stale(study: Study) -> list[int]:
     """
     failed = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if WORKER not in trial.user_attrs:  # killed between the trial's creation and its note, or just begun
+        if trial.user_attrs.get(WORKER) is None:  # killed between the trial's creation and its note, or just begun
             began = trial.datetime_start or datetime.datetime.min
             time.sleep(min(max(GRACE - (datetime.datetime.now() - began).total_seconds(), 0.0), GRACE))
             trial = study._storage.get_trial(trial._trial_id)
@@ -213,7 +213,7 @@ def working(trial: optuna.Trial) -> Iterator[None]:
 
 @contextmanager
 def writing(storage: BaseStorage) -> Iterator[None]:
-    """Turn what a storage raises when it is full, read-only or locked into a `StorageError` that says what to do.
+    """Turn what a storage raises when it is full, read-only, locked or gone into a `StorageError` that says what to do.
 
     Raises:
         StorageError: As said.
@@ -223,8 +223,8 @@ def writing(storage: BaseStorage) -> Iterator[None]:
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         cause = error.__cause__ or error
         raise StorageError(
-            f"the storage {describe(storage)} cannot be written ({_first(cause)}); the study is as it was before this "
-            "trial: free space or make it writable, and repeat the command to go on"
+            f"the storage {describe(storage)} cannot be read or written ({_first(cause)}); what was told is in the "
+            "study: free space, make it writable or start its server again, and repeat the command to go on"
         ) from error
 
 

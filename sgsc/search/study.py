@@ -5,7 +5,8 @@ is never worse than the best baseline that was evaluated, on the data that `vali
 best few of the search and the best baseline longer (finals.py); what the best trial had counts beside them.
 
 Trials run one after another in a process; any number of processes share a study (storage.py). One process alone, with
-deterministic functions, gives the same study each time, interrupted or not.
+deterministic functions, gives the same study each time, also where it was interrupted by Ctrl-C, or killed between two
+trials; what a worker was at when it was killed is tried again under a later number.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def search_network(
     Args:
         network: Trained, in float; it is left as it is.
         train: Trains a candidate a little, in place, the same way each time; may call what it is given with a
-            validation loss once on its way, which stops a hopeless candidate.
+            validation loss once on its way, which stops a hopeless candidate. It and `validate` may raise
+            `sgsc.quantizers.Diverged`, as packing does.
         validate: Loss of a candidate on validation data, lower is better; NaN and infinity count as diverged.
         budget: What the result may cost.
         loss: Mean loss of a model on a batch, for the sensitivity.
@@ -105,30 +107,31 @@ def search_network(
     Raises:
         ValueError: If the budget is below the smallest network, trials are below 1, the seed is negative, the sampler
             or the method is unknown, the study is of other settings, or no candidate gave a finite loss.
+        StorageError: If the storage cannot be read or written, or is another host's SQLite file.
     """
     check_settings(trials, seed, sampler, preparation.get("method", "auto"))
     started = time.perf_counter()
     storage = optuna.storages.InMemoryStorage() if storage is None else storage
     key = digest(network, batches, seed, *(preparation.get(k) for k in ("method", "latency")))
-    known = recall(storage, name, key)
-    problem = prepare_search(network, budget, loss, batches, seed=seed, known=known, progress=progress, **preparation)
-    prepared = time.perf_counter() - started
-    distributions = problem.space.distributions()
-    made = SAMPLERS[sampler](seed=seed, feasible=problem.feasible, space=distributions, windows=problem.space.windows)
-    pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP)
-    study = open_study(storage, name, made, pruner)
     with writing(storage):
+        known = recall(storage, name, key)
+        problem = prepare_search(
+            network, budget, loss, batches, seed=seed, known=known, progress=progress, **preparation
+        )
+        prepared = time.perf_counter() - started
+        space, windows = problem.space.distributions(), problem.space.windows
+        made = SAMPLERS[sampler](seed=seed, feasible=problem.feasible, space=space, windows=windows)
+        study = open_study(storage, name, made, optuna.pruners.MedianPruner(n_startup_trials=STARTUP))
         _same_settings(study, problem, sampler, seed, settings or {})
         remember(study, key, problem)
         enqueue_baselines(study, problem)
-    repeated = 0  # in a row
-    while repeated < REPETITIONS and (done := _done(study)) < trials:
-        with writing(storage):
+        repeated = 0  # in a row
+        while repeated < REPETITIONS and (done := _done(study)) < trials:
             repeated = 0 if run_trial(study, problem, train, validate, seed, trials) else repeated + 1
-        progress("search", min(done + 1, trials), trials, {"best loss": _best_so_far(study)})
-    reason = "nothing new within the budget was left to try" if repeated == REPETITIONS else ""
-    seconds = time.perf_counter() - started
-    return _result(study, problem, train, validate, finish, seed, progress, reason, prepared, seconds)
+            progress("search", min(done + 1, trials), trials, {"best loss": _best_so_far(study)})
+        reason = "nothing new within the budget was left to try" if repeated == REPETITIONS else ""
+        seconds = time.perf_counter() - started
+        return _result(study, problem, train, validate, finish, seed, progress, reason, prepared, seconds)
 
 
 def check_settings(trials: int, seed: int, sampler: str, method: str) -> None:
