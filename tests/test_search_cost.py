@@ -45,6 +45,15 @@ def test_bytes_are_those_of_the_file(problem):
         assert cost(chosen)["bytes"] == stored_size(pack(built, remove=False), **kept)
 
 
+def test_costs_that_are_not_named_are_not_counted(problem, monkeypatch):
+    _, structure, cost, _ = problem
+    chosen = Configuration(dict.fromkeys(structure.layers, 4))
+    every = cost(chosen)
+    assert {name: cost(chosen, [name]) for name in every} == {name: {name: n} for name, n in every.items()}
+    monkeypatch.setattr(cost_module.json, "dumps", lambda *_, **__: pytest.fail("a header is made"))
+    assert cost(chosen, Budget(mean_bits=4).limits()) == {"mean_bits": 4}
+
+
 def test_mean_bits_and_macs_are_those_of_the_layers(problem):
     model, structure, cost, _ = problem
     chosen = random_configuration(structure, torch.Generator().manual_seed(1))

@@ -92,6 +92,12 @@ def test_the_result_is_within_the_budget_and_no_worse_than_any_baseline(network,
     assert all(t["cost"]["mean_bits"] <= 4 for t in judged)
 
 
+def test_whether_a_proposal_is_within_the_budget_costs_only_what_is_limited(network, monkeypatch):
+    problem = prepare_search(network, Budget(mean_bits=3.5), loss, [BATCH])
+    monkeypatch.setattr(CostModel, "_bytes", lambda *_: pytest.fail("bytes are counted"))
+    assert problem.feasible(problem.space.smallest())
+
+
 def test_each_allocation_within_the_budget_is_a_trial_under_its_name_or_that_of_an_equal_width(network):
     budget = Budget(bytes=3000, mean_bits=4)
     problem = prepare_search(network, budget, loss, [BATCH])

@@ -32,7 +32,7 @@ class Problem:
 
     def feasible(self, params: Mapping[str, Any]) -> bool:
         """Whether parameters are within the budget."""
-        return self.budget.holds(self.cost(self.space.configuration(params)))
+        return self.budget.holds(self.cost(self.space.configuration(params), self.budget.limits()))
 
 
 def prepare_search(
