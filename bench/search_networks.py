@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -88,9 +89,21 @@ class Network:
     @cached_property
     def float(self) -> nn.Module:
         """The trained float network, which lies beside others between runs."""
+        return float_model(self.task.to(self.device), self.seed, self.folder, lambda *_: None).cpu().eval()
+
+    @property
+    def folder(self) -> Path:
+        """Where the float network lies."""
         folder = self.start.with_suffix("")
         folder.mkdir(parents=True, exist_ok=True)
-        return float_model(self.task.to(self.device), self.seed, folder, lambda *_: None).cpu().eval()
+        return folder
+
+    def file(self) -> Path:
+        """The float network's, which is trained where it is not there."""
+        path = self.folder / FLOAT
+        if not path.is_file():
+            float_model(self.task.to(self.device), self.seed, self.folder, lambda *_: None)
+        return path
 
     @property
     def device(self) -> str:
@@ -187,14 +200,13 @@ def ended(one: Network, model: nn.Module) -> Row:
 def search(one: Network, sampler: str, limit: int, more: int) -> Row:
     """One `sgsc search`."""
     plan, settings = one.plan, one.section.settings
-    start = one.start.with_suffix("") / FLOAT
-    if not start.is_file():
-        assert one.float is not None
+    start = one.file()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "sgsc", "search", one.name, "--budget", f"{limit}B", "--seed", str(one.seed)]
-        command += ["--trials", str(plan.trials + more), "--sampler", sampler, "--start", str(start), "--out", folder]
-        flags = settings.flags(one.name) if one.name != "digits" else ["--device", settings.device]
+        command += ["--trials", str(plan.trials + more), "--sampler", sampler, "--out", folder]
+        command += ["--start", str(start)]
+        flags = settings.flags(one.name)
         for flag, value in (("--steps", plan.steps), ("--finish-steps", plan.finish_steps)):
             flags += [] if value is None else [flag, str(value)]
         found = called([*command, "--json", *flags], settings.timeout())
@@ -231,8 +243,8 @@ def proxy(one: Network, limit: int) -> Row:
 
 
 def drawn(problem: Problem, count: int, seed: int) -> list[Configuration]:
-    """Random configurations within the budget, all different."""
+    """Random configurations of the search's choices within the budget, all different."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     space = problem.space.distributions()
-    study = optuna.create_study(sampler=RandomSampler(seed, problem.feasible, space))
+    study = optuna.create_study(sampler=RandomSampler(seed, problem.feasible, space, problem.space.windows))
     return [problem.space.configuration(study.ask(space).params) for _ in range(count)]

@@ -11,6 +11,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.testing.pytest_samplers import BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnlySamplerTestCase
 
+from sgsc.search import kmeans_tpe
 from sgsc.search.axes import Axis
 from sgsc.search.kmeans_tpe import KMeansTPESampler, candidates, split
 
@@ -120,6 +121,16 @@ def test_the_start_covers_each_parameter():
     study = fresh(names, feasible=None)
     trials = [study.ask(names).params for _ in range(8)]
     assert all({t[name] for t in trials} == set(BITS) for name in names)
+
+
+def test_what_was_given_counts_towards_the_start(monkeypatch):
+    names, models = space(4), []
+    monkeypatch.setattr(kmeans_tpe, "candidates", lambda *a: models.append(len(a[1])) or candidates(*a))
+    study = fresh(names, feasible=None)
+    for bits in itertools.product(BITS[:3], repeat=2):
+        study.enqueue_trial(dict(zip(names, bits * 2, strict=True)))
+    run(study, names, 10)
+    assert models == [9]  # the first that was not given is of a model
 
 
 def test_beats_random_on_most_seeds():
