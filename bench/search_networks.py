@@ -1,15 +1,15 @@
 """The search on real networks, against what is had without it. One float network a task and seed; all train alike.
 
     uniform          every uniform width within the budget, with and without 8 bits at both ends, trained as long as a
-                     winner; the one of least validation loss
-    integer program  the exact allocation of the sensitivity within the same budget, trained as long
+                     finalist of a search and as long as a trial; the one of least validation loss
+    integer program  the exact allocation of the sensitivity within the same budget, trained alike
     kmeans-tpe       `sgsc search` with four fifths of the bytes of the smaller of those two: 20 % fewer than both
     tpe              the same by Optuna's TPE, with as many trials more as take the time of our sensitivity
     proxy            random configurations of the search's space and budget, each after the short training of a trial
                      and after the long one: the rank correlation of their validation losses
 
 Everything is chosen by validation samples; what is chosen answers the test split once. The searches are the command
-line, start-up, sensitivity, both last trainings and packing included. Processor seconds are of one thread; those of the
+line, start-up, sensitivity, all last trainings and packing included. Processor seconds are of one thread; those of the
 first row of a call hold the float network's training too, where it was not there.
 """
 
@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -42,7 +43,7 @@ from sgsc.packed import pack
 from sgsc.search.baselines import RandomSampler
 from sgsc.search.cost import Budget, Configuration
 from sgsc.search.problem import Problem, prepare_search
-from sgsc.search.study import trained
+from sgsc.search.trials import trained
 from sgsc.size import float_bytes
 
 from .runs import Row, Section, called
@@ -88,9 +89,21 @@ class Network:
     @cached_property
     def float(self) -> nn.Module:
         """The trained float network, which lies beside others between runs."""
+        return float_model(self.task.to(self.device), self.seed, self.folder, lambda *_: None).cpu().eval()
+
+    @property
+    def folder(self) -> Path:
+        """Where the float network lies."""
         folder = self.start.with_suffix("")
         folder.mkdir(parents=True, exist_ok=True)
-        return float_model(self.task.to(self.device), self.seed, folder, lambda *_: None).cpu().eval()
+        return folder
+
+    def file(self) -> Path:
+        """The float network's, which is trained where it is not there."""
+        path = self.folder / FLOAT
+        if not path.is_file():
+            float_model(self.task.to(self.device), self.seed, self.folder, lambda *_: None)
+        return path
 
     @property
     def device(self) -> str:
@@ -154,8 +167,11 @@ def reference(one: Network, method: str) -> Row:
         raise SystemExit(f"{one.name}: no {method} is within {one.plan.budget}; raise the budget of the bench")
     tried: dict[str, tuple[Row, nn.Module]] = {}
     for name, configuration in chosen.items():
-        model = trained(problem, configuration, one.schedule.long, lambda loss: None, one.seed)
-        tried[name] = one.judged(model), model
+        for train in (one.schedule.long, one.schedule.short):  # a search has the better of both too
+            model = trained(problem, configuration, train, lambda loss: None, one.seed)
+            judged = one.judged(model)
+            if name not in tried or judged["validation_loss"] < tried[name][0]["validation_loss"]:
+                tried[name] = judged, model
     best = min(tried, key=lambda name: tried[name][0]["validation_loss"])
     judged, model = tried[best]
     return {
@@ -184,14 +200,13 @@ def ended(one: Network, model: nn.Module) -> Row:
 def search(one: Network, sampler: str, limit: int, more: int) -> Row:
     """One `sgsc search`."""
     plan, settings = one.plan, one.section.settings
-    start = one.start.with_suffix("") / FLOAT
-    if not start.is_file():
-        assert one.float is not None
+    start = one.file()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "sgsc", "search", one.name, "--budget", f"{limit}B", "--seed", str(one.seed)]
-        command += ["--trials", str(plan.trials + more), "--sampler", sampler, "--start", str(start), "--out", folder]
-        flags = settings.flags(one.name) if one.name != "digits" else ["--device", settings.device]
+        command += ["--trials", str(plan.trials + more), "--sampler", sampler, "--out", folder]
+        command += ["--start", str(start)]
+        flags = settings.flags(one.name)
         for flag, value in (("--steps", plan.steps), ("--finish-steps", plan.finish_steps)):
             flags += [] if value is None else [flag, str(value)]
         found = called([*command, "--json", *flags], settings.timeout())
@@ -228,8 +243,8 @@ def proxy(one: Network, limit: int) -> Row:
 
 
 def drawn(problem: Problem, count: int, seed: int) -> list[Configuration]:
-    """Random configurations within the budget, all different."""
+    """Random configurations of the search's choices within the budget, all different."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     space = problem.space.distributions()
-    study = optuna.create_study(sampler=RandomSampler(seed, problem.feasible, space))
+    study = optuna.create_study(sampler=RandomSampler(seed, problem.feasible, space, problem.space.windows))
     return [problem.space.configuration(study.ask(space).params) for _ in range(count)]

@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from optuna.distributions import CategoricalDistribution
 
 from bench import readme, record, runs, search, search_claims, search_networks, search_surrogates
 from bench.search_surrogates import MEASURED, METHODS, Measured, Surrogate, measure
@@ -107,6 +109,13 @@ def test_a_kill_run_and_a_proposal_are_measured(monkeypatch):
     monkeypatch.setattr(search, "TRIALS", 20)
     assert search._proposal(0, "k-means TPE")["milliseconds"] > 0
     assert "| 2 |" in search_claims.kill_table([found])
+
+
+def test_proxies_are_drawn_from_the_choices_that_a_search_has():
+    names = {"a": CategoricalDistribution((2, 3, 4, 6, 8)), "b": CategoricalDistribution((8, 16))}
+    space = SimpleNamespace(distributions=lambda: names, windows={"a": (3, 4), "b": (8, 16)}, configuration=dict)
+    found = search_networks.drawn(SimpleNamespace(space=space, feasible=lambda params: True), 4, 0)
+    assert {(of["a"], of["b"]) for of in found} == {(3, 8), (3, 16), (4, 8), (4, 16)}
 
 
 def test_network_rows_are_runs_on_one_float_network(monkeypatch, tmp_path, commit):

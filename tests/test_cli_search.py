@@ -12,6 +12,7 @@ import torch
 from sgsc import load_into
 from sgsc.cli import main
 from sgsc.demos import models
+from sgsc.demos import search as search_demo
 from sgsc.demos.search import parse_budget
 from sgsc.report import search_summary
 from sgsc.report.search_page import render_search
@@ -99,19 +100,27 @@ def test_without_changed_channels_the_file_loads_into_the_task_s_network(tmp_pat
     {
         "budget": (["--budget", "small"], r"budget 'small': want a number and a unit of %, B, kB"),
         "too-small": (["--budget", "5kB"], r"the budget is below the smallest network .*bytes 5,000 <"),
-        "too-fast": (["--budget", "0.001us"], r"the budget is below the smallest network .*seconds 1e-09 <"),
         "sensitivity": (["--budget", "8%", "--sensitivity", "x"], "method='x': want hutchinson, fisher or auto"),
+        "seed": (["--budget", "8%", "--seed", "-1"], "seed=-1: a seed is 0 or more"),
         "trials": (["--budget", "8%", "--trials", "0"], "trials=0 tries nothing"),
         "steps": (["--budget", "8%", "--steps", "0"], "steps=0, finish_steps=3: a candidate that is not trained"),
         "sampler": (["--budget", "8%", "--sampler", "x"], "sampler='x' is not known"),
         "storage": (["--budget", "8%", "--storage", "nonsense://x"], "the storage nonsense://x cannot be opened"),
     }.values(),
-    ids=("budget", "too-small", "too-fast", "sensitivity", "trials", "steps", "sampler", "storage"),
+    ids=("budget", "too-small", "sensitivity", "seed", "trials", "steps", "sampler", "storage"),
 )
-def test_wrong_use_is_exit_code_2_and_says_why(arguments, message, run, tmp_path, capsys):
-    start = ["--start", str(run[0] / "float.safetensors"), "--out", str(tmp_path)]
-    assert main(["search", "digits", *QUICK, *start, *arguments]) == 2
+def test_wrong_use_is_exit_code_2_and_says_why_before_anything_is_trained(
+    arguments, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(search_demo, "float_model", lambda *_: pytest.fail("the float network is trained first"))
+    assert main(["search", "digits", *QUICK, "--out", str(tmp_path), *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_budget_that_is_too_fast_is_named_once_it_was_measured(run, tmp_path, capsys):
+    start = ["--start", str(run[0] / "float.safetensors"), "--out", str(tmp_path)]
+    assert main(["search", "digits", *QUICK, *start, "--budget", "0.001us"]) == 2
+    assert re.search(r"the budget is below the smallest network .*seconds 1e-09 <", capsys.readouterr().err)
 
 
 def test_budgets_are_read_with_their_units():

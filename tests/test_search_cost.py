@@ -45,6 +45,15 @@ def test_bytes_are_those_of_the_file(problem):
         assert cost(chosen)["bytes"] == stored_size(pack(built, remove=False), **kept)
 
 
+def test_costs_that_are_not_named_are_not_counted(problem, monkeypatch):
+    _, structure, cost, _ = problem
+    chosen = Configuration(dict.fromkeys(structure.layers, 4))
+    every = cost(chosen)
+    assert {name: cost(chosen, [name]) for name in every} == {name: {name: n} for name, n in every.items()}
+    monkeypatch.setattr(cost_module.json, "dumps", lambda *_, **__: pytest.fail("a header is made"))
+    assert cost(chosen, Budget(mean_bits=4).limits()) == {"mean_bits": 4}
+
+
 def test_mean_bits_and_macs_are_those_of_the_layers(problem):
     model, structure, cost, _ = problem
     chosen = random_configuration(structure, torch.Generator().manual_seed(1))
@@ -78,6 +87,18 @@ def test_latency_is_the_roofline_until_it_was_measured():
     measured = cost.times["first.0", 4]
     assert cost.seconds("first.0", 4, 128, 288) == pytest.approx(measured)
     assert cost.seconds("first.0", 4, 64, 288) == pytest.approx(measured / 2)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_as_it_stands_takes_the_times_that_were_measured(name):
+    make, example = NETWORKS[name]
+    model = prepare(make(), quantizer="lsq8").model
+    structure = structure_of(model)
+    cost = CostModel(model, structure, example)
+    cost.measure(model, example, (4,), repeats=1)
+    assert set(cost.times) == {(name, 4) for name in structure.layers}
+    found = cost(Configuration(dict.fromkeys(structure.layers, 4)))["seconds"]
+    assert found == pytest.approx(sum(cost.times.values()))  # tables too, which multiply nothing
 
 
 def test_more_bits_never_count_as_faster(monkeypatch):

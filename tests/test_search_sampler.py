@@ -11,6 +11,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.testing.pytest_samplers import BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnlySamplerTestCase
 
+from sgsc.search import kmeans_tpe
 from sgsc.search.axes import Axis
 from sgsc.search.kmeans_tpe import KMeansTPESampler, candidates, split
 
@@ -75,6 +76,24 @@ def test_nothing_over_budget_and_nothing_twice():
     assert len({tuple(t.params.values()) for t in study.trials}) == affordable  # all of them, each once
 
 
+def test_what_lies_outside_a_window_blocks_nothing_and_speaks_for_nothing():
+    names = space(2)
+    study = optuna.create_study(sampler=KMeansTPESampler(0, None, names, {"bits00": (2, 3, 4)}))
+    outside = {"bits00": 8, "bits01": 2}
+    study.add_trial(optuna.create_trial(params=outside, distributions=names, value=0.0))
+    run(study, names, 15)
+    tried = {tuple(t.params.values()) for t in study.trials[1:]}
+    assert tried == set(itertools.product((2, 3, 4), BITS))  # (4, 2) too
+
+    def proposed(value):
+        study = optuna.create_study(sampler=KMeansTPESampler(0, None, names, {"bits00": (2, 3, 4)}))
+        run(study, names, 9)
+        study.add_trial(optuna.create_trial(params=outside, distributions=names, value=value))
+        return study.ask(names).params
+
+    assert proposed(-1.0) == proposed(100.0)
+
+
 def test_what_runs_elsewhere_is_not_proposed_again():
     names = space(1)
     study = fresh(names, feasible=None)
@@ -102,6 +121,16 @@ def test_the_start_covers_each_parameter():
     study = fresh(names, feasible=None)
     trials = [study.ask(names).params for _ in range(8)]
     assert all({t[name] for t in trials} == set(BITS) for name in names)
+
+
+def test_what_was_given_counts_towards_the_start(monkeypatch):
+    names, models = space(4), []
+    monkeypatch.setattr(kmeans_tpe, "candidates", lambda *a: models.append(len(a[1])) or candidates(*a))
+    study = fresh(names, feasible=None)
+    for bits in itertools.product(BITS[:3], repeat=2):
+        study.enqueue_trial(dict(zip(names, bits * 2, strict=True)))
+    run(study, names, 10)
+    assert models == [9]  # the first that was not given is of a model
 
 
 def test_beats_random_on_most_seeds():

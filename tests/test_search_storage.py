@@ -77,11 +77,14 @@ def test_ten_kills_lose_no_acknowledged_trial_and_leave_no_zombie(tmp_path):
         assert file.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-def test_the_log_is_written_ahead(study):
+@pytest.mark.parametrize("prefix", ["", "sqlite:///", "sqlite+pysqlite:///"])
+def test_the_log_is_written_ahead(tmp_path, prefix):
+    study = opened(f"{prefix}{tmp_path / 's.db'}")
     with study._storage._backend.engine.connect() as connection:
         ask = connection.exec_driver_sql
         assert ask("PRAGMA journal_mode").scalar() == "wal"
         assert ask("PRAGMA synchronous").scalar() == 1  # NORMAL
+    close(study)
 
 
 def test_a_trial_of_a_living_worker_stays(study):
@@ -109,7 +112,10 @@ def test_what_a_dead_worker_had_is_tried_once_more(study):
 
 def test_a_silent_host_loses_its_trials(study, monkeypatch):
     trial = study.ask(SPACE)
-    trial.set_user_attr(storages.WORKER, {"host": "elsewhere", "pid": 1, "started": "1"})
+    note = {"host": "elsewhere", "pid": 1, "started": "1", "time": time.time()}
+    trial.set_user_attr(storages.WORKER, note)
+    assert fail_stale(study) == []  # it has just begun
+    trial.set_user_attr(storages.WORKER, {**note, "time": 0.0})
     trial.set_user_attr(storages.BEAT, time.time())
     assert fail_stale(study) == []
     monkeypatch.setattr(storages, "PATIENCE", -1.0)
@@ -189,7 +195,7 @@ def test_a_full_disk_is_said_and_the_study_stays(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-        with pytest.raises(StorageError, match=r"s\.db cannot be written .*free space"):
+        with pytest.raises(StorageError, match=r"s\.db cannot be read or written .*free space"):
             fill(study)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -43,7 +43,7 @@ def to_bytes(
         halves = m.bits[(m.bits > 0) & (m.offset != offsets(m.bits, 0).to(m.offset))]
         shift = int(halves.max()) if len(halves) else 0
         _check_grid(name, m, shift)
-        layers.append([name, m.type_name, [len(m.bits), m.width], shift, _unusual(m), *_input(name, m)])
+        layers.append([name, m.type_name, [len(m.bits), m.width], shift, settings_of(m), *_input(name, m)])
     parts = list(packed.values())
     scales = torch.cat([m.scale[m.bits > 0].float() for m in parts])
     short = scales.bfloat16()
@@ -52,7 +52,7 @@ def to_bytes(
     tensors["scales"] = short if torch.equal(short.float(), scales) else scales
     flat: dict[str, list[Tensor]] = {}
     listed: dict[str, list] = {}
-    for name, value in _values(model):
+    for name, value in values_of(model):
         listed.setdefault(_NAMES[value.dtype], []).append([name, list(value.shape)])
         flat.setdefault(_NAMES[value.dtype], []).append(value.detach().flatten())
     for dtype, values in flat.items():
@@ -125,7 +125,7 @@ def _input(name: str, layer: PackedLayer) -> list[list[float]]:
     return [said]
 
 
-def _values(model: nn.Module) -> list[tuple[str, Tensor]]:
+def values_of(model: nn.Module) -> list[tuple[str, Tensor]]:
     """The state dict without packed layers' own tensors, counters of batches, and second names of shared modules.
 
     Raises:
@@ -175,7 +175,7 @@ def _nibbles(bits: Tensor) -> Tensor:
     return bits[::2] | (bits[1::2] << 4)
 
 
-def _unusual(layer: PackedLayer) -> dict[str, Any]:
+def settings_of(layer: PackedLayer) -> dict[str, Any]:
     """The layer's settings without those that have their usual value."""
     settings = layer.settings()
     if not isinstance(layer, PackedConv2d):

@@ -17,9 +17,10 @@ from torch.utils.data import TensorDataset
 from sgsc.artefact import save
 from sgsc.packed import pack
 from sgsc.search.cost import Budget
+from sgsc.search.problem import check_budget
 from sgsc.search.sensitivity import Loss
 from sgsc.search.storage import open_storage
-from sgsc.search.study import search_network
+from sgsc.search.study import check_settings, search_network
 from sgsc.size import float_bytes
 
 from .job import LOOK, MODEL, Progress, float_model
@@ -162,13 +163,17 @@ def search(
     started = time.perf_counter()
     steps = max(round(SHORT * task.compress_steps), 1) if steps is None else steps
     finish_steps = task.compress_steps if finish_steps is None else finish_steps
-    how = Schedule(task.to(device), device, seed, steps, finish_steps)
-    network = float_model(task.to(device), seed, folder, progress).cpu().eval()
-    floats = float_bytes(network)
-    limits = parse_budget(budget, floats)
-    after = time.perf_counter() - started
     file: dict[str, Any] = {"architecture": None, "notes": {"task": task.name, "seed": seed, "searched": True}}
+    # what cannot be searched is refused before the float network is trained
+    check_settings(trials, seed, sampler, sensitivity)
+    how = Schedule(task.to(device), device, seed, steps, finish_steps)
+    untrained = task.build()
+    floats = float_bytes(untrained)
+    limits = parse_budget(budget, floats)
+    check_budget(untrained, limits, task.train[:1][0], widths=widths, **file)
     opened = open_storage(folder / STUDY if storage is None else storage)
+    network = float_model(task.to(device), seed, folder, progress).cpu().eval()
+    after = time.perf_counter() - started
     found = search_network(
         network,
         how.short,

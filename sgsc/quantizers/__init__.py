@@ -1,6 +1,6 @@
 """Quantizers: formulas on one value a channel in front of the one primitive `fake_quantize`."""
 
-from .base import QUANTIZERS, Codes, Quantizer, make_quantizer
+from .base import QUANTIZERS, Codes, Diverged, Quantizer, make_quantizer
 from .grids import HalfSteps, Interpolated, Ternary
 from .inputs import InputQuantizer, StaticInput
 from .lsq import LSQ
@@ -10,6 +10,7 @@ __all__ = [
     "LSQ",
     "QUANTIZERS",
     "Codes",
+    "Diverged",
     "HalfSteps",
     "InputQuantizer",
     "Interpolated",

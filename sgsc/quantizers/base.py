@@ -14,6 +14,10 @@ from sgsc.kernels import fake_quantize, fake_quantize_many
 QUANTIZERS: dict[str, Callable[[int], Quantizer]] = {}
 
 
+class Diverged(ValueError):
+    """A training has left the finite numbers."""
+
+
 def at_least_float32(before: Tensor, after: Tensor) -> Tensor:
     """`after`, or where that is a half-precision cast, `before` on the device of `after`."""
     return before.to(after.device) if after.is_floating_point() and after.element_size() < 4 else after
@@ -105,14 +109,15 @@ class Quantizer(nn.Module, ABC):
         """The rows as they are stored. `(levels + offset) * scale` equals `forward(rows)` bit for bit.
 
         Raises:
-            ValueError: If a row holds NaN or infinity, a scale is not positive and finite, or a code needs over 8 bits.
+            Diverged: If a row holds NaN or infinity, or a scale is not positive and finite.
+            ValueError: If a code needs over 8 bits.
         """
         scale, lo, hi, shift = (t.detach() for t in self.grid())
         bits, alive = self.bits(), hi > lo
         if not torch.isfinite(rows).all():
-            raise ValueError("weights hold NaN or infinity and cannot be packed; training has diverged")
+            raise Diverged("weights hold NaN or infinity and cannot be packed; training has diverged")
         if not (torch.isfinite(scale) & (scale > 0))[alive].all():
-            raise ValueError("a channel's scale is not positive and finite; training has diverged")
+            raise Diverged("a channel's scale is not positive and finite; training has diverged")
         if (bits > 8).any():
             raise ValueError(f"a channel needs {int(bits.max())} bits; packing holds at most 8: train to fewer")
         v = rows / scale[:, None] - shift[:, None]

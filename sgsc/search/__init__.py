@@ -9,5 +9,7 @@ kmeans_tpe.py    the sampler, for Optuna; knows neither networks nor torch
 baselines.py     uniform widths, greedy and exact allocation on the sensitivity
 candidates.py    a configuration as a network: short training from one parent
 storage.py       where studies live, and what is left of killed workers
+trials.py        baselines in the queue, one trial after another
+finals.py        which networks are trained to the end, and the best of them
 study.py         `search_network`, the call that puts these together
 """

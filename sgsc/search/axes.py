@@ -42,7 +42,9 @@ class Axis:
                 f"a {type(distribution).__name__} cannot be searched; "
                 "use suggest_categorical, suggest_int or suggest_float"
             )
+        self._outside: frozenset[Any] = frozenset()
         if window is not None and self.values is not None:
+            self._outside = frozenset(v for v in self.values if v not in window)
             self.values = [v for v in self.values if v in window]
             if not self.values:
                 raise ValueError(
@@ -50,6 +52,10 @@ class Axis:
                 )
         self.count = MOST if self.values is None else len(self.values)
         self._index = None if self.values is None else {v: i for i, v in enumerate(self.values)}
+
+    def holds(self, value: Any) -> bool:
+        """Whether the window leaves a value, or there is none."""
+        return value not in self._outside
 
     def index(self, value: Any) -> int:
         """The number of the choice that a value is or lies in; of the nearest one where it is outside."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial
@@ -92,10 +93,10 @@ def integer_program(cost: CostModel, omega: Omega, budget: Budget) -> Configurat
 
 
 class RandomSampler(KMeansTPESampler):
-    """Stratified random configurations within the budget, for comparison."""
+    """Random configurations within the budget, all different, for comparison; it learns nothing from what was told."""
 
-    def __init__(self, seed: int, feasible: Callable[..., bool] | None, space: Mapping[str, BaseDistribution]) -> None:
-        super().__init__(seed, feasible, space, start=2**30)
+    def _can_learn(self, losses: NDArray[np.float64]) -> bool:
+        return False
 
     def _stratum(self, axis: Any, name: str, number: int, rng: np.random.Generator) -> int:
         return int(rng.integers(axis.count))

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,16 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from sgsc.artefact.format import DTYPES, FORMAT, ZEROS
-from sgsc.artefact.write import _unusual, _values
+from sgsc.artefact.write import settings_of, values_of
 from sgsc.layers import quant_layers
 from sgsc.packed import PackedLayer, pack, pack_layer
 from sgsc.samples import evaluating
 
 from .grids import attach
-from .structure import Count, Structure
+from .structure import Count, Sizes, Structure
 
 PEAK, BANDWIDTH = 2e10, 1e10  # multiply-accumulates and bytes a second of one CPU core, where nothing was measured
-_ORDER = {name: (-DTYPES[name].itemsize, name) for name in DTYPES}
+COSTS = ("bytes", "mean_bits", "macs", "seconds")
 
 
 @dataclass(frozen=True)
@@ -96,47 +97,61 @@ class CostModel:
         self.places = _places(model, example)
         self.times: dict[tuple[str, int], float] = {}
         packed = pack(model, remove=False)
-        layers = {n: m for n, m in packed.named_modules() if isinstance(m, PackedLayer)}
-        self._layers = [(n, m.type_name, _unusual(m)) for n, m in layers.items()]
-        self._values: list[tuple[str, str, list[Count]]] = []
-        for name, value in _values(packed):
+        self._values: list[tuple[str, list[Count]]] = []
+        listed: dict[str, list[list]] = {}
+        for name, value in values_of(packed):
             owner, _, _ = name.rpartition(".")
             dims = [Count(n, {}) for n in value.shape]
             if owner in structure.norms and value.dim() == 1:
                 dims = [structure.norms[owner]]
             elif owner in self.shapes and name.endswith("bias"):
                 dims = [self.shapes[owner].rows]
-            self._values.append((_name_of(value.dtype), name, dims))
-        self._rest = {
-            "format": FORMAT,
+            self._values.append((_name_of(value.dtype), dims))
+            listed.setdefault(_name_of(value.dtype), []).append([name, [""] * len(dims)])
+        layers = [
+            [name, m.type_name, ["", ""], 0, settings_of(m)]
+            for name, m in packed.named_modules()
+            if isinstance(m, PackedLayer)
+        ]
+        manifest = {
+            "format": FORMAT,  # candidates have no grids of inputs
             "sha256": ZEROS,
             "architecture": list(architecture) if architecture else None,
+            "layers": layers,
+            "values": listed,
             "notes": dict(notes or {}),
         }
+        numbers = 2 * len(layers) + sum(len(dims) for _, dims in self._values)
+        text = json.dumps(json.dumps(manifest, separators=(",", ":")))
+        self._manifest = len(text) - 2 - 4 * numbers  # but for the numbers of channels; each stands here as \"\"
 
     def sizes(self, of: Configuration) -> dict[str, int]:
         """Channels of every group."""
         return {**self.structure.sizes, **of.sizes}
 
-    def __call__(self, of: Configuration) -> dict[str, float]:
-        """All costs, by the names of `Budget`."""
+    def __call__(self, of: Configuration, names: Iterable[str] = COSTS) -> dict[str, float]:
+        """Costs, by the names of `Budget`: all, or those that are named."""
         sizes = self.sizes(of)
         shapes = {name: shape.weights(sizes) for name, shape in self.shapes.items()}
-        weights = sum(rows * width for rows, width in shapes.values())
-        bits = sum(of.bits[name] * rows * width for name, (rows, width) in shapes.items())
-        return {
-            "bytes": self.bytes(of),
-            "mean_bits": bits / weights,
-            "macs": sum(self.places[name] * rows * width for name, (rows, width) in shapes.items()),
-            "seconds": sum(self.seconds(name, of.bits[name], *shape) for name, shape in shapes.items()),
-        }
+        found: dict[str, float] = {}
+        for name in names:
+            if name == "bytes":
+                found[name] = self._bytes(of, sizes, shapes)
+            elif name == "mean_bits":
+                bits = sum(of.bits[layer] * rows * width for layer, (rows, width) in shapes.items())
+                found[name] = bits / sum(rows * width for rows, width in shapes.values())
+            elif name == "macs":
+                found[name] = sum(self.places[layer] * rows * width for layer, (rows, width) in shapes.items())
+            else:
+                found[name] = sum(self.seconds(layer, of.bits[layer], *shape) for layer, shape in shapes.items())
+        return found
 
     def seconds(self, name: str, bits: int, rows: int, width: int) -> float:
-        """Of one layer: measured in its own widths and scaled with its multiplications, or the roofline."""
-        macs = self.places[name] * rows * width
+        """Of one layer: measured in its own widths and scaled with its weights, or the roofline."""
         if (name, bits) in self.times:
             own_rows, own_width = self.shapes[name].weights(self.structure.sizes)
-            return self.times[name, bits] * macs / (self.places[name] * own_rows * own_width)
+            return self.times[name, bits] * (rows * width) / (own_rows * own_width)
+        macs = self.places[name] * rows * width
         return max(macs / PEAK, rows * width * bits / 8 / BANDWIDTH)
 
     def layer_bytes(self, name: str, bits: int, sizes: Mapping[str, int]) -> float:
@@ -144,40 +159,31 @@ class CostModel:
         rows, width = self.shapes[name].weights(sizes)
         return rows * (-(-width * bits // 8) + 2 + 0.5 + 4 * self.shapes[name].bias)
 
-    def bytes(self, of: Configuration) -> int:
-        """Of the file that `save` will write, exactly."""
-        sizes = self.sizes(of)
-        shapes = {name: shape.weights(sizes) for name, shape in self.shapes.items()}
-        rows = sum(count for count, _ in shapes.values())
-        listed: dict[str, list] = {}
+    def _bytes(self, of: Configuration, sizes: Sizes, shapes: Mapping[str, tuple[int, int]]) -> int:
+        """Of the file that `save` will write, exactly; the manifest is not written, its digits are counted."""
+        rows = codes = digits = 0
+        for name, (count, width) in shapes.items():
+            rows += count
+            codes += count * -(-width * of.bits[name] // 8)
+            digits += len(str(count)) + len(str(width))
         lengths: dict[str, int] = {}
-        for dtype, name, dims in self._values:
+        for dtype, dims in self._values:
             shape = [dim.at(sizes) for dim in dims]
-            listed.setdefault(dtype, []).append([name, shape])
-            count = 1
-            for n in shape:
-                count *= n
-            lengths[dtype] = lengths.get(dtype, 0) + count
+            lengths[dtype] = lengths.get(dtype, 0) + math.prod(shape)
+            digits += sum(len(str(n)) for n in shape)
         tensors = {
-            "codes": ("U8", sum(n * -(-width * of.bits[name] // 8) for name, (n, width) in shapes.items())),
+            "codes": ("U8", codes),
             "bits": ("U8", (rows + 1) // 2),
             "scales": ("BF16", rows),
             **{f"values.{dtype}": (dtype, count) for dtype, count in lengths.items()},
         }
-        manifest = {
-            **{key: self._rest[key] for key in ("format", "sha256", "architecture")},
-            "layers": [[name, kind, list(shapes[name]), 0, settings] for name, kind, settings in self._layers],
-            "values": listed,
-            "notes": self._rest["notes"],
-        }
-        text = json.dumps(manifest, separators=(",", ":"))
-        header: dict[str, Any] = {"__metadata__": {"sgsc": text}}
+        header: dict[str, Any] = {"__metadata__": {"sgsc": ""}}
         end = 0
-        for name, (dtype, count) in sorted(tensors.items(), key=lambda t: (*_ORDER[t[1][0]][:1], t[0])):
+        for name, (dtype, count) in sorted(tensors.items(), key=lambda t: (-DTYPES[t[1][0]].itemsize, t[0])):
             if count:
                 start, end = end, end + count * DTYPES[dtype].itemsize
                 header[name] = {"dtype": dtype, "shape": [count], "data_offsets": [start, end]}
-        length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+        length = self._manifest + digits + len(json.dumps(header, separators=(",", ":")))
         return 8 + -(-length // 8) * 8 + end
 
     def measure(self, model: nn.Module, example: Tensor, bits: tuple[int, ...], repeats: int = 20) -> None:

@@ -35,7 +35,7 @@ from optuna.trial import FrozenTrial, TrialState
 from .axes import Axis
 from .clusters import kmeans_1d
 
-START = 8  # random trials before the first model
+START = 8  # trials that must have been told before the first model; those that are not given are random
 CANDIDATES = (8, 32, 128)  # one of these a trial: always the many, and some studies never leave a poor valley
 FIRST_CLUSTERS, MOST_CLUSTERS, TRIALS_A_CLUSTER = 2, 6, 15
 GOOD = (0.10, 0.20)  # least and largest share of the observations that are good
@@ -61,8 +61,8 @@ class KMeansTPESampler(BaseSampler):
         space: The search space, where it is known: then the first trial has it too. Otherwise it is found as Optuna's
             own samplers do, from what all completed trials have in common.
         windows: Parameter -> the choices that may be proposed, where these are not all; other trials may have others.
-        start: Random trials before the first model, stratified: over `start` trials each parameter takes values of all
-            of its range.
+        start: Trials that must have been told before the first model; those that the sampler proposes are stratified:
+            over `start` trials each parameter takes values of all of its range.
     """
 
     def __init__(
@@ -73,6 +73,8 @@ class KMeansTPESampler(BaseSampler):
         windows: Mapping[str, Sequence[Any]] | None = None,
         start: int = START,
     ) -> None:
+        if seed < 0:
+            raise ValueError(f"seed={seed}: a seed is 0 or more")
         if start < 2:
             raise ValueError(f"start={start}: two clusters need at least 2 trials; give 2 or more")
         self._seed, self._feasible, self._start = seed, feasible, start
@@ -105,8 +107,8 @@ class KMeansTPESampler(BaseSampler):
             return {}
         rng = self._rng(trial.number, 0)
         axes = {name: Axis(d, self._windows.get(name)) for name, d in search_space.items()}
-        observed, losses, chosen, seen = self._observations(study, trial, axes)
-        if chosen < self._start or len(losses) < 2 * LEAST or losses[0] == losses[-1]:  # nothing to learn from
+        observed, losses, seen = self._observations(study, trial, axes)
+        if not self._can_learn(losses):
             return self._random(axes, rng, trial.number, seen)
         drawn = candidates(observed, losses, [*axes.values()], rng)
         for row in drawn:
@@ -125,18 +127,23 @@ class KMeansTPESampler(BaseSampler):
         axis = Axis(param_distribution, self._windows.get(param_name))
         return axis.value(self._stratum(axis, param_name, trial.number, rng), rng.random())
 
+    def _can_learn(self, losses: NDArray[np.float64]) -> bool:
+        """Whether (N,) ascending losses, also of trials that were given, are enough and say anything."""
+        return len(losses) >= max(self._start, 2 * LEAST) and losses[0] != losses[-1]
+
     def _observations(
         self, study: Study, trial: FrozenTrial, axes: Mapping[str, Axis]
-    ) -> tuple[NDArray[np.int16], NDArray[np.float64], int, set[bytes]]:
-        """(N, P) choices and (N,) losses, ascending; how many of them a sampler chose; all configurations there are.
+    ) -> tuple[NDArray[np.int16], NDArray[np.float64], set[bytes]]:
+        """(N, P) choices and (N,) losses, ascending; all configurations there are.
 
-        Trials that run or failed are not observed, but not proposed again either; a range may be looked at again.
+        Trials that run or failed are not observed, but not proposed again either; a range may be looked at again. What
+        lies outside a window has no place among the choices: it says nothing of the nearest one, and does not block it.
         """
         of = {name: axis.distribution for name, axis in axes.items()}
         if of != self._rows_of:
             self._rows, self._rows_of = {}, of
         sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
-        rows, losses, chosen, seen = [], [], 0, set()
+        rows, losses, seen = [], [], set()
         for t in study.get_trials(deepcopy=False):
             if t.number == trial.number or not axes.keys() <= t.params.keys():
                 continue
@@ -146,16 +153,17 @@ class KMeansTPESampler(BaseSampler):
                 entry = _encoded(t, axes, sign)
                 if t.state.is_finished():
                     self._rows[key] = entry
-            row, loss, sampled = entry
+            row, loss, within = entry
+            if not within:
+                continue
             seen.add(row.tobytes())
             if loss is not None:
                 rows.append(row)
                 losses.append(loss)
-                chosen += sampled
         order = np.argsort(losses, kind="stable")
         if any(axis.values is None for axis in axes.values()):
             seen = set()
-        return np.array(rows, dtype=np.int16).reshape(-1, len(axes))[order], np.array(losses)[order], chosen, seen
+        return np.array(rows, dtype=np.int16).reshape(-1, len(axes))[order], np.array(losses)[order], seen
 
     def _rng(self, *of: int) -> np.random.Generator:
         return np.random.default_rng(np.random.SeedSequence([self._seed, *of]))
@@ -265,14 +273,15 @@ def split(losses: NDArray[np.float64]) -> tuple[int, int]:
 
 
 def _encoded(trial: FrozenTrial, axes: Mapping[str, Axis], sign: float) -> tuple[NDArray[np.int16], float | None, bool]:
-    """(P,) choices; the loss, infinite where it is only known to be bad, None where nothing is; sampled or given."""
+    """(P,) choices; the loss, infinite where it is only known to be bad, None where nothing is; in the windows?"""
     row = np.array([axis.index(trial.params[name]) for name, axis in axes.items()], dtype=np.int16)
     loss = None
     if trial.state == TrialState.PRUNED:
         loss = np.inf
     elif trial.state == TrialState.COMPLETE and trial.value is not None:
         loss = sign * trial.value if sign * trial.value > -np.inf else np.inf
-    return row, loss, "fixed_params" not in trial.system_attrs
+    within = all(axis.holds(trial.params[name]) for name, axis in axes.items())
+    return row, loss, within
 
 
 def _refuse_several_objectives(study: Study) -> None:

@@ -32,7 +32,7 @@ class Problem:
 
     def feasible(self, params: Mapping[str, Any]) -> bool:
         """Whether parameters are within the budget."""
-        return self.budget.holds(self.cost(self.space.configuration(params)))
+        return self.budget.holds(self.cost(self.space.configuration(params), self.budget.limits()))
 
 
 def prepare_search(
@@ -64,6 +64,7 @@ def prepare_search(
         cost.times = {(name, bits): seconds for name, bits, seconds in known["times"]}
     if latency and not cost.times:
         cost.measure(parent, batches[0][0], BITS)
+    _refuse_too_small(budget, cost, widths)
     layers = quant_layers(parent)
     parameters = {name: layer.get_parameter("weight") for name, layer in layers.items()}
     originals = {
@@ -76,17 +77,8 @@ def prepare_search(
     else:
         found = sensitivity(parent, parameters, loss, batches, method="fisher", seed=seed, progress=progress)
     space = make_space(structure, {n: t / found.weights[n] for n, t in found.trace.items()}, widths=widths)
-    least = {name: cost(space.configuration(space.smallest()))[name] for name in budget.limits()}
     low = {name: min(choices) for name, choices in space.windows.items()}
     reachable = {name: cost(space.configuration(low))[name] for name in budget.limits()}
-    if not budget.holds(least):
-        over = ", ".join(
-            f"{n} {limit:,.6g} < {least[n]:,.6g}" for n, limit in budget.limits().items() if least[n] > limit
-        )
-        raise ValueError(
-            f"the budget is below the smallest network of the space ({over}, with {min(BITS)} bits in every layer and "
-            "the least channels); raise the budget, or start from a smaller network"
-        )
     if not budget.holds(reachable):  # the windows of sensitive layers are too high for it
         space = Space(
             space.layers, {n: BITS if n in space.layers else w for n, w in space.windows.items()}, space.groups
@@ -98,6 +90,48 @@ def prepare_search(
         if allocation is not None:
             baselines[name] = allocation
     return Problem(parent, structure, cost, found, space, budget, baselines)
+
+
+def check_budget(
+    network: nn.Module,
+    budget: Budget,
+    example: Tensor,
+    *,
+    widths: bool = True,
+    architecture: tuple[str, dict[str, Any]] | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuse a budget that no network of the space holds, whatever its weights: before any is trained.
+
+    A limit of seconds is left to `prepare_search`, which measures them. `example`: inputs, one sample at least.
+
+    Raises:
+        ValueError: If even the smallest network is over the budget.
+    """
+    counted = {name: limit for name, limit in budget.limits().items() if name != "seconds"}
+    if counted:
+        parent = parent_of(network)
+        _refuse_too_small(
+            Budget(**counted), CostModel(parent, structure_of(parent), example, architecture, notes), widths
+        )
+
+
+def _refuse_too_small(budget: Budget, cost: CostModel, widths: bool) -> None:
+    """Compare with the smallest network, which is the same whatever the sensitivities are.
+
+    Raises:
+        ValueError: If it is over the budget.
+    """
+    space = make_space(cost.structure, dict.fromkeys(cost.shapes, 1.0), widths=widths)
+    least = cost(space.configuration(space.smallest()))
+    if not budget.holds(least):
+        over = ", ".join(
+            f"{n} {limit:,.6g} < {least[n]:,.6g}" for n, limit in budget.limits().items() if least[n] > limit
+        )
+        raise ValueError(
+            f"the budget is below the smallest network of the space ({over}, with {min(BITS)} bits in every layer and "
+            "the least channels); raise the budget, or start from a smaller network"
+        )
 
 
 def _has(network: nn.Module, name: str) -> bool:

@@ -115,8 +115,7 @@ def sensitivity(
         ValueError: If there is nothing to look at, the method is unknown, or a gradient is not finite, whose layer is
             named.
     """
-    if method not in ("auto", "hutchinson", "fisher"):
-        raise ValueError(f"method={method!r}: want hutchinson, fisher or auto")
+    check_method(method)
     if not batches or not weights:
         raise ValueError(f"sensitivity of {len(weights)} layers on {len(batches)} batches: want at least one of both")
     if not 2 <= least <= most:
@@ -155,6 +154,16 @@ def sensitivity(
     means, errors, of_shares = (dict(zip(weights, values, strict=True)) for values in summary(found))
     seconds = time.perf_counter() - started
     return Sensitivity(method, means, errors, of_shares, count, len(found), worth(found), converged, seconds)
+
+
+def check_method(method: str) -> None:
+    """Refuse an unknown method.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if method not in ("auto", "hutchinson", "fisher"):
+        raise ValueError(f"method={method!r}: want hutchinson, fisher or auto")
 
 
 def chosen(method: str, weights: int) -> str:

@@ -26,7 +26,7 @@ import optuna
 import sqlalchemy
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
@@ -52,8 +52,9 @@ def open_storage(where: str | Path) -> BaseStorage:
     text = str(where)
     url = text if "://" in text else f"sqlite:///{text}"
     try:
-        if url.startswith("sqlite:///") and not url.startswith("sqlite:///:memory:"):
-            return _sqlite(url)
+        made = sqlalchemy.make_url(url)
+        if made.get_backend_name() == "sqlite" and made.database not in (None, "", ":memory:"):
+            return _sqlite(url, Path(made.database))
         return _made(url)
     except StorageError:
         raise
@@ -73,8 +74,7 @@ def _made(url: str, **how: Any) -> RDBStorage:
     return RDBStorage(url, **how)
 
 
-def _sqlite(url: str) -> RDBStorage:
-    path = Path(url.removeprefix("sqlite:///").split("?")[0])
+def _sqlite(url: str, path: Path) -> RDBStorage:
     if not path.parent.is_dir():
         raise StorageError(f"the storage {path} cannot be made: there is no folder {path.parent}; make it first")
     if path.is_file() and path.stat().st_size:
@@ -137,7 +137,7 @@ def fail_stale(study: Study) -> list[int]:
     """
     failed = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if WORKER not in trial.user_attrs:  # killed between the trial's creation and its note, or just begun
+        if trial.user_attrs.get(WORKER) is None:  # killed between the trial's creation and its note, or just begun
             began = trial.datetime_start or datetime.datetime.min
             time.sleep(min(max(GRACE - (datetime.datetime.now() - began).total_seconds(), 0.0), GRACE))
             trial = study._storage.get_trial(trial._trial_id)
@@ -148,20 +148,25 @@ def fail_stale(study: Study) -> list[int]:
         except optuna.exceptions.UpdateFinishedTrialError:  # another worker was faster
             continue
         failed.append(trial.number)
-        given = trial.system_attrs.get("fixed_params") or trial.params
-        if given and AGAIN not in trial.user_attrs:
+        params = given(trial)
+        if params and AGAIN not in trial.user_attrs:
             kept = {key: value for key, value in trial.user_attrs.items() if key not in (WORKER, BEAT)}
-            study.enqueue_trial(given, user_attrs={**kept, AGAIN: trial.number})
+            study.enqueue_trial(params, user_attrs={**kept, AGAIN: trial.number})
     return failed
 
 
-def _alive(trial: optuna.trial.FrozenTrial) -> bool:
+def given(trial: FrozenTrial) -> dict[str, Any]:
+    """The parameters of a trial, also of one that was put in the queue and has not begun."""
+    return trial.system_attrs.get("fixed_params") or trial.params
+
+
+def _alive(trial: FrozenTrial) -> bool:
     worker = trial.user_attrs.get(WORKER)
     if worker is None:
         return False
     if worker["host"] == socket.gethostname():
         return _started(worker["pid"]) == worker["started"]
-    return time.time() - trial.user_attrs.get(BEAT, 0.0) < PATIENCE
+    return time.time() - max(worker["time"], trial.user_attrs.get(BEAT, 0.0)) < PATIENCE
 
 
 def _started(pid: int) -> str | None:
@@ -183,7 +188,7 @@ def _started(pid: int) -> str | None:
 @contextmanager
 def working(trial: optuna.Trial) -> Iterator[None]:
     """Note who runs a trial, and give a sign of life every `HEARTBEAT` seconds while it runs."""
-    note = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+    note = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()), "time": time.time()}
     trial.set_user_attr(WORKER, note)
     over = threading.Event()
 
@@ -208,7 +213,7 @@ def working(trial: optuna.Trial) -> Iterator[None]:
 
 @contextmanager
 def writing(storage: BaseStorage) -> Iterator[None]:
-    """Turn what a storage raises when it is full, read-only or locked into a `StorageError` that says what to do.
+    """Turn what a storage raises when it is full, read-only, locked or gone into a `StorageError` that says what to do.
 
     Raises:
         StorageError: As said.
@@ -218,8 +223,8 @@ def writing(storage: BaseStorage) -> Iterator[None]:
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         cause = error.__cause__ or error
         raise StorageError(
-            f"the storage {describe(storage)} cannot be written ({_first(cause)}); the study is as it was before this "
-            "trial: free space or make it writable, and repeat the command to go on"
+            f"the storage {describe(storage)} cannot be read or written ({_first(cause)}); what was told is in the "
+            "study: free space, make it writable or start its server again, and repeat the command to go on"
         ) from error
 
 

@@ -1,11 +1,12 @@
 """`search_network`: from a trained network, ways to train and judge it, and a budget, to one with widths of its own.
 
 The baselines are the first trials of the study, and the result is the best of all trials within the budget, so that it
-is never worse than the best baseline that was evaluated, on the data that `validate` judges by. Where `finish` trains
-the winner longer, it trains the best baseline as long, and the better of the two is the result.
+is never worse than the best baseline that was evaluated, on the data that `validate` judges by. `finish` trains the
+best few of the search and the best baseline longer (finals.py); what the best trial had counts beside them.
 
 Trials run one after another in a process; any number of processes share a study (storage.py). One process alone, with
-deterministic functions, gives the same study each time, interrupted or not.
+deterministic functions, gives the same study each time, also where it was interrupted by Ctrl-C, or killed between two
+trials; what a worker was at when it was killed is tried again under a later number.
 """
 
 from __future__ import annotations
@@ -14,34 +15,31 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
-import torch
+from optuna.distributions import distribution_to_json
 from optuna.storages import BaseStorage
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from torch import Tensor, nn
 
 from sgsc.layers import quant_layers
 
 from .baselines import SAMPLERS
-from .candidates import build
 from .cost import Budget, Configuration
-from .evidence import BASELINE, COST, DIVERGED, importance, layer_rows, trial_row
+from .evidence import importance, layer_rows, trial_row
+from .finals import last_trainings
 from .problem import Problem, prepare_search
 from .remembered import digest, recall, remember
-from .sensitivity import Loss, Progress
-from .storage import open_study, working, writing
-
-Report = Callable[[float], None]  # called with the validation loss part of the way through a training; may not return
-Train = Callable[[nn.Module, Report], None]
-Validate = Callable[[nn.Module], float]
+from .sensitivity import Loss, Progress, check_method
+from .storage import open_study, writing
+from .trials import TAKEN, Train, Validate, enqueue_baselines, run_trial
 
 SETTINGS = "settings"  # attribute of a study
-TAKEN = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)  # judged, stopped or being judged
+REPETITIONS = 5  # in a row after which nothing new is left; one alone may be another worker's, proposed just before
 STARTUP = 8  # trials that must have reported before one is stopped for being worse than their median
 
 
@@ -89,7 +87,8 @@ def search_network(
     Args:
         network: Trained, in float; it is left as it is.
         train: Trains a candidate a little, in place, the same way each time; may call what it is given with a
-            validation loss once on its way, which stops a hopeless candidate.
+            validation loss once on its way, which stops a hopeless candidate. It and `validate` may raise
+            `sgsc.quantizers.Diverged`, as packing does.
         validate: Loss of a candidate on validation data, lower is better; NaN and infinity count as diverged.
         budget: What the result may cost.
         loss: Mean loss of a model on a batch, for the sensitivity.
@@ -99,40 +98,55 @@ def search_network(
         storage: From `open_storage`; in memory if None.
         name: Of the study.
         sampler: "kmeans-tpe", or "tpe" or "random" for comparison.
-        finish: Trains the winner, and the best baseline, from the start in place of `train`, if given.
+        finish: Trains the three best networks of the search, and the best baseline, from the start and longer, if
+            given; the result is the best of these and of all trials.
         settings: What else decides the results; a study of other settings is refused.
         progress: Called as progress(phase, step, steps, values).
         **preparation: `widths`, `method`, `architecture`, `notes`, `latency`, as `prepare_search` takes them.
 
     Raises:
-        ValueError: If the budget is below the smallest network, trials are below 1, the sampler is unknown, the study
-            is of other settings, or no candidate gave a finite loss.
+        ValueError: If the budget is below the smallest network, trials are below 1, the seed is negative, the sampler
+            or the method is unknown, the study is of other settings, or no candidate gave a finite loss.
+        StorageError: If the storage cannot be read or written, or is another host's SQLite file.
     """
-    if trials < 1:
-        raise ValueError(f"trials={trials} tries nothing; give 1 or more")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler={sampler!r} is not known; choose one of {', '.join(SAMPLERS)}")
+    check_settings(trials, seed, sampler, preparation.get("method", "auto"))
     started = time.perf_counter()
     storage = optuna.storages.InMemoryStorage() if storage is None else storage
     key = digest(network, batches, seed, *(preparation.get(k) for k in ("method", "latency")))
-    known = recall(storage, name, key)
-    problem = prepare_search(network, budget, loss, batches, seed=seed, known=known, progress=progress, **preparation)
-    prepared = time.perf_counter() - started
-    distributions = problem.space.distributions()
-    made = SAMPLERS[sampler](seed=seed, feasible=problem.feasible, space=distributions, windows=problem.space.windows)
-    pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP)
-    study = open_study(storage, name, made, pruner)
     with writing(storage):
+        known = recall(storage, name, key)
+        problem = prepare_search(
+            network, budget, loss, batches, seed=seed, known=known, progress=progress, **preparation
+        )
+        prepared = time.perf_counter() - started
+        space, windows = problem.space.distributions(), problem.space.windows
+        made = SAMPLERS[sampler](seed=seed, feasible=problem.feasible, space=space, windows=windows)
+        study = open_study(storage, name, made, optuna.pruners.MedianPruner(n_startup_trials=STARTUP))
         _same_settings(study, problem, sampler, seed, settings or {})
         remember(study, key, problem)
-        _enqueue(study, problem)
-    exhausted = False
-    while not exhausted and (done := _done(study)) < trials:
-        with writing(storage):
-            exhausted = _trial(study, problem, train, validate, seed, trials)
-        progress("search", min(done + 1, trials), trials, {"best loss": _best_so_far(study)})
-    reason = "nothing new within the budget was left to try" if exhausted else ""
-    return _result(study, problem, train, validate, finish, seed, reason, prepared, time.perf_counter() - started)
+        enqueue_baselines(study, problem)
+        repeated = 0  # in a row
+        while repeated < REPETITIONS and (done := _done(study)) < trials:
+            repeated = 0 if run_trial(study, problem, train, validate, seed, trials) else repeated + 1
+            progress("search", min(done + 1, trials), trials, {"best loss": _best_so_far(study)})
+        reason = "nothing new within the budget was left to try" if repeated == REPETITIONS else ""
+        seconds = time.perf_counter() - started
+        return _result(study, problem, train, validate, finish, seed, progress, reason, prepared, seconds)
+
+
+def check_settings(trials: int, seed: int, sampler: str, method: str) -> None:
+    """Refuse what no search can begin with.
+
+    Raises:
+        ValueError: If trials are below 1, the seed is negative, or the sampler or the method is unknown.
+    """
+    if trials < 1:
+        raise ValueError(f"trials={trials} tries nothing; give 1 or more")
+    if seed < 0:
+        raise ValueError(f"seed={seed}: a seed is 0 or more")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler={sampler!r} is not known; choose one of {', '.join(SAMPLERS)}")
+    check_method(method)
 
 
 def _done(study: Study) -> int:
@@ -140,11 +154,8 @@ def _done(study: Study) -> int:
 
 
 def _best_so_far(study: Study) -> float:
-    return min((t.value for t in _complete(study) if t.value is not None), default=math.nan)
-
-
-def _complete(study: Study) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return min((t.value for t in complete if t.value is not None), default=math.nan)
 
 
 def _same_settings(study: Study, problem: Problem, sampler: str, seed: int, settings: Mapping[str, Any]) -> None:
@@ -156,7 +167,10 @@ def _same_settings(study: Study, problem: Problem, sampler: str, seed: int, sett
     weights = hashlib.sha256()
     for layer in quant_layers(problem.parent).values():
         weights.update(layer.weight.detach().cpu().contiguous().numpy().tobytes())
+    space = {n: distribution_to_json(d) for n, d in problem.space.distributions().items()}
+    searched = json.dumps([space, problem.space.windows], sort_keys=True)
     own = {"sampler": sampler, "seed": seed, "budget": problem.budget.limits(), "weights": weights.hexdigest()}
+    own |= {"space": hashlib.sha256(searched.encode()).hexdigest()}
     own = json.loads(json.dumps({**own, **settings}))
     found = study.user_attrs.get(SETTINGS)
     if found is None:
@@ -169,91 +183,6 @@ def _same_settings(study: Study, problem: Problem, sampler: str, seed: int, sett
         )
 
 
-def _enqueue(study: Study, problem: Problem) -> None:
-    """Put the baselines that are within the budget first; a second worker finds them there."""
-    if study.trials:
-        return
-    sizes = problem.structure.sizes
-    for name, configuration in problem.baselines.items():
-        params = problem.space.params(configuration, sizes)
-        if problem.feasible(params):
-            study.enqueue_trial(params, user_attrs={BASELINE: name}, skip_if_exists=True)
-
-
-def _trial(study: Study, problem: Problem, train: Train, validate: Validate, seed: int, trials: int) -> bool:
-    """Run one, unless others took the last ones meanwhile; whether there was nothing new to try.
-
-    Raises:
-        ValueError: If training or judging raises one that does not say that it diverged.
-    """
-    trial = study.ask()
-    others = [t for t in study.get_trials(deepcopy=False, states=TAKEN) if t.number != trial.number]
-    if sum(t.state.is_finished() or t.number < trial.number for t in others) >= trials:
-        study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)  # for whoever asks for more trials
-        return False
-    with working(trial):
-        params = {n: trial.suggest_categorical(n, d.choices) for n, d in problem.space.distributions().items()}  # pyright: ignore
-        others = study.get_trials(deepcopy=False)
-        known = [t for t in others if t.number < trial.number and t.params == params and t.state != TrialState.FAIL]
-        if known:
-            _tell(study, trial, TrialState.FAIL)
-            return BASELINE not in trial.user_attrs
-        configuration = problem.space.configuration(params)
-        trial.set_user_attr(COST, problem.cost(configuration))
-        baseline = trial.user_attrs.get(BASELINE)
-
-        def report(loss: float) -> None:
-            if not math.isfinite(loss):
-                raise optuna.TrialPruned
-            trial.report(loss, 1)
-            if baseline is None and trial.should_prune():
-                raise optuna.TrialPruned
-
-        try:
-            model = trained(problem, configuration, train, report, seed)
-            value = float(validate(model))
-        except optuna.TrialPruned:
-            _tell(study, trial, TrialState.PRUNED)
-            return False
-        except ValueError as error:
-            if "diverged" not in str(error):
-                _tell(study, trial, TrialState.FAIL)
-                raise
-            value = math.nan
-        except BaseException:
-            _tell(study, trial, TrialState.FAIL)
-            raise
-        if math.isfinite(value):
-            _tell(study, trial, TrialState.COMPLETE, value)
-        else:
-            trial.set_user_attr(DIVERGED, True)
-            _tell(study, trial, TrialState.PRUNED)
-    return False
-
-
-def _tell(study: Study, trial: optuna.Trial, state: TrialState, value: float | None = None) -> None:
-    """End a trial, unless it was taken for lost and failed meanwhile: it is then in the queue again.
-
-    Raises:
-        ValueError: If it cannot be ended for another reason.
-        UpdateFinishedTrialError: The same.
-    """
-    try:
-        study.tell(trial, value, state=state)
-    except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
-        if not study._storage.get_trial(trial._trial_id).state.is_finished():
-            raise
-
-
-def trained(problem: Problem, of: Configuration, train: Train, report: Report, seed: int) -> nn.Module:
-    """A candidate, built from the parent and trained, in evaluation mode; torch's global generator is left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build(problem.parent, problem.structure, of, seed)
-        train(model, report)
-    return model.eval()
-
-
 def _result(
     study: Study,
     problem: Problem,
@@ -261,41 +190,22 @@ def _result(
     validate: Validate,
     finish: Train | None,
     seed: int,
+    progress: Progress,
     reason: str,
     prepared: float,
     seconds: float,
 ) -> Found:
-    """Train the winner again, and where that is longer than in the trials the best baseline too.
-
-    Raises:
-        ValueError: If no trial came to an end.
-    """
+    """Train the finalists, and tell all that is known."""
     began = time.perf_counter()
-    complete = sorted(_complete(study), key=lambda t: (t.value, t.number))
-    if not complete:
-        raise ValueError(
-            f"none of the {len(study.trials)} trials gave a finite validation loss; train the parent longer, lower the "
-            "learning rate of `train`, or raise the budget"
-        )
-    finalists = [complete[0]]
-    if finish is not None:
-        finalists += [t for t in complete if BASELINE in t.user_attrs and t is not complete[0]][:1]
-    ends = []
-    for trial in finalists:
-        configuration = problem.space.configuration(trial.params)
-        model = trained(problem, configuration, finish or train, lambda loss: None, seed)
-        ends.append((float(validate(model)), trial, configuration, model))
-    ends = [end for end in ends if math.isfinite(end[0])]
-    if not ends:
-        raise ValueError("the winner diverged in its last training; lower the learning rate of `finish`")
-    value, winner, configuration, model = min(ends, key=lambda end: end[0])
+    ends = last_trainings(study, problem, train, validate, finish, seed, progress)
+    best, configuration = ends[0], ends[0].configuration
     report = {
         **{"budget": problem.budget.limits(), "reason": reason, "sampler": study.user_attrs[SETTINGS]["sampler"]},
         "result": {
-            **{"loss": value, "trial": winner.number, "origin": winner.user_attrs.get(BASELINE, "search")},
-            **{"cost": problem.cost(configuration), "short_loss": winner.value},
+            **{"loss": best.loss, "trial": best.trial.number, "origin": best.baseline or "search"},
+            **{"cost": problem.cost(configuration), "short_loss": best.trial.value, "long": best.long},
         },
-        "finalists": [{"trial": t.number, "loss": v, "baseline": t.user_attrs.get(BASELINE)} for v, t, _, _ in ends],
+        "finalists": [end.row() for end in ends],
         "trials": [trial_row(trial) for trial in study.get_trials(deepcopy=False)],
         "baselines_over_budget": sorted(
             name for name, c in problem.baselines.items() if not problem.budget.holds(problem.cost(c))
@@ -313,5 +223,4 @@ def _result(
             **{"preparation": prepared, "search": seconds - prepared, "finish": time.perf_counter() - began}
         },
     }
-    origin = winner.user_attrs.get(BASELINE, "search")
-    return Found(model, configuration, value, problem.cost(configuration), origin, report)
+    return Found(best.model, configuration, best.loss, problem.cost(configuration), best.baseline or "search", report)

@@ -1,0 +1,91 @@
+"""The last trainings: which networks of a study are trained to the end, and the best of them.
+
+A short training tells roughly, not exactly, how good a network becomes; and a longer one may also make it worse. So the
+best few of the search and the best baseline are trained to the end, and what the best trial had counts beside them.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+from torch import nn
+
+from sgsc.quantizers import Diverged
+
+from .cost import Configuration
+from .evidence import BASELINE
+from .problem import Problem
+from .sensitivity import Progress
+from .trials import Train, Validate, trained
+
+FINALISTS = 3  # of the search, beside the best baseline
+
+
+@dataclass(frozen=True)
+class End:
+    """A trial's network after its last training, and its validation loss."""
+
+    loss: float
+    trial: FrozenTrial
+    configuration: Configuration
+    model: nn.Module
+    long: bool  # trained by `finish`
+
+    @property
+    def baseline(self) -> str | None:
+        """Its name, where the trial was one."""
+        return self.trial.user_attrs.get(BASELINE)
+
+    def row(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"trial": self.trial.number, "loss": self.loss, "baseline": self.baseline, "long": self.long}
+
+
+def last_trainings(
+    study: Study,
+    problem: Problem,
+    train: Train,
+    validate: Validate,
+    finish: Train | None,
+    seed: int,
+    progress: Progress = lambda phase, step, steps, values: None,
+) -> list[End]:
+    """The finalists, the best first; the best trial as it was in the study too, where none of them reaches its loss.
+
+    Raises:
+        ValueError: If no trial came to an end, or all diverge now.
+    """
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    complete = sorted(complete, key=lambda t: (t.value, t.number))
+    if not complete:
+        raise ValueError(
+            f"none of the {len(study.trials)} trials gave a finite validation loss; train the parent longer, lower the "
+            "learning rate of `train`, or raise the budget"
+        )
+
+    ends: list[End] = []
+
+    def end(trial: FrozenTrial, by: Train) -> None:
+        configuration = problem.space.configuration(trial.params)
+        with suppress(Diverged):
+            model = trained(problem, configuration, by, lambda loss: None, seed)
+            loss = float(validate(model))
+            if math.isfinite(loss):
+                ends.append(End(loss, trial, configuration, model, by is finish))
+
+    if finish is not None:
+        baselines = [t for t in complete if BASELINE in t.user_attrs]
+        finalists = [t for t in complete if BASELINE not in t.user_attrs][:FINALISTS] + baselines[:1]
+        for step, trial in enumerate(finalists, start=1):
+            end(trial, finish)
+            progress("finish", step, len(finalists), {"best loss": min((e.loss for e in ends), default=math.nan)})
+    if complete[0].value < min((e.loss for e in ends), default=math.inf):
+        end(complete[0], train)
+    if not ends:
+        raise ValueError("the winner diverged in its last training; lower the learning rate of `finish`")
+    return sorted(ends, key=lambda e: e.loss)
