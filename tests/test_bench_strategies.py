@@ -63,15 +63,19 @@ def of(*rows):
 
 
 def test_claims_can_fail():
+    def drawn(*rows):
+        return [{**row, "seed": seed} for row in rows for seed in range(3)]
+
     good = row("DQSS", 0.8795)
     uniform = row("best uniform", 0.8795, ours_ahead=-0.0019, ours_ahead_error=0.001)
     greedy = row("greedy", 0.8795, ours_ahead=0.01, ours_ahead_error=0.0)
-    assert set(of(good, uniform, greedy).values()) == {True}
-    assert len(of(good, uniform, greedy)) == 3
-    assert not of(row("DQSS", 0.8785), uniform)["test accuracy lost against float"]
+    assert set(of(*drawn(good, uniform, greedy)).values()) == {True}
+    assert len(of(*drawn(good, uniform, greedy))) == 3
+    assert set(of(good, uniform, greedy).values()) == {False}  # one draw is too few
+    assert not of(*drawn(row("DQSS", 0.8785), uniform))["test accuracy lost against float"]
     for name in ("best uniform", "greedy"):
         behind = row(name, 0.88, ours_ahead=-0.0021, ours_ahead_error=0.001)
-        assert not of(good, behind)[f"test accuracy ahead of {name}"]
+        assert not of(*drawn(good, behind))[f"test accuracy ahead of {name}"]
     few = [{**r, "test_samples": 50} for r in (good, uniform)]
     assert len(strategy_claims.network_claims([good, uniform, *few])) == 2  # nothing of one is told of the other
 
