@@ -84,7 +84,9 @@ def last_trainings(
         for step, trial in enumerate(finalists, start=1):
             end(trial, finish)
             progress("finish", step, len(finalists), {"best loss": min((e.loss for e in ends), default=math.nan)})
-    if complete[0].value < min((e.loss for e in ends), default=math.inf):
+    had = complete[0].value
+    assert had is not None  # it is complete
+    if had < min((e.loss for e in ends), default=math.inf):
         end(complete[0], train)
     if not ends:
         raise ValueError("the winner diverged in its last training; lower the learning rate of `finish`")
