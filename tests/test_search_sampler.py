@@ -232,7 +232,7 @@ def test_candidates_come_best_first():
     assert drawn[: len(drawn) // 4].mean() > drawn[-len(drawn) // 4 :].mean() + 0.5
 
 
-def test_a_proposal_takes_less_than_fifty_milliseconds():
+def test_a_proposal_takes_no_longer_than_one_of_optuna():
     names = space(60)
     study, rng = fresh(names), np.random.default_rng(0)
     for _ in range(500):
@@ -240,12 +240,14 @@ def test_a_proposal_takes_less_than_fifty_milliseconds():
         value = objective(params) + 0.01 * rng.random()
         study.add_trial(optuna.create_trial(params=params, distributions=names, value=value))
     trial = study._storage.get_trial(study._storage.create_new_trial(study._study_id))
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        study.sampler.sample_relative(study, trial, names)
-        times.append(time.perf_counter() - started)
-    assert min(times) < 0.05
+    theirs = optuna.samplers.TPESampler(multivariate=True, seed=0)
+    times = {study.sampler: [], theirs: []}
+    for _ in range(5):  # the milliseconds are measured by bench.search: they are another machine's there
+        for sampler, taken in times.items():
+            started = time.process_time()
+            sampler.sample_relative(study, trial, names)
+            taken.append(time.process_time() - started)
+    assert min(times[study.sampler]) < 2 * min(times[theirs])
 
 
 def test_the_sampler_knows_no_torch():
