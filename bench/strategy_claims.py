@@ -129,11 +129,12 @@ def _one_table(rows: Rows) -> str:
     named = "accuracy, %" if metric == "accuracy" else f"{metric}, {unit}"
     columns = [named, *(key for key, _, _ in shown[1:]), "loss"]
     head = ["method", *(f"{s}: {columns[0]}" if c == columns[0] else c for s in settings for c in columns)]
-    draws = len({r["seed"] for r in rows if "seed" in r})
+    draws = {s: len({r["seed"] for r in rows if r.get("setting") == s}) for s in settings}
     data = f" {DATA[rows[0]['task']]}." if rows[0]["task"] in DATA else ""
     why = {f"{r['method']}: {cell(r['missing'])}" for r in rows if "missing" in r}
     note = (
-        f"Mean over {draws} draws of {rows[-1].get('samples'):,} calibration samples (least to most); {metric} of "
+        f"Mean over draws of {rows[-1].get('samples'):,} calibration samples (least to most), "
+        f"{', '.join(f'{n} in {s}' for s, n in draws.items())}; {metric} of "
         f"{rows[0]['test_samples']:,} test samples, the loss that of the calibration samples which judge choices.{data}"
         f"{''.join(f' No {text}.' for text in sorted(why))}"
     )
