@@ -17,11 +17,13 @@ export PYTHONPATH=. OMP_WAIT_POLICY=PASSIVE
 results=${OUT:-bench/results}
 all=530 each=190 # seconds at most, should something hang; the sections' own budgets are shorter
 status=0
+shopt -s extglob
+tasks='@(mnist|names|cifar10|resnet20|shakespeare|ablation|peers)' # sections of bench.sgsc
 [ $# -gt 0 ] || set -- checks ceilings linear fake_quantize training conv2d
 for section; do
   left=$((all - SECONDS))
   case $section in
-    mnist | names | cifar10 | resnet20 | shakespeare | ablation | peers | choices | variants | tokens) ;;
+    $tasks | choices | variants | tokens) ;;
     *) [ $# -eq 1 ] || [ $left -lt $each ] || left=$each ;;
   esac
   if [ $left -lt 5 ]; then
@@ -34,7 +36,7 @@ for section; do
       job=(bench.gpu_check)
       [ $# -gt 1 ] || job+=(--seconds $((left - 15)))
       ;;
-    mnist | names | cifar10 | resnet20 | shakespeare | ablation | peers)
+    $tasks)
       [ -e "$results/sgsc.json" ] || [ ! -e bench/results/sgsc.json ] ||
         { mkdir -p "$results" && cp bench/results/sgsc.json "$results/"; }
       job=(bench.sgsc "$section" --device cuda --seconds $((left - 15)) --data "${DATA:-../shared/data}")

@@ -89,7 +89,7 @@ class Network:
     @cached_property
     def float(self) -> nn.Module:
         """The trained float network, which lies beside others between runs."""
-        return float_model(self.task.to(self.device), self.seed, self.folder, lambda *_: None).cpu().eval()
+        return self._trained().cpu().eval()
 
     @property
     def folder(self) -> Path:
@@ -102,8 +102,11 @@ class Network:
         """The float network's, which is trained where it is not there."""
         path = self.folder / FLOAT
         if not path.is_file():
-            float_model(self.task.to(self.device), self.seed, self.folder, lambda *_: None)
+            self._trained()
         return path
+
+    def _trained(self) -> nn.Module:
+        return float_model(self.task.to(self.device), self.seed, self.folder, lambda *_: None)
 
     @property
     def device(self) -> str:

@@ -1,9 +1,12 @@
 """Folding of batch norms, and calibration in the order of the network."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from sgsc.demos.models import DigitsCNN
 from sgsc.layers import quant_layers
@@ -254,13 +257,8 @@ class Aliased(nn.Module):
         return self.both(x)
 
 
-class Transposed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear, self.norm = nn.Linear(5, 7), nn.BatchNorm1d(7)
-
-    def forward(self, x):
-        return self.norm(self.linear(x))
+def normed(layer, norm):
+    return nn.Sequential(OrderedDict(layer=layer, norm=norm))
 
 
 class ReadsWeight(nn.Module):
@@ -272,31 +270,13 @@ class ReadsWeight(nn.Module):
         return self.norm(self.linear(x)) + F.linear(x, self.linear.weight)
 
 
-class OtherWidth(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear, self.norm = nn.Linear(4, 6), nn.BatchNorm1d(3)
-
-    def forward(self, x):
-        return self.norm(self.linear(x))
-
-
-class Computed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm = nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 3, 1)), nn.BatchNorm1d(3)
-
-    def forward(self, x):
-        return self.norm(self.conv(x))
-
-
 @pytest.mark.parametrize(
     ("make", "shape", "folds"),
     [
         (Aliased, (4, 2, 6), True),
         (ReadsWeight, (8, 4), False),
-        (OtherWidth, (8, 3, 4), False),
-        (Computed, (4, 2, 6), False),
+        (lambda: normed(nn.Linear(4, 6), nn.BatchNorm1d(3)), (8, 3, 4), False),
+        (lambda: normed(weight_norm(nn.Conv1d(2, 3, 1)), nn.BatchNorm1d(3)), (4, 2, 6), False),
     ],
 )
 def test_what_folds_answers_as_before_and_the_rest_stays(make, shape, folds):
@@ -315,7 +295,7 @@ def test_what_folds_answers_as_before_and_the_rest_stays(make, shape, folds):
 
 def test_a_norm_of_another_axis_is_found_out_by_the_data():
     torch.manual_seed(0)
-    net, x = Transposed(), torch.randn(40, 7, 5)
+    net, x = normed(nn.Linear(5, 7), nn.BatchNorm1d(7)), torch.randn(40, 7, 5)
     for _ in range(3):
         net(2 * x + 1)
     net.eval()

@@ -31,7 +31,7 @@ from sgsc.layers import quant_layers
 from .baselines import SAMPLERS
 from .cost import Budget, Configuration
 from .evidence import importance, layer_rows, trial_row
-from .finals import last_trainings
+from .finals import End, last_trainings
 from .problem import Problem, prepare_search
 from .remembered import digest, recall, remember
 from .sensitivity import Loss, Progress, check_method
@@ -130,8 +130,11 @@ def search_network(
             repeated = 0 if run_trial(study, problem, train, validate, seed, trials) else repeated + 1
             progress("search", min(done + 1, trials), trials, {"best loss": _best_so_far(study)})
         reason = "nothing new within the budget was left to try" if repeated == REPETITIONS else ""
-        seconds = time.perf_counter() - started
-        return _result(study, problem, train, validate, finish, seed, progress, reason, prepared, seconds)
+        searched = time.perf_counter() - started
+        ends = last_trainings(study, problem, train, validate, finish, seed, progress)
+        phases = {"preparation": prepared, "search": searched - prepared}
+        phases["finish"] = time.perf_counter() - started - searched
+        return _result(study, problem, ends, reason, phases)
 
 
 def check_settings(trials: int, seed: int, sampler: str, method: str) -> None:
@@ -183,21 +186,8 @@ def _same_settings(study: Study, problem: Problem, sampler: str, seed: int, sett
         )
 
 
-def _result(
-    study: Study,
-    problem: Problem,
-    train: Train,
-    validate: Validate,
-    finish: Train | None,
-    seed: int,
-    progress: Progress,
-    reason: str,
-    prepared: float,
-    seconds: float,
-) -> Found:
-    """Train the finalists, and tell all that is known."""
-    began = time.perf_counter()
-    ends = last_trainings(study, problem, train, validate, finish, seed, progress)
+def _result(study: Study, problem: Problem, ends: list[End], reason: str, phases: Mapping[str, float]) -> Found:
+    """The best of the last trainings, and all that is known; `phases`: seconds of each."""
     best, configuration = ends[0], ends[0].configuration
     report = {
         **{"budget": problem.budget.limits(), "reason": reason, "sampler": study.user_attrs[SETTINGS]["sampler"]},
@@ -219,8 +209,6 @@ def _result(
             **{"converged": problem.found.converged, "worth": problem.found.worth},
             "share_error": max(problem.found.share_error.values()),
         },
-        "seconds_by_phase": {
-            **{"preparation": prepared, "search": seconds - prepared, "finish": time.perf_counter() - began}
-        },
+        "seconds_by_phase": dict(phases),
     }
     return Found(best.model, configuration, best.loss, problem.cost(configuration), best.baseline or "search", report)

@@ -46,7 +46,7 @@ class Calls(NamedTuple):
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Sequence[Tensor], choose: Choose) -> list[str]:
+def calibrate(model: nn.Module, batches: Sequence[Tensor], choose: Choose, calls: Calls | None = None) -> list[str]:
     """Give every quantized layer but embeddings an input quantizer, in place.
 
     A module that is called several times is calibrated on all its inputs, before its last call.
@@ -55,6 +55,7 @@ def calibrate(model: nn.Module, batches: Sequence[Tensor], choose: Choose) -> li
         model: From `prepare`, weights quantized as they will be.
         batches: Inputs of the model.
         choose: (name of a layer, what was seen of its input) -> its input quantizer.
+        calls: What `count_calls` says of the same batches, where that is known.
 
     Returns:
         Names of all quantized layers in the order of their last calls.
@@ -63,7 +64,7 @@ def calibrate(model: nn.Module, batches: Sequence[Tensor], choose: Choose) -> li
         ValueError: If there is no batch, a layer is never called, or an input holds NaN or infinity.
     """
     layers = quant_layers(model)
-    calls = count_calls(model, layers, batches)
+    calls = count_calls(model, layers, batches) if calls is None else calls
     wanted = [name for name in calls.last if not isinstance(layers[name], QuantEmbedding)]
     for name in wanted:
         layers[name].input_quantizer = None

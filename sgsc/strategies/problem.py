@@ -16,7 +16,7 @@ from sgsc.preparation import prepare
 from sgsc.quantizers import InputQuantizer, Quantizer
 from sgsc.samples import device_of, evaluating
 
-from .calibration import calibrate, count_calls, room
+from .calibration import Calls, calibrate, count_calls, room
 from .folding import Folded, fold_batch_norms
 from .registry import INPUTS, WEIGHTS, strategies
 from .settings import Loss, StrategySettings
@@ -53,6 +53,8 @@ class Problem:
         wanted: What the float model answers to each batch of `fit`, then of `select`.
         loss: (outputs, wanted) -> scalar.
         left: Layers and norms that stay float -> why.
+        together: The samples of `fit` in batches of as many as there is room for, which calibrate.
+        calls: Of the layers, for each of those.
         weights: Layer -> strategy -> fitted quantizer.
         inputs: Layer -> strategy -> quantizer; empty for embeddings, and where inputs stay float.
         place: Of the batch that `judge` is at.
@@ -67,6 +69,8 @@ class Problem:
     wanted: tuple[list[Tensor], list[Tensor]]
     loss: Loss
     left: dict[str, str]
+    together: list[Tensor]
+    calls: Calls
     weights: dict[str, dict[str, Quantizer]] = field(default_factory=dict)
     inputs: dict[str, dict[str, InputQuantizer]] = field(default_factory=dict)
     place: int = 0
@@ -99,7 +103,7 @@ class Problem:
     def calibrate(self, choose: Callable[[str, InputStatistics], InputQuantizer]) -> None:
         """Give every layer an input quantizer, in the order of the network, from the samples of `fit`."""
         if any(given is not None for _, given in self.bits.values()):
-            calibrate(self.model, joined(self.fit, room(self.model, self.layers, self.fit[0])), choose)
+            calibrate(self.model, self.together, choose, self.calls)
 
     def recalibrate(self, choice: Choice) -> None:
         """Set a choice, each layer calibrated on what the chosen ones before it give it."""
@@ -136,15 +140,16 @@ def make_problem(
     prepared = prepare(folded.model, quantizer="lsq8", skip=settings.skip)
     model = prepared.model.eval().requires_grad_(False)
     found = quant_layers(model)
-    order = count_calls(model, found, fit)
-    edges = {order.first[0], order.last[-1]}
-    layers = {name: found[name] for name in order.last}
+    together = joined(fit, room(model, found, fit[0]))
+    calls = count_calls(model, found, together)
+    edges = {calls.first[0], calls.last[-1]}
+    layers = {name: found[name] for name in calls.last}
     bits = {name: settings.bits(name in edges) for name in layers}
     for name, layer in layers.items():
         if isinstance(layer, QuantEmbedding):
             bits[name] = bits[name][0], None
     left = {**folded.left, **{k: v for k, v in prepared.left.items() if k not in folded.left}}
-    problem = Problem(model, layers, bits, of_inputs, fit, select, wanted, judge, left)
+    problem = Problem(model, layers, bits, of_inputs, fit, select, wanted, judge, left, together, calls)
     for name, layer in layers.items():
         problem.weights[name] = {}
         for strategy, cls in of_weights.items():
