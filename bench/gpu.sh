@@ -18,7 +18,7 @@ results=${OUT:-bench/results}
 all=530 each=190 # seconds at most, should something hang; the sections' own budgets are shorter
 status=0
 shopt -s extglob
-tasks='@(mnist|names|cifar10|resnet20|shakespeare|ablation|peers)' # sections of bench.sgsc
+tasks='@(mnist|names|cifar10|resnet20|shakespeare|ablation)' # sections of bench.sgsc
 [ $# -gt 0 ] || set -- checks ceilings linear fake_quantize training conv2d
 for section; do
   left=$((all - SECONDS))

@@ -98,7 +98,7 @@ class Settings:
 
     Attributes:
         schedule: "full", the tasks' own, "reduced" for a CPU, or "quick".
-        steps: Task -> (float steps, compression steps), where they are not the task's own.
+        shorter: Task -> (float steps, compression steps, precision), where they are not the task's own.
         data: Folder of the data.
         device: Where networks are trained.
         device_name: Of a GPU, for the results; None where it is a CPU.
@@ -110,7 +110,7 @@ class Settings:
     """
 
     schedule: str
-    steps: Mapping[str, tuple[int, int]]
+    shorter: Mapping[str, tuple[int, int, str]]
     data: Path | None
     device: str
     device_name: str | None
@@ -133,7 +133,12 @@ class Settings:
     def flags(self, task: str) -> list[str]:
         """What every command on this task gets."""
         flags = ["--device", self.device]
-        return flags if self.data is None or task in BUNDLED else [*flags, "--data", str(self.data)]
+        if self.data is not None and task not in BUNDLED:
+            flags += ["--data", str(self.data)]
+        if task in self.shorter:
+            float_steps, steps, precision = self.shorter[task]
+            flags += ["--float-steps", str(float_steps), "--steps", str(steps), "--precision", precision]
+        return flags
 
     def timeout(self) -> float | None:
         """Of a subprocess."""
@@ -219,10 +224,7 @@ class Section:
 
         def measure() -> Row:
             s, start = self.settings, self.start(task, seed)
-            flags = [*s.flags(task), *s.rest]
-            if task in s.steps:
-                flags += ["--float-steps", str(s.steps[task][0]), "--steps", str(s.steps[task][1])]
-            flags += rest  # after the schedule: it may ask for steps of its own
+            flags = [*s.flags(task), *s.rest, *rest]  # after the schedule: it may ask for steps of its own
             if start.is_file():
                 flags += ["--start", str(start)]
             # kept where time runs out: the same call, repeated, goes on with it
@@ -239,6 +241,7 @@ class Section:
             guard = report["guard"]
             tail = {key: guard[key] for key in ("worst_class", "tail") if key in guard}
             made = summary(report) | {"steps": report["settings"]["config"]["steps"], **tail}
+            made |= {"precision": report["settings"]["precision"]}
             made |= {"resumed": True} if resumed else {}  # its seconds are those of its last part
             return made | {"float_seconds": report["seconds_by_phase"]["float training"]}
 
@@ -248,8 +251,6 @@ class Section:
         """What commands get that compare at one width."""
         s = self.settings
         flags = ["--seed", str(seed), *s.flags(task), "--work", str(self.start(task, seed))]
-        if task in s.steps:
-            flags += ["--float-steps", str(s.steps[task][0]), "--steps", str(s.steps[task][1])]
         if "--limit" in s.rest:
             flags += ["--limit", s.rest[list(s.rest).index("--limit") + 1]]
         return flags

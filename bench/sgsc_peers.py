@@ -23,17 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from sgsc.demos import evaluate
-from sgsc.demos.tasks import load
-from sgsc.demos.training import from_file
 from sgsc.layers import QUANTIZED
 from sgsc.size import float_bytes
 
 from .runs import Row, Section, called
 from .sgsc_claims import lead, pick, says, schedules
-from .uniform import arguments_of, float_network
+from .uniform import arguments_of, float_network, task_of
 
-TASKS = ("mnist", "shakespeare")
-WIDTHS = (4, 3, 2, 8)
+TASKS = ("shakespeare",)  # whose float networks the libraries round, too
 ROW = 0  # one scale a row, instead of one for a group of so many weights
 
 
@@ -119,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--group", type=int, default=ROW, help="weights that share a scale (default: 0, a row)")
     chosen = parser.parse_args(arguments)
     warnings.simplefilter("ignore")  # of other libraries
-    task = from_file(load(chosen.task, chosen.data, chosen.seed, chosen.limit), None, chosen.float_steps)
+    task = task_of(chosen)
     network = float_network(task, chosen.work, chosen.seed, chosen.device)
     of_float = float_bytes(network)
     split = task.test()
@@ -136,19 +133,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-# ---- the section of bench.sgsc ----
+# ---- rows and claims of bench.sgsc ----
 
 
-def measure_peers(section: Section, seeds: Sequence[int], targets: Sequence[float]) -> None:
-    """Each width: the libraries, uniform training, and ours with no more bytes than the smallest of them."""
-    for task in TASKS:
-        for seed in seeds:
-            for bits in WIDTHS:
-                points = [section.uniform(task, bits, seed)]
-                for library, (_, groups) in LIBRARIES.items():
-                    points += [one(section, library, task, bits, group, seed) for group in groups]
-                least = min(point["stored_ratio"] for point in points if "stored_ratio" in point)
-                section.sgsc(task, least, seed, against=f"{bits} bits")
+def measure_peers(section: Section, task: str, bits: int, seed: int) -> list[Row]:
+    """Each library at one width, with each size of groups."""
+    sizes = [(library, group) for library, (_, groups) in LIBRARIES.items() for group in groups]
+    return [one(section, library, task, bits, group, seed) for library, group in sizes]
 
 
 def one(section: Section, library: str, task: str, bits: int, group: int, seed: int) -> Row:
@@ -162,29 +153,21 @@ def one(section: Section, library: str, task: str, bits: int, group: int, seed: 
     return section.row(of, measure)
 
 
-def peer_claims(rows: list[Row]) -> list[Row]:
-    """At each width of each task: ours against uniform training and against each library, at no more bytes."""
+def peer_claims(rows: list[Row], need: int) -> list[Row]:
+    """At each width of each task: ours against each library, at no more bytes; one that is not there has no claim."""
     found = []
     for schedule in schedules(rows):
-        for task in TASKS:
-            of = pick(rows, schedule=schedule, task=task)
-            for bits in WIDTHS:
-                mine = pick(of, method="sgsc", against=f"{bits} bits")
-                points = {f"uniform {bits}-bit training": pick(of, method=f"lsq{bits}")}
-                for library, (_, groups) in LIBRARIES.items():
-                    for group in groups:
-                        name = f"{library}, {bits} bits, scale of {group or 'a row'}"
-                        rounded = [r for r in pick(of, method=library, bits=bits, group=group) if "missing" not in r]
-                        points[name] = rounded
-                for name, peers in points.items():
-                    pairs = [
-                        (m, peer)
-                        for peer in peers
-                        for m in pick(mine, seed=peer["seed"])
-                        if m["stored_bytes"] <= peer["stored_bytes"]
-                    ]
-                    if peers or name.startswith("uniform"):  # a library that is not there has no claim
-                        found.append(lead(f"{task}: ahead of {name}, at no more bytes{says(schedule)}", pairs, 1))
+        of = [row for row in pick(rows, schedule=schedule) if row["method"] in LIBRARIES and "missing" not in row]
+        for point in {(row["task"], row["method"], row["bits"], row["group"]): row for row in of}.values():
+            task, library, bits, group = (point[key] for key in ("task", "method", "bits", "group"))
+            pairs = [
+                (mine, peer)
+                for peer in pick(of, task=task, method=library, bits=bits, group=group)
+                for mine in pick(rows, schedule=schedule, task=task, seed=peer["seed"], against=f"lsq{bits}")
+                if mine["stored_bytes"] <= peer["stored_bytes"]
+            ]
+            name = f"{library}, {bits} bits, scale of {group or 'a row'}"
+            found.append(lead(f"{task}: ahead of {name}, at no more bytes{says(schedule)}", pairs, need))
     return found
 
 

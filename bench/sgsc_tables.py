@@ -22,9 +22,11 @@ def grouped(rows: Sequence[Row], *keys: str) -> list[list[Row]]:
 
 
 def steps(group: Sequence[Row]) -> str:
-    """The schedule, and the steps of the compression; peers take none."""
+    """The schedule, the steps of the compression, where there are any, and the precision, if it is not float32."""
     counts = sorted({row["steps"] for row in group if "steps" in row})
-    return f"{group[0]['schedule']}{', ' if counts else ''}{'/'.join(f'{n:,}' for n in counts)}"
+    said = [group[0]["schedule"], "/".join(f"{n:,}" for n in counts)]
+    said += sorted({row.get("precision", "float32") for row in group} - {"float32"})
+    return ", ".join(filter(None, said))
 
 
 def quality(group: Sequence[Row]) -> list[str]:
@@ -63,8 +65,9 @@ def judged(rows: Sequence[Row]) -> list[str]:
 
 
 def curve(rows: Sequence[Row]) -> str:
-    """Compression, and uniform training where it was run: a target or a width a line, over seeds."""
-    ordered = [{**row, "named": _name(row)} for row in sorted(rows, key=lambda row: row["schedule"] != "full")]
+    """Compression, and uniform training and other libraries where they were run: a target or a width a line."""
+    there = [row for row in rows if "missing" not in row]
+    ordered = [{**row, "named": _name(row)} for row in sorted(there, key=lambda row: row["schedule"] != "full")]
     lines = [
         [group[0]["named"], steps(group), seeds(group), stored(group), *quality(group), *harm(group), _seconds(group)]
         for group in grouped(ordered, "schedule", "device", "named", "steps")
@@ -73,7 +76,18 @@ def curve(rows: Sequence[Row]) -> str:
     head += ["guard regressions", "their 95 % bound, %", "seconds"]
     source = " CIFAR-10 (JPEG q75)." if rows[0]["task"] in ("cifar10", "resnet20") else ""
     note = f"{SEEDS_NOTE}{source} Seconds are those of one run without its float training."
-    return f"{table(head, lines, text=2)}\n\n{note}"
+    return f"{table(head, lines, text=2)}\n\n{note}{_of_peers(rows)}"
+
+
+def _of_peers(rows: Sequence[Row]) -> str:
+    """What a reader must know of other libraries' rows, if there are any."""
+    if not any("group" in row for row in rows):
+        return ""
+    missing = {row["method"]: row["missing"] for row in rows if "missing" in row}
+    left = {_name(row): name for row in rows for name in row.get("left_float", ())}
+    note = " The libraries round the float network, without training it; bench/sgsc_peers.py counts their bytes."
+    note += "".join(f" {library} is missing: {cell(why)}." for library, why in missing.items())
+    return note + "".join(f" {where} left float: {cell(why)}." for where, why in left.items())
 
 
 def _name(row: Row) -> str:
@@ -81,13 +95,15 @@ def _name(row: Row) -> str:
     if method.startswith("lsq"):
         return f"uniform {method.removeprefix('lsq')}-bit training"
     if row.get("against"):
-        width = str(row["against"]).removeprefix("lsq")
-        return f"sgsc, bytes of {width} bits" if " bits" not in width else f"sgsc, bytes of {width}"
+        return f"sgsc, bytes of {str(row['against']).removeprefix('lsq')} bits"
+    if "group" in row:
+        return f"{method}, {row['bits']} bits, scale of {row['group'] or 'a row'}"
     return f"{method}{'' if method == 'sgsc' else ' grids'} at {100 * row['target_size']:g} %"
 
 
 def _seconds(group: Sequence[Row]) -> str:
-    whole = [row["seconds"] - row.get("float_seconds", 0.0) for row in group if "resumed" not in row]
+    measured = [row for row in group if "seconds" in row and "resumed" not in row]
+    whole = [row["seconds"] - row.get("float_seconds", 0.0) for row in measured]
     return spread(whole, ".0f") if whole else ""
 
 
@@ -116,35 +132,7 @@ def _share(group: Sequence[Row], key: str) -> str:
     return spread(found, ".1f") if found else ""
 
 
-def peers(rows: Sequence[Row]) -> str:
-    """Other libraries and uniform training at one width, and ours with no more bytes than the least of them."""
-    lines, missing, left = [], {}, {}
-    for group in grouped(rows, "schedule", "device", "task", "method", "bits", "group", "against"):
-        first = group[0]
-        if "missing" in first:
-            missing[first["method"]] = first["missing"]
-            continue
-        for name in first.get("left_float", ()):
-            left[f"{first['method']}, {first['task']}, {first['bits']} bits"] = name
-        name = first["method"]
-        if name == "sgsc" or name.startswith("lsq"):
-            name = _name(first)
-        else:
-            name = f"{name}, {first['bits']} bits, scale of {first['group'] or 'a row'}"
-        lines.append([first["task"], name, steps(group), seeds(group), stored(group), *quality(group)])
-    head = ["task", "weights by", "schedule, steps", "seeds", "stored, % of float32 bytes"]
-    head += ["float", "stored", "change"]
-    note = (
-        "Images by test accuracy, in %, text by test loss, in nats. "
-        "The libraries round a trained network, without training it further; bytes are counted in bench/sgsc_peers.py."
-    )
-    notes = "".join(f" {library} is missing: {cell(why)}." for library, why in missing.items())
-    notes += "".join(f" {where} left float: {cell(why)}." for where, why in left.items())
-    return f"{table(head, lines, text=3)}\n\n{note}{notes}"
-
-
 LAYOUTS: dict[str, Callable[[Sequence[Row]], str]] = {
     **dict.fromkeys(("mnist", "names", "cifar10", "resnet20", "shakespeare", "steps", "quantizers"), curve),
     "ablation": ablation,
-    "peers": peers,
 }

@@ -31,6 +31,13 @@ def arguments_of(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=int, default=0 if name == "seed" else None)
     parser.add_argument("--data", type=Path, default=None)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="float32")
+
+
+def task_of(chosen: argparse.Namespace) -> Task:
+    """The task that the arguments name."""
+    task = load(chosen.task, chosen.data, chosen.seed, chosen.limit)
+    return from_file(task, None, chosen.float_steps, chosen.precision)
 
 
 def float_network(task: Task, path: Path, seed: int, device: str) -> nn.Module:
@@ -47,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="One point of uniform quantization-aware training.")
     arguments_of(parser)
     chosen = parser.parse_args(arguments)
-    task = from_file(load(chosen.task, chosen.data, chosen.seed, chosen.limit), None, chosen.float_steps)
+    task = task_of(chosen)
     network = float_network(task, chosen.work, chosen.seed, chosen.device)
     steps = task.compress_steps if chosen.steps is None else chosen.steps
     print(json.dumps(run(task, network, chosen.bits, steps, chosen.seed, usable(chosen.device))))

@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--float-steps", type=int, default=None, help="steps of the float training (default: the task's)")
     sub.add_argument("--start", type=Path, default=None, help="float.safetensors of another run, instead of training")
     sub.add_argument("--device", default="cpu", help="where to train: cpu (default), cuda, cuda:1, auto")
+    sub.add_argument("--precision", default="float32", help="to train in: float32 (default), bfloat16 by autocast")
     sub.add_argument("--quantizer", default="integer", help="integer (default), half-steps, ternary or interpolated")
     add_settings(sub, CompressionConfig, {"steps": None, "tolerance": None, "cut": True})
 
@@ -143,7 +144,8 @@ def _compress(options: argparse.Namespace) -> int:
 
     settings(steps=1, tolerance=0.0)  # a bad flag is refused before the data is read
     device = usable(options.device)
-    task = from_file(load(options.task, options.data, options.seed, options.limit), options.start, options.float_steps)
+    task = load(options.task, options.data, options.seed, options.limit)
+    task = from_file(task, options.start, options.float_steps, options.precision)
     config = settings(steps=task.compress_steps, tolerance=task.tolerance)
     folder = options.out or Path("runs") / options.task
     folder.mkdir(parents=True, exist_ok=True)

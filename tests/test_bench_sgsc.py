@@ -77,7 +77,7 @@ def bench(tmp_path, monkeypatch, data, commit):
         assert sgsc.main([*arguments, *fixed]) == 0
         return list(commands)
 
-    run.folder = tmp_path
+    run.folder, run.data = tmp_path, data
     return run
 
 
@@ -155,6 +155,7 @@ def test_a_section_that_was_cut_off_goes_on(bench, monkeypatch, capsys):
 
 def test_what_would_not_end_in_time_is_not_begun_unless_it_can_go_on_later(bench, monkeypatch, capsys):
     monkeypatch.setitem(sgsc.UNIFORM, "shakespeare", (3,))
+    monkeypatch.setattr(sgsc_peers, "LIBRARIES", {})
     assert [c[2] for c in bench("shakespeare")] == ["bench.uniform", "sgsc"]
     point, mine = ({**row, "seconds": 1000.0} for row in rows_of(bench, "shakespeare"))
     record.write("sgsc", "shakespeare", [point, mine], [], "x", bench.folder)
@@ -213,8 +214,18 @@ def test_ours_gets_the_bytes_of_each_uniform_width(bench, monkeypatch):
     assert any(text.startswith("resnet20, CIFAR-10 (JPEG q75), at 10 %: test accuracy lost") for text in texts)
 
 
+def test_a_schedule_says_what_it_computes_in(bench, monkeypatch):
+    monkeypatch.setattr(sgsc, "REDUCED", {"names": (1, 2, "bfloat16")})
+    fixed = ("--reduced", "--results", str(bench.folder), "--data", str(bench.data), "--work", str(bench.folder / "w"))
+    assert sgsc.main(["names", "--targets", "0.6", "--seeds", "1", *fixed]) == 0
+    (row,) = rows_of(bench, "names")
+    assert (row["schedule"], row["steps"], row["precision"]) == ("reduced", 2, "bfloat16")
+    assert "| sgsc at 60 % | reduced, 2, bfloat16 | 1 |" in readme.filled(SECTION, bench.folder)
+
+
 def test_shakespeare_runs(bench, monkeypatch):
     monkeypatch.setitem(sgsc.UNIFORM, "shakespeare", (3,))
+    monkeypatch.setattr(sgsc_peers, "LIBRARIES", {})
     assert [c[2] for c in bench("shakespeare")] == ["bench.uniform", "sgsc"]
     assert [row["method"] for row in rows_of(bench, "shakespeare")] == ["lsq3", "sgsc"]
 
@@ -323,10 +334,9 @@ def test_libraries_that_are_not_there_are_named_and_ours_stays_below_the_others(
 
     libraries = {"half": (half, (0, 32)), "gone": (gone, (0,))}
     monkeypatch.setattr(sgsc_peers, "LIBRARIES", libraries)
-    monkeypatch.setattr(sgsc_peers, "WIDTHS", (3,))
-    monkeypatch.setattr(sgsc_peers, "TASKS", ("mnist",))
-    assert [c[2] for c in bench("peers")] == ["bench.uniform", *["bench.sgsc_peers"] * 3, "sgsc"]
-    point, row, group, missing, mine = rows_of(bench, "peers")
+    monkeypatch.setitem(sgsc.UNIFORM, "shakespeare", (3,))
+    assert [c[2] for c in bench("shakespeare")] == ["bench.uniform", *["bench.sgsc_peers"] * 3, "sgsc"]
+    point, row, group, missing, mine = rows_of(bench, "shakespeare")
     assert missing["missing"] == "ModuleNotFoundError: No module named 'no_such_library'"
     assert (row["group"], group["group"]) == (0, 32)
     assert row["stored_ratio"] == pytest.approx(0.5, abs=0.01)
@@ -335,16 +345,18 @@ def test_libraries_that_are_not_there_are_named_and_ours_stays_below_the_others(
     assert mine["target_size"] == min(point["stored_ratio"], row["stored_ratio"])
     assert row["float_loss"] == point["float_loss"] == mine["float_loss"]
     found = [c for c in record.read("sgsc", bench.folder)["claims"] if "ahead of" in c["claim"]]
-    told = [c["claim"].partition(", at no more bytes")[0].removeprefix("mnist: ahead of ") for c in found]
-    assert told == ["uniform 3-bit training", "half, 3 bits, scale of a row", "half, 3 bits, scale of 32"]
-    least = min(r["stored_bytes"] for r in (point, row, group))
-    ours = {**mine, "stored_bytes": least}
-    for claim, peer in zip(sgsc_peers.peer_claims([point, row, group, ours]), (point, row, group), strict=True):
-        assert claim["measured"] == mine["packed_accuracy"] - peer["packed_accuracy"]
-    more = sgsc_peers.peer_claims([point, row, group, {**mine, "stored_bytes": row["stored_bytes"] + 1}])
-    assert more[1]["measured"] is None  # more bytes are no lead
-    assert bench("peers") == []
-    assert "gone is missing: ModuleNotFoundError" in readme.filled(SECTION, bench.folder)
+    told = [c["claim"].partition(", at no more bytes")[0].removeprefix("shakespeare: ahead of ") for c in found]
+    assert told[0].startswith("uniform 3-bit training at equal bytes")
+    assert told[1:] == ["half, 3 bits, scale of a row", "half, 3 bits, scale of 32"]
+    ours = {**mine, "stored_bytes": row["stored_bytes"]}
+    for claim in sgsc_peers.peer_claims([row, group, missing, ours], 1):
+        assert claim["measured"] == row["packed_loss"] - mine["packed_loss"]
+    (first, _) = sgsc_peers.peer_claims([row, group, {**ours, "stored_bytes": row["stored_bytes"] + 1}], 1)
+    assert first["measured"] is None  # more bytes are no lead
+    assert bench("shakespeare") == []
+    shown = readme.filled(SECTION, bench.folder)
+    assert "gone is missing: ModuleNotFoundError" in shown
+    assert "| half, 3 bits, scale of 32 | quick | 1 |" in shown
 
 
 def test_bytes_of_a_library_are_its_own_and_those_of_what_it_leaves():

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from sgsc.demos import ARCHITECTURES, TASKS, accuracy, batches, evaluate, load, train
 from sgsc.demos.models import CharLM, MnistCNN, NamesLM
 from sgsc.demos.tasks import NAME_LETTERS, PRINTABLE, stratified, windows
-from sgsc.demos.training import crops, shift
+from sgsc.demos.training import crops, from_file, shift
 
 DATA = Path(os.environ.get("SGSC_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_mnist = pytest.mark.skipif(not (DATA / "mnist.npz").is_file(), reason="no mnist.npz in SGSC_DATA")
@@ -400,6 +400,22 @@ def test_a_short_training_learns_is_seeded_and_leaves_the_global_generator_alone
     for key, value in model.state_dict().items():
         assert torch.equal(value, again[key]), key
         assert value.ndim < 2 or not torch.equal(value, other[key]), key
+
+
+def test_training_in_bfloat16_learns_as_well_and_keeps_float32_weights():
+    task = load("digits", limit=400)
+    plain, mixed = (from_file(task, None, 60, precision) for precision in ("float32", "bfloat16"))
+    seen = []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, x, y: seen.append(y.dtype))
+    with hook:
+        model = train(mixed, 0)
+    assert torch.bfloat16 in seen
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    losses = [evaluate(m, task.validation)["loss"] for m in (train(plain, 0), model)]
+    assert losses[0] != losses[1]
+    assert losses[1] < losses[0] + 0.1
+    with pytest.raises(ValueError, match="precision='int8': want float32 or bfloat16"):
+        from_file(task, None, None, "int8")
 
 
 def test_the_learning_rate_warms_up_and_ends_near_zero():

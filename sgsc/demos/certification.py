@@ -19,7 +19,6 @@ from sgsc.preservation import PreservationSet
 
 from .job import FLOAT, KEPT, MODEL, data_hash, read_float
 from .tasks import Task
-from .training import evaluate
 
 SHOWN = 24  # changed samples that the report shows, at most
 
@@ -49,9 +48,9 @@ def certify_run(
         stored_bytes=artefact.size,
         remark=task.remark,
     )
-    test = task.test()
-    x, y = test.tensors
-    on_test = compare(outputs(network, x), outputs(packed, x), y)
+    x, y = task.test().tensors
+    before, after = outputs(network, x), outputs(packed, x)
+    on_test = compare(before, after, y)
     changed = _changed(task, "guard", task.guard.tensors, (network, packed), certificate.guard.changed)
     if certificate.preservation is not None:
         reasons, pair = list(keep.reasons), (keep.inputs, keep.targets)
@@ -71,8 +70,8 @@ def certify_run(
         "accuracy_standard_error": on_test.standard_error,
         "test": on_test.as_dict(),
         "class_names": dict(enumerate(task.alphabet)),
-        "float_loss": evaluate(network, test)["loss"],
-        "packed_loss": evaluate(packed, test)["loss"],
+        "float_loss": task.loss(before, y).item(),
+        "packed_loss": task.loss(after, y).item(),
         "changed": changed[:SHOWN],
         "backend": backend(OPS["packed_linear"]),
         "backends": {name: backend(op) for name, op in OPS.items() if name.startswith("packed")},

@@ -129,7 +129,7 @@ def compress(
     if quantizer not in LEARNED:
         raise ValueError(f"quantizer={quantizer!r}: want one whose widths are learned: {', '.join(LEARNED)}")
     settings = {"config": config.as_dict(), "task": task.name, "samples": samples, "data": data_hash(task)}
-    settings["quantizer"] = quantizer
+    settings |= {"quantizer": quantizer, "precision": task.precision}
     saved = load_checkpoint(folder / CHECKPOINT) if resume else None
     if saved is not None and (found := _settings(saved)) != settings:
         other = ", ".join(k for k in settings if found.get(k) != settings[k])
@@ -222,7 +222,8 @@ def _train_compressed(
             group["lr"] = rate
         model.train()
         x, y = next(data)
-        loss = run.loss(task.loss(model(x), y))
+        with task.autocast():
+            loss = run.loss(task.loss(model(x), y))
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -69,7 +69,8 @@ def tune(task: Task, model: nn.Module, steps: int, seed: int, watch: Callable[[i
         for group in optimiser.param_groups:
             group["lr"] = rate * group["of"]
         x, y = next(data)
-        loss = task.loss(model(x), y)
+        with task.autocast():
+            loss = task.loss(model(x), y)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -87,7 +88,8 @@ def run(task: Task, network: nn.Module, bits: int, steps: int, seed: int, device
     test = task.test()
     before, after = evaluate(network, test), evaluate(packed, test)
     return {
-        **{"task": task.name, "bits": bits, "seed": seed, "steps": steps, "device": device},
+        **{"task": task.name, "bits": bits, "seed": seed, "steps": steps},
+        **{"device": device, "precision": task.precision},
         **{"float_bytes": total, "stored_bytes": size, "stored_ratio": size / total},
         **{"float_accuracy": before["accuracy"], "packed_accuracy": after["accuracy"]},
         **{"float_loss": before["loss"], "packed_loss": after["loss"]},

@@ -19,6 +19,7 @@ from torch.utils.data import TensorDataset
 from .models import ARCHITECTURES
 
 SPLITS = ("train", "validation", "guard", "test")
+PRECISIONS = ("float32", "bfloat16")
 # The next character is often a near tie, which any change flips, and so is the class of some photographs: these start
 # with a tolerance, digits with none. Those of the last three are for a GPU. A set of many samples is not learned by
 # heart: what it keeps right is right on samples like them too. Names are: the more steps, the more of them.
@@ -61,6 +62,7 @@ class Task:
         deviation: What each colour was then divided by.
         start: Returns the state dict of a float network that is trained already, where there is one.
         remark: What the certificate must say of the guard split.
+        precision: Of PRECISIONS: what the forward passes that are trained on are computed in.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Task:
     deviation: tuple[float, ...] = ()
     start: Callable[[], Mapping[str, Tensor]] | None = None
     remark: str = ""
+    precision: str = "float32"
 
     @property
     def text(self) -> bool:
@@ -99,7 +102,12 @@ class Task:
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy in nats: (..., classes) float and (...) int64 -> a scalar."""
-        return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+        return F.cross_entropy(outputs.flatten(0, -2).float(), targets.flatten())
+
+    def autocast(self) -> torch.autocast:
+        """Context of the forward passes that are trained on; weights stay float32, and so does all that judges."""
+        kind = self.train.tensors[0].device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def show(self, x: Tensor) -> str | list[list[float]] | list[list[list[float]]]:
         """One sample for a reader: (T,) int64 -> a str, (1, H, W) -> H lists of W floats, colour of W [r, g, b]."""

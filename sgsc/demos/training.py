@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from .task import Task
+from .task import PRECISIONS, Task
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 Progress = Callable[[int, int, dict[str, float]], None]
@@ -40,18 +40,21 @@ def usable(device: str) -> str:
     return device
 
 
-def from_file(task: Task, weights: Path | None, float_steps: int | None) -> Task:
-    """The task with other float steps, or with float weights to start from, as a run folder holds them.
+def from_file(task: Task, weights: Path | None, float_steps: int | None, precision: str = "float32") -> Task:
+    """The task with other float steps or precision, or with float weights to start from, as a run folder holds them.
 
     Raises:
-        ValueError: If the steps are below 1, or there is no such file.
+        ValueError: If the steps are below 1, there is no such file, or the precision is not one of PRECISIONS.
     """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r}: want {' or '.join(PRECISIONS)}")
     if float_steps is not None and float_steps < 1:
         raise ValueError(f"float_steps={float_steps}: want at least 1")
     if weights is not None and not weights.is_file():
         raise ValueError(f"start={str(weights)!r} is not a file; name the float.safetensors of a run of {task.name}")
     if float_steps is not None:
         task = replace(task, float_steps=float_steps)
+    task = replace(task, precision=precision)
     return task if weights is None else replace(task, start=lambda: safetensors.torch.load_file(weights))
 
 
@@ -82,7 +85,8 @@ def train(task: Task, seed: int, steps: int | None = None, progress: Progress | 
         for group in optimiser.param_groups:
             group["lr"] = rate
         x, y = next(samples)
-        loss = task.loss(model(x), y)
+        with task.autocast():
+            loss = task.loss(model(x), y)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
