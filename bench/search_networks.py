@@ -66,9 +66,9 @@ class Plan:
 
 FULL = {"digits": Plan("11%", 100), "mnist": Plan("11%", 100), "resnet20": Plan("11%", 120)}
 REDUCED = {
-    "digits": Plan("11%", 30, 40, 300, None, 12),
-    "mnist": Plan("11%", 20, 12, 50, 200, 6),
-    "resnet20": Plan("11%", 20, 10, 40, None, 6),
+    "digits": Plan("11%", 30, 40, 300, None, 20),
+    "mnist": Plan("11%", 24, 25, 100, 500, 20),
+    "resnet20": Plan("11%", 20, 10, 40, None, 8),
 }
 
 
@@ -138,10 +138,15 @@ class Network:
         """The row of a method."""
         return self.section.row({"task": self.name, "seed": self.seed, "method": method}, measure)
 
+    @property
+    def judges(self) -> Row:
+        """How many samples judge."""
+        return {"validation_samples": len(self.task.validation)}
+
     def judged(self, model: nn.Module) -> Row:
         """A trained network, on validation samples."""
         found = evaluate(model, self.schedule.task.validation)
-        return {"validation_loss": self.schedule.loss(model), "validation_accuracy": found["accuracy"]}
+        return {"validation_loss": self.schedule.loss(model), "validation_accuracy": found["accuracy"], **self.judges}
 
 
 def network(section: Section, seeds: Sequence[int]) -> None:
@@ -221,6 +226,7 @@ def search(one: Network, sampler: str, limit: int, more: int) -> Row:
         **{"budget": f"{limit} B", "trials": len(judged), "configuration": found["result"]["origin"]},
         "validation_loss": found["result"]["loss"],
         "validation_accuracy": found["validation"]["packed"]["accuracy"],
+        **one.judges,
         "short_loss": min(t["loss"] for t in judged if t["loss"] is not None),
         "sensitivity_seconds": found["sensitivity"]["seconds"],
         "trial_seconds": statistics.fmean(t["seconds"] for t in judged),

@@ -76,6 +76,41 @@ def test_nothing_over_budget_and_nothing_twice():
     assert len({tuple(t.params.values()) for t in study.trials}) == affordable  # all of them, each once
 
 
+def test_where_more_is_no_worse_nothing_is_proposed_that_could_be_raised():
+    names = space(8)
+    sampler = KMeansTPESampler(0, cheap, names, {"bits00": (2, 3)}, monotone=True)
+    study = run(optuna.create_study(sampler=sampler), names, 60)
+    assert len({tuple(t.params.values()) for t in study.trials}) == 60
+    for trial in study.trials:
+        assert cheap(trial.params)
+        for name, bits in trial.params.items():
+            higher = [b for b in (BITS[:2] if name == "bits00" else BITS) if b > bits]
+            assert not any(cheap({**trial.params, name: b}) for b in higher)
+    assert optuna.create_study(sampler=KMeansTPESampler(0, None, names, monotone=True)).ask(names)  # no edge to go to
+
+
+def test_what_is_below_the_edge_is_proposed_once_nothing_at_it_is_left():
+    names = space(2)
+    study = run(optuna.create_study(sampler=KMeansTPESampler(0, cheap, names, monotone=True)), names, 11)
+    tried = [tuple(t.params.values()) for t in study.trials]
+    edge = {(2, 6), (4, 4), (6, 2)}
+    assert set(tried[:3]) == edge
+    assert set(tried) == {pair for pair in itertools.product(BITS, repeat=2) if sum(pair) <= 8}
+
+
+def test_knowing_that_more_is_no_worse_finds_better():
+    names, wins = space(12), 0
+
+    def feasible(params):  # later layers are larger, as they are
+        return sum(4 ** (i // 4) * (bits - 4) for i, bits in enumerate(params.values())) <= 0
+
+    for seed in range(10):
+        known = KMeansTPESampler(seed, feasible, names, monotone=True)
+        theirs = run(fresh(names, seed, feasible), names, 30).best_value
+        wins += run(optuna.create_study(sampler=known), names, 30).best_value < theirs
+    assert wins >= 9
+
+
 def test_what_lies_outside_a_window_blocks_nothing_and_speaks_for_nothing():
     names = space(2)
     study = optuna.create_study(sampler=KMeansTPESampler(0, None, names, {"bits00": (2, 3, 4)}))
@@ -228,7 +263,7 @@ def test_candidates_come_best_first():
     rng = np.random.default_rng(0)
     axes = [Axis(CategoricalDistribution(BITS))] * 3
     observed = np.sort(rng.integers(0, 5, (50, 3)).astype(np.int16), axis=0)[::-1]  # the higher, the better
-    drawn = candidates(observed, np.arange(50.0), axes, rng)
+    drawn = np.array([row for row, _ in candidates(observed, np.arange(50.0), axes, rng)])
     assert drawn[: len(drawn) // 4].mean() > drawn[-len(drawn) // 4 :].mean() + 0.5
 
 

@@ -8,6 +8,7 @@ of the same study.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -129,7 +130,7 @@ class FeasibleTPE(optuna.samplers.TPESampler):
 
 
 SAMPLERS: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
-    "kmeans-tpe": KMeansTPESampler,
+    "kmeans-tpe": functools.partial(KMeansTPESampler, monotone=True),  # bits and channels are no worse the more
     "tpe": lambda seed, feasible, space, windows: FeasibleTPE(seed, feasible, space),
     "random": lambda seed, feasible, space, windows: RandomSampler(seed, feasible, space),
 }

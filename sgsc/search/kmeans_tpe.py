@@ -7,7 +7,9 @@ the good and the bad, each a product over parameters of kernel densities on orde
 
     proposal = of a few candidates drawn from l the one with the largest  sum over parameters of  log l - log g
 
-among those that are within the budget and not proposed before. It stays a distribution over whole configurations:
+among those that are within the budget and not proposed before. Where higher choices are no worse (`monotone`), what is
+within the budget and not at its edge is not worth a trial: a proposal is raised, by what adds most to that sum, until
+nothing more fits. It stays a distribution over whole configurations:
 choosing the best ratio a parameter at a time proposes the same few points again and again. How many candidates there
 are, and so how greedy the choice is, changes from trial to trial.
 
@@ -21,7 +23,7 @@ Constants were chosen on the first surrogates of bench/search.py, of seeds 0 to 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,8 @@ class KMeansTPESampler(BaseSampler):
         space: The search space, where it is known: then the first trial has it too. Otherwise it is found as Optuna's
             own samplers do, from what all completed trials have in common.
         windows: Parameter -> the choices that may be proposed, where these are not all; other trials may have others.
+        monotone: Whether higher ordered choices are taken to be no worse, as bits and channels are: then nothing is
+            proposed that could be raised within the budget, as long as there is something else.
         start: Trials that must have been told before the first model; those that the sampler proposes are stratified:
             over `start` trials each parameter takes values of all of its range.
     """
@@ -71,6 +75,7 @@ class KMeansTPESampler(BaseSampler):
         feasible: Callable[[Mapping[str, Any]], bool] | None = None,
         space: Mapping[str, BaseDistribution] | None = None,
         windows: Mapping[str, Sequence[Any]] | None = None,
+        monotone: bool = False,
         start: int = START,
     ) -> None:
         if seed < 0:
@@ -78,6 +83,7 @@ class KMeansTPESampler(BaseSampler):
         if start < 2:
             raise ValueError(f"start={start}: two clusters need at least 2 trials; give 2 or more")
         self._seed, self._feasible, self._start = seed, feasible, start
+        self._raises = monotone and feasible is not None
         self._windows = dict(windows or {})
         self._space = None if space is None else dict(sorted(space.items()))
         self._found = IntersectionSearchSpace(include_pruned=True)
@@ -110,11 +116,13 @@ class KMeansTPESampler(BaseSampler):
         observed, losses, seen = self._observations(study, trial, axes)
         if not self._can_learn(losses):
             return self._random(axes, rng, trial.number, seen)
-        drawn = candidates(observed, losses, [*axes.values()], rng)
-        for row in drawn:
-            if row.tobytes() not in seen:
-                params = self._params(axes, row, rng)
-                if self._feasible is None or self._feasible(params):
+        for row, ratios in candidates(observed, losses, [*axes.values()], rng):
+            if not self._raises and row.tobytes() in seen:
+                continue
+            params = self._params(axes, row, rng)
+            if self._feasible is None or self._feasible(params):
+                row, params = self._raised(axes, row, params, rng, ratios)
+                if row.tobytes() not in seen:
                     return params
         return self._random(axes, rng, trial.number, seen)
 
@@ -182,7 +190,7 @@ class KMeansTPESampler(BaseSampler):
                 row = np.array([self._stratum(axes[n], n, number, rng) for n in names], dtype=np.int16)
             else:
                 row = np.array([rng.integers(axis.count) for axis in kinds], dtype=np.int16)
-            row, params = self._afforded(axes, row, rng)
+            row, params = self._raised(axes, *self._afforded(axes, row, rng), rng)
             if row.tobytes() not in seen:
                 return params
         counts = [axis.count for axis in kinds]
@@ -214,6 +222,35 @@ class KMeansTPESampler(BaseSampler):
             params = self._params(axes, row, rng)
         return row, params
 
+    def _raised(
+        self,
+        axes: Mapping[str, Axis],
+        row: NDArray[np.int16],
+        params: Params,
+        rng: np.random.Generator,
+        ratios: Sequence[NDArray[np.float64]] | None = None,
+    ) -> tuple[NDArray[np.int16], Params]:
+        """A configuration within the budget, raised a choice at a time until nothing more fits, where that is no worse.
+
+        First what gains most by `ratios`, (choices,) for each parameter; without them what comes, at random.
+        """
+        row = row.copy()
+        left = [i for i, axis in enumerate(axes.values()) if axis.ordered] if self._raises else []
+        counts = [axis.count for axis in axes.values()]
+        while left := [i for i in left if row[i] + 1 < counts[i]]:
+            gains = rng.random(len(left))
+            if ratios is not None:
+                gains = [ratios[i][row[i] + 1] - ratios[i][row[i]] for i in left]
+            i = left[int(np.argmax(gains))]
+            row[i] += 1
+            higher = self._params(axes, row, rng)
+            if self._feasible is None or self._feasible(higher):
+                params = higher
+            else:  # nor will it be once others are raised
+                row[i] -= 1
+                left.remove(i)
+        return row, params
+
     @staticmethod
     def _params(axes: Mapping[str, Axis], row: Iterable[Any], rng: np.random.Generator) -> Params:
         return {
@@ -224,8 +261,10 @@ class KMeansTPESampler(BaseSampler):
 
 def candidates(
     observed: NDArray[np.int16], losses: NDArray[np.float64], axes: Sequence[Axis], rng: np.random.Generator
-) -> NDArray[np.int16]:
-    """(one of CANDIDATES, P) choices drawn from the density of the good observations, the most promising first.
+) -> Iterator[tuple[NDArray[np.int16], list[NDArray[np.float64]]]]:
+    """Configurations drawn from the density of the good observations, the most promising first, one of CANDIDATES many.
+
+    Each is (P,) choices, and comes with log l - log g of all choices of each parameter.
 
     Args:
         observed: (N, P) choices.
@@ -237,17 +276,18 @@ def candidates(
     bandwidth = NARROW + (WIDE - NARROW) * np.exp(-len(losses) / NARROWED)
     count = CANDIDATES[int(rng.integers(len(CANDIDATES)))]
     drawn = np.empty((count, len(axes)), dtype=np.int16)
-    score = np.zeros(count)
+    score, ratios = np.zeros(count), []
     for p, axis in enumerate(axes):
         kernel, uniform = axis.kernel(bandwidth), PRIOR / axis.count
         counts = (np.bincount(rows, minlength=axis.count) for rows in (observed[:good, p], observed[-bad:, p]))
         likely, unlikely = (
             (seen @ kernel + uniform) / (n + PRIOR) for seen, n in zip(counts, (good, bad), strict=True)
         )
-        choices = np.searchsorted(np.cumsum(likely)[:-1], rng.random(count), side="right")
-        drawn[:, p] = choices
-        score += (np.log(likely) - np.log(unlikely))[choices]
-    return drawn[np.argsort(-score, kind="stable")]
+        drawn[:, p] = np.searchsorted(np.cumsum(likely)[:-1], rng.random(count), side="right")
+        ratios.append(np.log(likely) - np.log(unlikely))
+        score += ratios[p][drawn[:, p]]
+    for row in drawn[np.argsort(-score, kind="stable")]:
+        yield row, ratios
 
 
 def split(losses: NDArray[np.float64]) -> tuple[int, int]:
