@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
         print(reports.to_json(report))
     else:
         Console().print(reports.search_summary(report))
-        print(f"wrote {folder}/: model.sgsc, report.json, report.html")
+        print(f"wrote {folder}/: model.sgsc, winner.safetensors, report.json, report.html")
     if not done.held:
         print(f"sgsc search: the file has {report['stored_bytes']:,} bytes, over the budget", file=sys.stderr)
     return 0 if done.held else 1

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .coupling import NORMS, Coupling, couple, module_of
-from .layers import QuantConv1d, QuantConv2d, QuantLinear
+from .layers import QuantLinear
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)  # quantized ones are among them
 # Called as follow(name, value, axis, index) for each tensor of the model, before only `index` of `axis` is left of it.
 Follow = Callable[[str, Tensor, int, Tensor], None]
 
@@ -146,13 +147,15 @@ def cut_while_training(
 
 def depthwise_layers(model: nn.Module) -> set[str]:
     """Names of the convolutions whose every channel is a group of its own: with one channel left none looks like it."""
-    convolutions = {n: m for n, m in model.named_modules() if isinstance(m, (QuantConv1d, QuantConv2d))}
+    convolutions = {n: m for n, m in model.named_modules() if isinstance(m, CONVOLUTIONS)}
     return {name for name, m in convolutions.items() if m.groups == m.in_channels == m.out_channels > 1}
 
 
 @torch.no_grad()
 def take_shapes(model: nn.Module, state: dict[str, Tensor], depthwise: set[str]) -> None:
     """Give a model whose channels were cut, or were not, the shapes of a state dict of it, so that it can be loaded.
+
+    The model is prepared or float, and what a search gave other widths has a state dict of it, too.
 
     Parameters stay the same objects; their values are those of the state. `depthwise`: `depthwise_layers` of the model
     before any cut.
@@ -166,8 +169,8 @@ def take_shapes(model: nn.Module, state: dict[str, Tensor], depthwise: set[str])
         _put(module, leaf, old, value.detach().clone().to(old.device))
         if isinstance(module, NORMS):
             module.num_features = len(value)
-        if leaf == "weight" and isinstance(module, QuantLinear):
+        if leaf == "weight" and isinstance(module, nn.Linear):
             module.out_features, module.in_features = value.shape
-        elif leaf == "weight" and isinstance(module, (QuantConv1d, QuantConv2d)):
+        elif leaf == "weight" and isinstance(module, CONVOLUTIONS):
             module.groups = len(value) if owner in depthwise else module.groups
             module.out_channels, module.in_channels = len(value), value.shape[1] * module.groups

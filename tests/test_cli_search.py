@@ -8,6 +8,8 @@ import sys
 import optuna
 import pytest
 import torch
+from safetensors.torch import load_file as loaded
+from safetensors.torch import save_file
 
 from sgsc import load_into
 from sgsc.cli import main
@@ -30,13 +32,35 @@ def run(tmp_path_factory):
 def test_a_run_writes_its_files(run):
     folder, report = run
     assert {p.name for p in folder.iterdir() if not p.name.startswith("study.db")} == {
-        *("float.safetensors", "model.sgsc", "report.html", "report.json")
+        *("float.safetensors", "model.sgsc", "report.html", "report.json", "winner.safetensors")
     }
     assert (folder / "model.sgsc").stat().st_size == report["stored_bytes"] <= 0.1 * report["float_bytes"]
     assert report["budget_held"]
     assert report["result"]["cost"]["bytes"] == report["stored_bytes"]
     assert report["result"]["cost"]["mean_bits"] <= 5
     assert len([t for t in report["trials"] if t["loss"] is not None or t["state"] == "pruned"]) == 9
+
+
+def test_the_winner_goes_on_into_compression_with_its_channels(tmp_path, capsys):
+    quick = ["digits", "--limit", "64", "--json"]
+    search = [*QUICK[2:], "--budget", "5%", "--out", str(tmp_path / "search")]  # with all channels it is over that
+    assert main(["search", *quick, *search]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert any(group["channels"] != group["of"] for group in report["groups"].values())
+    start = tmp_path / "search/winner.safetensors"
+    folder = tmp_path / "compressed"
+    command = ["compress", *quick, "--samples", "4", "--steps", "2", "--start", str(start), "--out", str(folder)]
+    assert main(command) in (0, 1)
+    said = json.loads(capsys.readouterr().out)
+    rows = {row["name"]: row["shape"][0] for row in said["layers"]}
+    assert rows == {name: len(loaded(start)[f"{name}.weight"]) for name in rows}
+    assert said["float_bytes"] < report["float_bytes"]
+    torch.manual_seed(0)
+    state = loaded(start)
+    for broken in ({**state, "head.weight": torch.randn(12, 512)}, {**state, "more": torch.zeros(1)}, {}):
+        save_file(broken, start)
+        assert main(command) == 2
+        assert "the weights to start digits from are not of its network" in capsys.readouterr().err
 
 
 def test_the_page_shows_every_part(run):

@@ -13,20 +13,21 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from sgsc.artefact import save
 from sgsc.checkpoint import load_checkpoint, save_checkpoint
 from sgsc.compression import Outcome, SelfCompression
 from sgsc.config import CompressionConfig
+from sgsc.cutting import depthwise_layers, take_shapes
 from sgsc.files import write_atomically
 from sgsc.packed import PackedLayer, pack
 from sgsc.preparation import prepare
@@ -43,6 +44,8 @@ CHECKPOINT_EVERY = 4  # checks of the guard
 LOOK_EVERY = 4  # the same: each point of the curve over steps costs a pass over LOOK samples
 CANDIDATES = 5000  # training samples that the preservation set is chosen from, at most: each costs a backward pass
 LOOK = 2000  # validation samples that the curve over steps is measured on, at most
+
+NOT_ITS_OWN = (safetensors.SafetensorError, RuntimeError, AttributeError)  # what loading foreign weights raises
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 
@@ -67,10 +70,9 @@ def float_model(task: Task, seed: int, folder: Path, progress: Progress) -> nn.M
     if path.is_file():
         return read_float(task, path)
     if task.start is not None:
-        model = task.build().eval()
         try:
-            model.load_state_dict(task.start())
-        except (safetensors.SafetensorError, RuntimeError) as error:
+            model = _loaded(task, task.start())
+        except NOT_ITS_OWN as error:
             said = str(error).splitlines()[0]
             raise ValueError(f"the weights to start {task.name} from are not of its network: {said}") from None
     else:
@@ -85,13 +87,28 @@ def read_float(task: Task, path: Path) -> nn.Module:
     Raises:
         ValueError: If the file is damaged, or of another network.
     """
-    model = task.build()
     try:
-        model.load_state_dict(safetensors.torch.load_file(path))
-    except (safetensors.SafetensorError, RuntimeError) as error:
+        return _loaded(task, safetensors.torch.load_file(path))
+    except NOT_ITS_OWN as error:
         said = str(error).splitlines()[0]
         raise ValueError(f"{path} does not hold the float network of {task.name}: {said}; compress anew") from None
-    return model.eval()
+
+
+@torch.no_grad()
+def _loaded(task: Task, state: Mapping[str, Tensor]) -> nn.Module:
+    """The task's network with the weights of a state dict, and with the channels it has there: a search changes them.
+
+    Raises:
+        RuntimeError: If these are not weights of the network; or another of NOT_ITS_OWN.
+    """
+    model = task.build().eval()
+    x = task.train.tensors[0][:1].cpu()
+    wanted = model(x).shape
+    take_shapes(model, dict(state), depthwise_layers(model))
+    model.load_state_dict(state)
+    if model(x).shape != wanted:
+        raise RuntimeError(f"outputs {tuple(model(x).shape)}, want {tuple(wanted)}")
+    return model
 
 
 def compress(

@@ -1,6 +1,7 @@
 """The search on a demo task: float network, study, winner packed and judged. The test split is read once, at the end.
 
-The run folder holds model.sgsc, float.safetensors and, unless the study lives elsewhere, study.db.
+The run folder holds model.sgsc, float.safetensors, winner.safetensors (the winner's weights before rounding, for
+`sgsc compress --start`) and, unless the study lives elsewhere, study.db.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from sgsc.artefact import save
+from sgsc.files import write_atomically
 from sgsc.packed import pack
+from sgsc.search.candidates import as_float
 from sgsc.search.cost import Budget
 from sgsc.search.problem import check_budget
 from sgsc.search.sensitivity import Loss
@@ -28,7 +32,7 @@ from .qat import tune
 from .task import Task
 from .training import evaluate
 
-STUDY = "study.db"
+STUDY, WINNER = "study.db", "winner.safetensors"
 SENSITIVITY_SAMPLES, SENSITIVITY_BATCH = 1024, 64
 SHORT = 0.1  # of the task's compression steps, for a candidate
 MIDDLE = 1 / 3  # of a candidate's steps, after which a hopeless one is stopped
@@ -197,7 +201,9 @@ def search(
         progress=progress,
         **file,
     )
-    packed = pack(found.model.cpu(), remove=False)
+    state = as_float(found.model.cpu()).state_dict()
+    write_atomically(folder / WINNER, safetensors.torch.save({k: v.contiguous() for k, v in state.items()}))
+    packed = pack(found.model, remove=False)
     size = save(packed, folder / MODEL, **file)
     test = task.test()
     before, after_test = evaluate(network, test), evaluate(packed, test)
