@@ -302,6 +302,39 @@ def test_a_trial_that_was_taken_for_lost_is_left_to_the_queue(network, monkeypat
     assert "uniform 2" in baselines(storage, TrialState.COMPLETE)
 
 
+@pytest.mark.parametrize("fate", ["told", "dead"])
+def test_what_another_worker_still_runs_is_waited_for(network, monkeypatch, fate):
+    storage = optuna.storages.InMemoryStorage()
+    search(network, trials=9, storage=storage)
+    study = optuna.load_study(study_name="search", storage=storage)
+    problem = prepare_search(network, Budget(mean_bits=3.5), loss, [BATCH])
+    theirs = study.ask()
+    params = {**problem.space.smallest(), "bits.0": 3}
+    for name, distribution in problem.space.distributions().items():
+        storage.set_trial_param(theirs._trial_id, name, distribution.to_internal_repr(params[name]), distribution)
+    waited = []
+
+    def sleep(seconds):
+        if not waited and fate == "told":
+            study.tell(theirs, -1.0)  # better than all
+        elif not waited:
+            theirs.set_user_attr("worker", {**theirs.user_attrs["worker"], "started": "long ago"})
+        waited.append(seconds)
+
+    with working(theirs):
+        monkeypatch.setattr(study_module.time, "sleep", sleep)
+        found = search(network, trials=10, storage=storage)
+    assert waited[0] == study_module.POLL
+    states = [t["state"] for t in found.report["trials"]]
+    if fate == "told":
+        assert len(waited) == 1
+        assert (found.report["result"]["trial"], found.report["result"]["short_loss"]) == (theirs.number, -1.0)
+    else:  # its trial is run by this worker
+        assert states[theirs.number] == "fail"
+        assert states[theirs.number + 1] in ("complete", "pruned")
+        assert found.report["trials"][-1]["params"] == params
+
+
 def test_an_error_in_training_leaves_a_readable_study(network, tmp_path):
     def broken(model, report):
         raise RuntimeError("out of memory")

@@ -4,9 +4,10 @@ The baselines are the first trials of the study, and the result is the best of a
 is never worse than the best baseline that was evaluated, on the data that `validate` judges by. `finish` trains the
 best few of the search and the best baseline longer (finals.py); what the best trial had counts beside them.
 
-Trials run one after another in a process; any number of processes share a study (storage.py). One process alone, with
-deterministic functions, gives the same study each time, also where it was interrupted by Ctrl-C, or killed between two
-trials; what a worker was at when it was killed is tried again under a later number.
+Trials run one after another in a process; any number of processes share a study (storage.py), and each waits for the
+last trials of the others: all come to the same result. One process alone, with deterministic functions, gives the same
+study each time, also where it was interrupted by Ctrl-C, or killed between two trials; what a worker was at when it was
+killed is tried again under a later number.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ from .finals import End, last_trainings
 from .problem import Problem, prepare_search
 from .remembered import digest, recall, remember
 from .sensitivity import Loss, Progress, check_method
-from .storage import open_study, writing
+from .storage import fail_stale, open_study, writing
 from .trials import TAKEN, Train, Validate, enqueue_baselines, run_trial
 
 SETTINGS = "settings"  # attribute of a study
+POLL = 1.0  # seconds between two looks at what other workers still run
 REPETITIONS = 5  # in a row after which nothing new is left; one alone may be another worker's, proposed just before
 STARTUP = 8  # trials that must have reported before one is stopped for being worse than their median
 
@@ -126,9 +128,15 @@ def search_network(
         remember(study, key, problem)
         enqueue_baselines(study, problem)
         repeated = 0  # in a row
-        while repeated < REPETITIONS and (done := _done(study)) < trials:
-            repeated = 0 if run_trial(study, problem, train, validate, seed, trials) else repeated + 1
-            progress("search", min(done + 1, trials), trials, {"best loss": _best_so_far(study)})
+        while repeated < REPETITIONS:
+            if (done := _done(study)) < trials:
+                repeated = 0 if run_trial(study, problem, train, validate, seed, trials) else repeated + 1
+                progress("search", min(done + 1, trials), trials, {"best loss": _best_so_far(study)})
+            elif study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                time.sleep(POLL)  # what other workers are at counts too; and where one dies, its trial is left
+                fail_stale(study)
+            else:
+                break
         reason = "nothing new within the budget was left to try" if repeated == REPETITIONS else ""
         searched = time.perf_counter() - started
         ends = last_trainings(study, problem, train, validate, finish, seed, progress)
