@@ -32,15 +32,15 @@ from sgsc.strategies import (
     make_problem,
     search_strategies,
 )
-from sgsc.strategies.folding import fold_batch_norms
 from sgsc.strategies.problem import Choice, Problem
 from sgsc.strategies.registry import strategies
 
 from . import record
 from .runs import Row, Section, Settings
-from .sgsc_peers import LIBRARIES, ROW
+from .sgsc_peers import LIBRARIES
 from .strategy_claims import mixture_claims, network_claims, qat_claims
 from .strategy_networks import Network, means, network
+from .strategy_peers import PT2E, by_others, exported, rounded
 
 NETWORKS = ("digits", "char-lm", "resnet20", "resnet56", "stories260k", "vdsr")
 SETTINGS: dict[str, tuple[int, int | None]] = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W3": (3, None)}
@@ -124,23 +124,10 @@ def _one(section: Section, of: Network, setting: str, seed: int, randoms: int, r
         section.row({**row, "method": "random", "assignments": randoms}, lambda: timed(lambda: drawn(randoms)))
     if bits_activations is None:
         for library in LIBRARIES:
-            section.row({**row, "method": library}, lambda library=library: _library(of, library, problem(), beside))
-
-
-def _library(of: Network, library: str, problem: Problem, beside: Callable[[nn.Module], Row]) -> Row:
-    """Weights as another library rounds them: norms folded, widths as ours, embeddings and inputs float."""
-    model = fold_batch_norms(of.model).model
-    try:
-        with torch.no_grad():
-            for name, (bits, _) in problem.bits.items():
-                if not isinstance(layer := model.get_submodule(name), nn.Embedding):
-                    rows = layer.get_parameter("weight")
-                    rows.copy_(LIBRARIES[library][0](rows.flatten(1).clone(), bits, ROW)[0].view_as(rows))
-    except ImportError as error:
-        return {"missing": f"{type(error).__name__}: {error}"}
-    except Exception as error:  # of another's code, on shapes or widths that it may not serve
-        return {"missing": f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"}
-    return timed(lambda: beside(model))
+            made = functools.partial(rounded, of, library, problem)
+            section.row({**row, "method": library}, lambda made=made: timed(lambda: by_others(made, beside)))
+    if setting == "W8A8":
+        section.row({**row, "method": PT2E}, lambda: timed(lambda: by_others(lambda: exported(of, seed), beside)))
 
 
 def timed(run: Callable[[], Row]) -> Row:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import strategies, strategy_claims, strategy_networks
+from bench import strategies, strategy_claims, strategy_networks, strategy_peers
 from sgsc.demos.task import SCHEDULES
 
 
@@ -25,10 +25,11 @@ def test_a_network_s_rows_and_claims(short, monkeypatch):
             whole = getattr(strategies, registry)
             monkeypatch.setattr(f"{module}.{registry}", {k: v for k, v in whole.items() if k in kept})
     how = ["--quick", "--samples", "64", "--test", "40", "--random", "2", "--results", str(short)]
-    assert strategies.main(["digits", "--settings", "W4A4,W3", *how]) == 0
+    assert strategies.main(["digits", "--settings", "W4A4,W3,W8A8", *how]) == 0
     found = json.loads((short / "strategies.json").read_text())
     methods = {(r.get("setting"), r["method"]) for r in found["rows"]}
     assert {(None, "float"), ("W4A4", "DQSS"), ("W4A4", "greedy"), ("W4A4", "random"), ("W3", "torchao")} <= methods
+    assert ("W8A8", "torchao PT2E") in methods
     assert {m for s, m in methods if s == "W4A4" and m.startswith("uniform")} == {
         *("uniform max-abs + mse", "uniform mse + mse", "uniform mse + min-max")
     }
@@ -44,6 +45,35 @@ def test_a_network_s_rows_and_claims(short, monkeypatch):
     assert "W4A4: accuracy, %" in table
     assert "| DQSS |" in table
     assert "No torchao: ModuleNotFoundError" in table
+
+
+def small_network():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    return strategy_networks.Network(net.eval(), torch.rand(64, 1, 4, 4), lambda m: {}, samples=32)
+
+
+def test_another_library_s_network_has_its_widths():
+    pytest.importorskip("torchao")
+    of = small_network()
+    made, float_ = strategy_peers.exported(of, 0), of.model(of.pool)
+    error = (made(of.pool) - float_).norm() / float_.norm()
+    assert 1e-4 < error < 0.02  # 8 bits
+    assert torch.allclose(made(of.pool[:1]), made(of.pool)[:1], atol=1e-5)  # batches of any size
+
+
+def test_what_another_library_does_not_make_is_said():
+    def absent():
+        import no_such_library  # noqa: F401
+
+    def judge(model):
+        raise AssertionError("judged")
+
+    assert strategy_peers.by_others(absent, judge) == {
+        "missing": "ModuleNotFoundError: No module named 'no_such_library'"
+    }
+    with pytest.raises(AssertionError, match="judged"):  # an error of ours is none of theirs
+        strategy_peers.by_others(nn.Identity, judge)
 
 
 def row(method, accuracy, seed=0, **more):

@@ -35,7 +35,7 @@ from sgsc.preservation import PreservationSet
 from sgsc.size import float_bytes, nominal_bits
 
 from .tasks import Task
-from .training import evaluate, samples_of, train
+from .training import decayed, evaluate, samples_of, train
 
 MODEL, FLOAT, KEPT, CHECKPOINT = "model.sgsc", "float.safetensors", "preservation.safetensors", "checkpoint.safetensors"
 REPORTS = ("report.json", "certificate.json", "report.html")  # written last: those of an older run must not stay
@@ -224,7 +224,7 @@ def _train_compressed(
     progress: Progress,
     file: dict[str, Any],
 ) -> tuple[SelfCompression, Outcome]:
-    optimiser = torch.optim.AdamW(model.parameters(), lr=task.learning_rate, weight_decay=0.01)
+    optimiser = torch.optim.AdamW(decayed(model.parameters(), task.weight_decay), lr=task.learning_rate)
     run = SelfCompression(model, keep, optimizer=optimiser, file=file, **config.as_dict())
     order = torch.Generator().manual_seed(config.seed)
     if saved is not None:

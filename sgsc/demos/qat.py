@@ -22,7 +22,7 @@ from sgsc.size import float_bytes
 
 from .job import schedule
 from .task import Task
-from .training import evaluate, samples_of
+from .training import decayed, evaluate, samples_of
 
 EDGES = 8  # bits of the first and the last layer
 
@@ -58,10 +58,10 @@ def tune(task: Task, model: nn.Module, steps: int, seed: int, watch: Callable[[i
     """
     quantizers = [layer.weight_quantizer for layer in quant_layers(model).values()]
     own = {id(p) for q in quantizers for p in q.parameters()}
-    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if id(p) not in own], "of": 1.0}]
+    groups = decayed((p for p in model.parameters() if id(p) not in own), task.weight_decay, of=1.0)
     for step in (q.get_parameter("step") for q in quantizers):
         groups.append({"params": [step], "of": float(step.detach().mean()), "weight_decay": 0.0})
-    optimiser = torch.optim.AdamW(groups, lr=task.learning_rate, weight_decay=0.01)
+    optimiser = torch.optim.AdamW(groups, lr=task.learning_rate)
     data = samples_of(task, torch.Generator().manual_seed(seed))
     for done in range(steps):
         model.train()

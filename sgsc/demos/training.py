@@ -8,9 +8,10 @@ generator of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -76,9 +77,7 @@ def train(task: Task, seed: int, steps: int | None = None, progress: Progress | 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = task.build().train().to(task.train.tensors[0].device)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    optimiser = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], weight_decay=0.01)
+    optimiser = torch.optim.AdamW(decayed(model.parameters(), task.weight_decay))
     samples = samples_of(task, torch.Generator().manual_seed(seed))
     for step in range(steps):
         rate = task.learning_rate * _schedule(step, steps)
@@ -94,6 +93,13 @@ def train(task: Task, seed: int, steps: int | None = None, progress: Progress | 
         if progress is not None:
             progress(step + 1, steps, {"loss": loss.item(), "learning_rate": rate})
     return model.eval()
+
+
+def decayed(parameters: Iterable[nn.Parameter], decay: float, **more: Any) -> list[dict[str, Any]]:
+    """Groups for an optimiser: matrices and filters decay; biases, norms, widths and ranges do not."""
+    every = list(parameters)
+    groups = ([p for p in every if p.ndim > 1], decay), ([p for p in every if p.ndim <= 1], 0.0)
+    return [{"params": some, "weight_decay": of, **more} for some, of in groups]
 
 
 def _schedule(step: int, steps: int) -> float:
