@@ -435,6 +435,20 @@ def made(task, seed=0, schedule="full", **more):
     return row | {"preservation_regressions": 1, "float_seconds": 30.0} | more
 
 
+def test_a_form_of_the_grids_may_be_behind_by_chance_alone():
+    def held(*leads):
+        of = {"schedule": "full", "task": "digits", "target_size": 0.02}
+        rows = [{**of, "method": "b", "seed": seed, "packed_accuracy": 0.98} for seed in range(len(leads))]
+        rows += [{**of, "method": "a", "seed": s, "packed_accuracy": 0.98 + by} for s, by in enumerate(leads)]
+        (claim,) = sgsc_claims.default_form(rows, ("a", "b"), 3)
+        return claim["holds"]
+
+    assert held(0.01, 0.02, 0.03)
+    assert held(-0.03, 0.01, -0.01)
+    assert not held(-0.01, -0.011, -0.012)
+    assert not held(0.01, 0.02)  # of three seeds
+
+
 def test_a_mean_over_too_few_seeds_does_not_hold():
     rows = [made("mnist", seed) for seed in range(5)]
     two, one = sgsc_claims.mnist_claims(rows)
