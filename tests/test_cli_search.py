@@ -141,6 +141,17 @@ def test_wrong_use_is_exit_code_2_and_says_why_before_anything_is_trained(
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_a_study_of_other_settings_is_refused_before_anything_is_trained(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(search_demo, "float_model", lambda *_: pytest.fail("the float network is trained first"))
+    there = ["search", "digits", *QUICK, "--out", str(tmp_path), "--storage", str(run[0] / "study.db")]
+    for other, named in (
+        (["--budget", "10%,5bits", "--steps", "4"], "steps"),
+        (["--budget", "9%", "--seed", "1"], "budget, seed"),
+    ):
+        assert main([*there, *other]) == 2
+        assert f"study 'digits' is of another {named}: " in capsys.readouterr().err
+
+
 def test_a_budget_that_is_too_fast_is_named_once_it_was_measured(run, tmp_path, capsys):
     start = ["--start", str(run[0] / "float.safetensors"), "--out", str(tmp_path)]
     assert main(["search", "digits", *QUICK, *start, "--budget", "0.001us"]) == 2

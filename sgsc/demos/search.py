@@ -24,7 +24,7 @@ from sgsc.search.cost import Budget
 from sgsc.search.problem import check_budget
 from sgsc.search.sensitivity import Loss
 from sgsc.search.storage import open_storage
-from sgsc.search.study import check_settings, search_network
+from sgsc.search.study import check_settings, check_study, search_network
 from sgsc.size import float_bytes
 
 from .job import LOOK, MODEL, Progress, float_model
@@ -176,6 +176,10 @@ def search(
     limits = parse_budget(budget, floats)
     check_budget(untrained, limits, task.train[:1][0], widths=widths, **file)
     opened = open_storage(folder / STUDY if storage is None else storage)
+    name = study or task.name
+    settings = {"task": task.name, "steps": steps, "widths": widths, "samples": len(task.train)}
+    settings |= {"sensitivity": sensitivity}
+    check_study(opened, name, sampler, seed, limits, settings)
     network = float_model(task.to(device), seed, folder, progress).cpu().eval()
     after = time.perf_counter() - started
     found = search_network(
@@ -188,13 +192,10 @@ def search(
         trials=trials,
         seed=seed,
         storage=opened,
-        name=study or task.name,
+        name=name,
         sampler=sampler,
         finish=how.long,
-        settings={
-            **{"task": task.name, "steps": steps, "widths": widths, "samples": len(task.train)},
-            "sensitivity": sensitivity,
-        },
+        settings=settings,
         widths=widths,
         method=sensitivity,
         latency=limits.seconds is not None,

@@ -169,6 +169,39 @@ def _best_so_far(study: Study) -> float:
     return min((t.value for t in complete if t.value is not None), default=math.nan)
 
 
+def check_study(
+    storage: BaseStorage, name: str, sampler: str, seed: int, budget: Budget, settings: Mapping[str, Any]
+) -> None:
+    """Refuse to go on with a study of other settings, before there is a network; its weights are compared later.
+
+    Raises:
+        ValueError: If it is one.
+        StorageError: If the storage cannot be read.
+    """
+    with writing(storage):
+        try:
+            found = optuna.load_study(study_name=name, storage=storage).user_attrs.get(SETTINGS)
+        except KeyError:  # there is no such study yet
+            return
+    if found is not None:
+        own = _said(sampler, seed, budget, settings)
+        _refuse_others(name, {key: found.get(key) for key in own}, own)
+
+
+def _said(sampler: str, seed: int, budget: Budget, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they come back from a storage."""
+    return json.loads(json.dumps({"sampler": sampler, "seed": seed, "budget": budget.limits(), **settings}))
+
+
+def _refuse_others(name: str, found: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    other = [k for k in sorted({*own, *found}) if found.get(k) != own.get(k)]
+    if other:
+        raise ValueError(
+            f"study {name!r} is of another {', '.join(other)}: { ({k: found.get(k) for k in other}) }; "
+            "give the settings of that study, or another name with --study"
+        )
+
+
 def _same_settings(study: Study, problem: Problem, sampler: str, seed: int, settings: Mapping[str, Any]) -> None:
     """Refuse to go on with a study of another problem.
 
@@ -180,18 +213,13 @@ def _same_settings(study: Study, problem: Problem, sampler: str, seed: int, sett
         weights.update(layer.weight.detach().cpu().contiguous().numpy().tobytes())
     space = {n: distribution_to_json(d) for n, d in problem.space.distributions().items()}
     searched = json.dumps([space, problem.space.windows], sort_keys=True)
-    own = {"sampler": sampler, "seed": seed, "budget": problem.budget.limits(), "weights": weights.hexdigest()}
-    own |= {"space": hashlib.sha256(searched.encode()).hexdigest()}
-    own = json.loads(json.dumps({**own, **settings}))
+    own = {"weights": weights.hexdigest(), "space": hashlib.sha256(searched.encode()).hexdigest()}
+    own |= _said(sampler, seed, problem.budget, settings)
     found = study.user_attrs.get(SETTINGS)
     if found is None:
         study.set_user_attr(SETTINGS, own)
-    elif found != own:
-        other = ", ".join(k for k in sorted({*own, *found}) if found.get(k) != own.get(k))
-        raise ValueError(
-            f"study {study.study_name!r} is of another {other}: { ({k: found.get(k) for k in other.split(', ')}) }; "
-            "give the settings of that study, or another name with --study"
-        )
+    else:
+        _refuse_others(study.study_name, found, own)
 
 
 def _result(study: Study, problem: Problem, ends: list[End], reason: str, phases: Mapping[str, float]) -> Found:
