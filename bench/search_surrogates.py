@@ -132,7 +132,7 @@ def ours(problem: Surrogate, seed: int) -> tuple[Any, dict[str, Any], Callable[[
     def feasible(params: Any) -> bool:
         return sum(unit[name] * params[name] for name in names) <= MEAN_BITS
 
-    return KMeansTPESampler(seed, feasible, space, monotone=True), space, places.__getitem__
+    return KMeansTPESampler(seed, feasible, space, monotone=names), space, places.__getitem__
 
 
 def tpe(problem: Surrogate, seed: int, joint: bool) -> tuple[Any, dict[str, Any], Callable[[Any], int]]:

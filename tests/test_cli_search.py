@@ -11,13 +11,18 @@ import torch
 from safetensors.torch import load_file as loaded
 from safetensors.torch import save_file
 
-from sgsc import load_into
+from sgsc import load as load_model
+from sgsc import load_into, prepare
+from sgsc.artefact import ArtefactError
 from sgsc.cli import main
-from sgsc.demos import models
+from sgsc.demos import load, models
 from sgsc.demos import search as search_demo
 from sgsc.demos.search import parse_budget
 from sgsc.report import search_summary
 from sgsc.report.search_page import render_search
+from sgsc.search.candidates import as_float
+from sgsc.search.structure import structure_of
+from sgsc.search.widths import resized
 
 QUICK = ["--limit", "64", "--float-steps", "20", "--steps", "2", "--finish-steps", "3", "--trials", "9"]
 
@@ -41,26 +46,63 @@ def test_a_run_writes_its_files(run):
     assert len([t for t in report["trials"] if t["loss"] is not None or t["state"] == "pruned"]) == 9
 
 
+QUICK_COMPRESS = ["--limit", "64", "--samples", "4", "--steps", "2", "--json"]
+
+
+def compressed(start, folder, capsys):
+    """The code and what was said."""
+    code = main(["compress", "digits", *QUICK_COMPRESS, "--start", str(start), "--out", str(folder)])
+    return code, capsys.readouterr()
+
+
 def test_the_winner_goes_on_into_compression_with_its_channels(tmp_path, capsys):
-    quick = ["digits", "--limit", "64", "--json"]
     search = [*QUICK[2:], "--budget", "5%", "--out", str(tmp_path / "search")]  # with all channels it is over that
-    assert main(["search", *quick, *search]) == 0
+    assert main(["search", "digits", "--limit", "64", "--json", *search]) == 0
     report = json.loads(capsys.readouterr().out)
     assert any(group["channels"] != group["of"] for group in report["groups"].values())
     start = tmp_path / "search/winner.safetensors"
-    folder = tmp_path / "compressed"
-    command = ["compress", *quick, "--samples", "4", "--steps", "2", "--start", str(start), "--out", str(folder)]
-    assert main(command) in (0, 1)
-    said = json.loads(capsys.readouterr().out)
-    rows = {row["name"]: row["shape"][0] for row in said["layers"]}
+    code, said = compressed(start, tmp_path / "compressed", capsys)
+    assert code in (0, 1)
+    made = json.loads(said.out)
+    rows = {row["name"]: row["shape"][0] for row in made["layers"]}
     assert rows == {name: len(loaded(start)[f"{name}.weight"]) for name in rows}
-    assert said["float_bytes"] < report["float_bytes"]
-    torch.manual_seed(0)
-    state = loaded(start)
-    for broken in ({**state, "head.weight": torch.randn(12, 512)}, {**state, "more": torch.zeros(1)}, {}):
-        save_file(broken, start)
-        assert main(command) == 2
-        assert "the weights to start digits from are not of its network" in capsys.readouterr().err
+    assert made["float_bytes"] < report["float_bytes"]
+
+
+def test_a_winner_with_more_channels_is_certified_too(tmp_path, capsys):
+    model = prepare(load("digits", limit=8).build(), quantizer="lsq8").model
+    structure = structure_of(model)
+    (group, ids) = max(structure.groups.items(), key=lambda item: len(item[1]))
+    wider = as_float(resized(model, structure, {group: len(ids) + 32}))
+    save_file({k: v.contiguous() for k, v in wider.state_dict().items()}, tmp_path / "winner.safetensors")
+    code, said = compressed(tmp_path / "winner.safetensors", tmp_path / "run", capsys)
+    assert code in (0, 1)
+    made = json.loads(said.out)
+    assert made["float_bytes"] > 4 * sum(p.numel() for p in model.parameters())
+    assert load_into(wider, tmp_path / "run/model.sgsc")
+    with pytest.raises(ArtefactError, match="architecture"):
+        load_model(tmp_path / "run/model.sgsc")
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        *({}, {"more": torch.zeros(1)}, {"head.weight": torch.randn(12, 512)}, {"head.weight": torch.randn(10)}),
+        *(
+            {"stem.0.weight": torch.randn(32, 1, 1, 1)},
+            {"stem.0.weight": torch.randn(32)},
+            {"head.bias": torch.tensor(1.0)},
+        ),
+        {"stem.0.weight": torch.randn(0, 1, 3, 3)},
+    ],
+    ids=lambda broken: " ".join(f"{k} {tuple(v.shape)}" for k, v in broken.items()) or "empty",
+)
+def test_weights_of_another_network_are_refused(broken, tmp_path, capsys):
+    state = {**load("digits", limit=8).build().state_dict(), **broken} if broken else {}
+    save_file(state, tmp_path / "start.safetensors")
+    code, said = compressed(tmp_path / "start.safetensors", tmp_path / "run", capsys)
+    assert code == 2
+    assert "the weights to start digits from are not of its network" in said.err
 
 
 def test_the_page_shows_every_part(run):

@@ -78,7 +78,7 @@ def test_nothing_over_budget_and_nothing_twice():
 
 def test_where_more_is_no_worse_nothing_is_proposed_that_could_be_raised():
     names = space(8)
-    sampler = KMeansTPESampler(0, cheap, names, {"bits00": (2, 3)}, monotone=True)
+    sampler = KMeansTPESampler(0, cheap, names, {"bits00": (2, 3)}, monotone=names)
     study = run(optuna.create_study(sampler=sampler), names, 60)
     assert len({tuple(t.params.values()) for t in study.trials}) == 60
     for trial in study.trials:
@@ -86,12 +86,31 @@ def test_where_more_is_no_worse_nothing_is_proposed_that_could_be_raised():
         for name, bits in trial.params.items():
             higher = [b for b in (BITS[:2] if name == "bits00" else BITS) if b > bits]
             assert not any(cheap({**trial.params, name: b}) for b in higher)
-    assert optuna.create_study(sampler=KMeansTPESampler(0, None, names, monotone=True)).ask(names)  # no edge to go to
+    assert optuna.create_study(sampler=KMeansTPESampler(0, None, names, monotone=names)).ask(names)  # no edge to go to
+
+
+@pytest.mark.parametrize("budget", [16, 15.5], ids=["all", "nearly all"])
+def test_where_little_is_at_the_edge_new_ones_are_still_proposed(budget):
+    names = space(8)  # too many to go through one by one
+    sampler = KMeansTPESampler(0, lambda p: sum(p.values()) <= 4 * budget, names, monotone=names)
+    study = run(optuna.create_study(sampler=sampler), names, 30)
+    assert len({tuple(t.params.values()) for t in study.trials}) == 30
+
+
+def test_only_what_is_named_is_raised():
+    names = space(4)
+    sampler = KMeansTPESampler(0, cheap, names, monotone=["bits01", "bits02"])
+    for trial in run(optuna.create_study(sampler=sampler), names, 20).trials:
+        for name in ("bits01", "bits02"):
+            assert not any(cheap({**trial.params, name: b}) for b in BITS if b > trial.params[name])
+    ranged = {"share": FloatDistribution(0, 1), **space(2)}  # which would be drawn anew at each step
+    sampler = KMeansTPESampler(0, lambda p: sum(p.values()) <= 9, ranged, monotone=ranged)
+    assert len({t.params["share"] for t in run(optuna.create_study(sampler=sampler), ranged, 12).trials}) == 12
 
 
 def test_what_is_below_the_edge_is_proposed_once_nothing_at_it_is_left():
     names = space(2)
-    study = run(optuna.create_study(sampler=KMeansTPESampler(0, cheap, names, monotone=True)), names, 11)
+    study = run(optuna.create_study(sampler=KMeansTPESampler(0, cheap, names, monotone=names)), names, 11)
     tried = [tuple(t.params.values()) for t in study.trials]
     edge = {(2, 6), (4, 4), (6, 2)}
     assert set(tried[:3]) == edge
@@ -105,7 +124,7 @@ def test_knowing_that_more_is_no_worse_finds_better():
         return sum(4 ** (i // 4) * (bits - 4) for i, bits in enumerate(params.values())) <= 0
 
     for seed in range(10):
-        known = KMeansTPESampler(seed, feasible, names, monotone=True)
+        known = KMeansTPESampler(seed, feasible, names, monotone=names)
         theirs = run(fresh(names, seed, feasible), names, 30).best_value
         wins += run(optuna.create_study(sampler=known), names, 30).best_value < theirs
     assert wins >= 9

@@ -1,6 +1,9 @@
 """The search as a whole, on a problem that trains in milliseconds."""
 
 import math
+import socket
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import optuna
@@ -14,6 +17,7 @@ from torch import nn
 from sgsc import pack, prepare, save
 from sgsc.layers import quant_layers
 from sgsc.quantizers import Diverged
+from sgsc.search import storage as storage_module
 from sgsc.search import study as study_module
 from sgsc.search import trials as trials_module
 from sgsc.search.candidates import as_float
@@ -302,37 +306,55 @@ def test_a_trial_that_was_taken_for_lost_is_left_to_the_queue(network, monkeypat
     assert "uniform 2" in baselines(storage, TrialState.COMPLETE)
 
 
-@pytest.mark.parametrize("fate", ["told", "dead"])
-def test_what_another_worker_still_runs_is_waited_for(network, monkeypatch, fate):
-    storage = optuna.storages.InMemoryStorage()
-    search(network, trials=9, storage=storage)
+@pytest.mark.parametrize("trials", [10, 500], ids=["trials", "nothing-new"])
+@pytest.mark.parametrize("fate", ["told", "dead", "given-back"])
+def test_what_another_worker_still_runs_is_waited_for(network, monkeypatch, fate, trials):
+    storage, tiny = optuna.storages.InMemoryStorage(), {"budget": Budget(mean_bits=2.3), "widths": False}
+    search(network, trials=4, storage=storage, **tiny)  # of nine or so that there are
     study = optuna.load_study(study_name="search", storage=storage)
-    problem = prepare_search(network, Budget(mean_bits=3.5), loss, [BATCH])
-    theirs = study.ask()
-    params = {**problem.space.smallest(), "bits.0": 3}
+    problem = prepare_search(network, tiny["budget"], loss, [BATCH], widths=False)
+    theirs, waited = study.ask(), []
+    params = problem.space.smallest() | {max(problem.space.smallest()): 3}
     for name, distribution in problem.space.distributions().items():
         storage.set_trial_param(theirs._trial_id, name, distribution.to_internal_repr(params[name]), distribution)
-    waited = []
 
     def sleep(seconds):
         if not waited and fate == "told":
             study.tell(theirs, -1.0)  # better than all
-        elif not waited:
+        elif not waited and fate == "dead":
             theirs.set_user_attr("worker", {**theirs.user_attrs["worker"], "started": "long ago"})
+        elif not waited:
+            trials_module._give_back(study, theirs)
         waited.append(seconds)
 
-    with working(theirs):
-        monkeypatch.setattr(study_module.time, "sleep", sleep)
-        found = search(network, trials=10, storage=storage)
-    assert waited[0] == study_module.POLL
-    states = [t["state"] for t in found.report["trials"]]
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as other:
+        note = {
+            "host": socket.gethostname(),
+            "pid": other.pid,
+            "started": storage_module._started(other.pid),
+            "time": 0,
+        }
+        theirs.set_user_attr("worker", note)
+        monkeypatch.setattr(storage_module.time, "sleep", sleep)
+        found = search(network, trials=trials, storage=storage, **tiny)
+        other.kill()
+    assert waited == [storage_module.POLL]
+    judged = [t for t in found.report["trials"] if t["params"] == params and t["state"] in ("complete", "pruned")]
     if fate == "told":
-        assert len(waited) == 1
         assert (found.report["result"]["trial"], found.report["result"]["short_loss"]) == (theirs.number, -1.0)
     else:  # its trial is run by this worker
-        assert states[theirs.number] == "fail"
-        assert states[theirs.number + 1] in ("complete", "pruned")
-        assert found.report["trials"][-1]["params"] == params
+        assert len(judged) == 1
+
+
+def test_a_process_does_not_wait_for_itself(network, monkeypatch):
+    storage = optuna.storages.InMemoryStorage()
+    search(network, trials=4, storage=storage)
+    study = optuna.load_study(study_name="search", storage=storage)
+    study.ask().set_user_attr(
+        "worker", {**storage_module._this_process(), "time": 0}
+    )  # it could not even tell a failure
+    monkeypatch.setattr(storage_module.time, "sleep", lambda seconds: pytest.fail("waits"))
+    search(network, trials=6, storage=storage)
 
 
 def test_an_error_in_training_leaves_a_readable_study(network, tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sgsc.artefact import load as load_artefact
-from sgsc.artefact import read
+from sgsc.artefact import load_into, read
 from sgsc.certificate import answers, certify, compare, outputs
 from sgsc.checkpoint import load_checkpoint
 from sgsc.kernels import OPS, backend
@@ -32,8 +32,9 @@ def certify_run(
     """
     started = time.perf_counter()
     artefact = read(folder / MODEL)
-    packed = load_artefact(folder / MODEL)
     network = read_float(task, folder / FLOAT)
+    named = artefact.manifest["architecture"] is not None
+    packed = load_artefact(folder / MODEL) if named else load_into(network, folder / MODEL)
     keep = PreservationSet.from_state(*load_checkpoint(folder / KEPT))
     hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (MODEL, FLOAT)}
     certificate = certify(

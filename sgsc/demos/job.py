@@ -27,7 +27,8 @@ from sgsc.artefact import save
 from sgsc.checkpoint import load_checkpoint, save_checkpoint
 from sgsc.compression import Outcome, SelfCompression
 from sgsc.config import CompressionConfig
-from sgsc.cutting import depthwise_layers, take_shapes
+from sgsc.coupling import NORMS
+from sgsc.cutting import CONVOLUTIONS, depthwise_layers, take_shapes
 from sgsc.files import write_atomically
 from sgsc.packed import PackedLayer, pack
 from sgsc.preparation import prepare
@@ -104,6 +105,12 @@ def _loaded(task: Task, state: Mapping[str, Tensor]) -> nn.Module:
     model = task.build().eval()
     x = task.train.tensors[0][:1].cpu()
     wanted = model(x).shape
+    for name, own in model.state_dict().items():
+        of = model.get_submodule(name.rpartition(".")[0])
+        other = state[name].shape if name in state else own.shape  # what is missing is named by load_state_dict
+        resizes = isinstance(of, (nn.Linear, *CONVOLUTIONS, *NORMS)) and len(other) == own.dim()
+        if other != own.shape and not (resizes and other[2:] == own.shape[2:] and min(other) > 0):
+            raise RuntimeError(f"{name} has shape {tuple(other)}, want {tuple(own.shape)} or other channels")
     take_shapes(model, dict(state), depthwise_layers(model))
     model.load_state_dict(state)
     if model(x).shape != wanted:
@@ -146,7 +153,7 @@ def compress(
     if quantizer not in LEARNED:
         raise ValueError(f"quantizer={quantizer!r}: want one whose widths are learned: {', '.join(LEARNED)}")
     settings = {"config": config.as_dict(), "task": task.name, "samples": samples, "data": data_hash(task)}
-    settings |= {"quantizer": quantizer, "precision": task.precision}
+    settings |= {"quantizer": quantizer, "precision": task.precision, "weight_decay": task.weight_decay}
     saved = load_checkpoint(folder / CHECKPOINT) if resume else None
     if saved is not None and (found := _settings(saved)) != settings:
         other = ", ".join(k for k in settings if found.get(k) != settings[k])
@@ -168,7 +175,11 @@ def compress(
         keep = PreservationSet.from_state(*load_checkpoint(folder / KEPT)).to(device)
     clock.lap("selection")
     model = prepare(network, quantizer=quantizer).model
-    file: dict[str, Any] = {"architecture": task.architecture}
+    alike = {k: v.shape for k, v in network.state_dict().items()} == {
+        k: v.shape for k, v in task.build().state_dict().items()
+    }
+    # with other channels, those of a search, no architecture names what the file is of
+    file: dict[str, Any] = {"architecture": task.architecture if alike else None}
     file["notes"] = {"task": task.name, "seed": config.seed, "float_bytes": float_bytes(network)}
     run, outcome = _train_compressed(there, config, model, keep, folder, settings, saved, progress, file)
     clock.lap("compression")

@@ -8,7 +8,6 @@ of the same study.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -130,7 +129,7 @@ class FeasibleTPE(optuna.samplers.TPESampler):
 
 
 SAMPLERS: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
-    "kmeans-tpe": functools.partial(KMeansTPESampler, monotone=True),  # bits and channels are no worse the more
-    "tpe": lambda seed, feasible, space, windows: FeasibleTPE(seed, feasible, space),
-    "random": lambda seed, feasible, space, windows: RandomSampler(seed, feasible, space),
+    "kmeans-tpe": KMeansTPESampler,
+    "tpe": lambda seed, feasible, space, windows, monotone: FeasibleTPE(seed, feasible, space),
+    "random": lambda seed, feasible, space, windows, monotone: RandomSampler(seed, feasible, space),
 }

@@ -23,7 +23,7 @@ Constants were chosen on the first surrogates of bench/search.py, of seeds 0 to 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,8 +63,9 @@ class KMeansTPESampler(BaseSampler):
         space: The search space, where it is known: then the first trial has it too. Otherwise it is found as Optuna's
             own samplers do, from what all completed trials have in common.
         windows: Parameter -> the choices that may be proposed, where these are not all; other trials may have others.
-        monotone: Whether higher ordered choices are taken to be no worse, as bits and channels are: then nothing is
-            proposed that could be raised within the budget, as long as there is something else.
+        monotone: Parameters of ordered choices of which higher ones are no worse and cost no less whatever the others
+            are, as bits are: nothing is proposed in which one could be raised within the budget, as long as there is
+            something else. Ranges are not raised.
         start: Trials that must have been told before the first model; those that the sampler proposes are stratified:
             over `start` trials each parameter takes values of all of its range.
     """
@@ -75,7 +76,7 @@ class KMeansTPESampler(BaseSampler):
         feasible: Callable[[Mapping[str, Any]], bool] | None = None,
         space: Mapping[str, BaseDistribution] | None = None,
         windows: Mapping[str, Sequence[Any]] | None = None,
-        monotone: bool = False,
+        monotone: Collection[str] = (),
         start: int = START,
     ) -> None:
         if seed < 0:
@@ -83,7 +84,7 @@ class KMeansTPESampler(BaseSampler):
         if start < 2:
             raise ValueError(f"start={start}: two clusters need at least 2 trials; give 2 or more")
         self._seed, self._feasible, self._start = seed, feasible, start
-        self._raises = monotone and feasible is not None
+        self._monotone = frozenset(monotone) if feasible is not None else frozenset()
         self._windows = dict(windows or {})
         self._space = None if space is None else dict(sorted(space.items()))
         self._found = IntersectionSearchSpace(include_pruned=True)
@@ -117,7 +118,7 @@ class KMeansTPESampler(BaseSampler):
         if not self._can_learn(losses):
             return self._random(axes, rng, trial.number, seen)
         for row, ratios in candidates(observed, losses, [*axes.values()], rng):
-            if not self._raises and row.tobytes() in seen:
+            if not self._monotone and row.tobytes() in seen:
                 continue
             params = self._params(axes, row, rng)
             if self._feasible is None or self._feasible(params):
@@ -190,7 +191,9 @@ class KMeansTPESampler(BaseSampler):
                 row = np.array([self._stratum(axes[n], n, number, rng) for n in names], dtype=np.int16)
             else:
                 row = np.array([rng.integers(axis.count) for axis in kinds], dtype=np.int16)
-            row, params = self._raised(axes, *self._afforded(axes, row, rng), rng)
+            row, params = self._afforded(axes, row, rng)
+            if attempt < TRIES // 2:  # later the edge of the budget may have nothing new
+                row, params = self._raised(axes, row, params, rng)
             if row.tobytes() not in seen:
                 return params
         counts = [axis.count for axis in kinds]
@@ -235,7 +238,8 @@ class KMeansTPESampler(BaseSampler):
         First what gains most by `ratios`, (choices,) for each parameter; without them what comes, at random.
         """
         row = row.copy()
-        left = [i for i, axis in enumerate(axes.values()) if axis.ordered] if self._raises else []
+        fixed = [axis.ordered and axis.values is not None for axis in axes.values()]
+        left = [i for i, name in enumerate(axes) if name in self._monotone and fixed[i]]
         counts = [axis.count for axis in axes.values()]
         while left := [i for i in left if row[i] + 1 < counts[i]]:
             gains = rng.random(len(left))

@@ -34,6 +34,14 @@ class Problem:
         """Whether parameters are within the budget."""
         return self.budget.holds(self.cost(self.space.configuration(params), self.budget.limits()))
 
+    @property
+    def monotone(self) -> tuple[str, ...]:
+        """Parameters that cost no less and serve no worse the higher they are.
+
+        Bits always; channels not where mean bits are limited: more of those with few bits lower the mean.
+        """
+        return tuple(self.space.windows if self.budget.mean_bits is None else self.space.layers)
+
 
 def prepare_search(
     network: nn.Module,

@@ -33,6 +33,7 @@ from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, Prog
 HOST, WORKER, BEAT = "host", "worker", "beat"  # attributes of a study, and of a trial
 AGAIN = "again"  # attribute of a trial that takes over from one whose worker died
 HEARTBEAT, PATIENCE = 60.0, 300.0  # seconds between signs of life, and without one until a trial counts as lost
+POLL = 1.0  # seconds between two looks at what other workers still run
 GRACE = 2.0  # seconds in which a new trial has noted its worker
 WAIT = 30.0  # seconds that a writer waits for another
 OTHER_ERRORS = ImportError, OSError, ValueError  # no driver, no server, a port that is no number
@@ -155,6 +156,33 @@ def fail_stale(study: Study) -> list[int]:
     return failed
 
 
+def wait_for_others(study: Study) -> bool:
+    """Wait until what other workers run now has ended; whether some of it came back into the queue.
+
+    What they begin meanwhile is not waited for: they may have been asked for more trials.
+    """
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    here = _this_process()
+    left = {t._trial_id for t in running if not _of(t, here)}  # this process runs nothing while it waits
+    came_back = False
+    while left:
+        time.sleep(POLL)
+        came_back |= bool(fail_stale(study))
+        states = {trial_id: study._storage.get_trial(trial_id).state for trial_id in left}
+        came_back |= TrialState.WAITING in states.values()
+        left = {trial_id for trial_id, state in states.items() if state == TrialState.RUNNING}
+    return came_back
+
+
+def _this_process() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def _of(trial: FrozenTrial, process: dict[str, Any]) -> bool:
+    """Whether a process noted that it runs the trial."""
+    return process.items() <= (trial.user_attrs.get(WORKER) or {}).items()
+
+
 def given(trial: FrozenTrial) -> dict[str, Any]:
     """The parameters of a trial, also of one that was put in the queue and has not begun."""
     return trial.system_attrs.get("fixed_params") or trial.params
@@ -188,8 +216,7 @@ def _started(pid: int) -> str | None:
 @contextmanager
 def working(trial: optuna.Trial) -> Iterator[None]:
     """Note who runs a trial, and give a sign of life every `HEARTBEAT` seconds while it runs."""
-    note = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()), "time": time.time()}
-    trial.set_user_attr(WORKER, note)
+    trial.set_user_attr(WORKER, {**_this_process(), "time": time.time()})
     over = threading.Event()
 
     def beat() -> None:

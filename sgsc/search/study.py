@@ -36,11 +36,10 @@ from .finals import End, last_trainings
 from .problem import Problem, prepare_search
 from .remembered import digest, recall, remember
 from .sensitivity import Loss, Progress, check_method
-from .storage import fail_stale, open_study, writing
+from .storage import open_study, wait_for_others, writing
 from .trials import TAKEN, Train, Validate, enqueue_baselines, run_trial
 
 SETTINGS = "settings"  # attribute of a study
-POLL = 1.0  # seconds between two looks at what other workers still run
 REPETITIONS = 5  # in a row after which nothing new is left; one alone may be another worker's, proposed just before
 STARTUP = 8  # trials that must have reported before one is stopped for being worse than their median
 
@@ -122,21 +121,19 @@ def search_network(
         )
         prepared = time.perf_counter() - started
         space, windows = problem.space.distributions(), problem.space.windows
-        made = SAMPLERS[sampler](seed=seed, feasible=problem.feasible, space=space, windows=windows)
+        how = {"space": space, "windows": windows, "monotone": problem.monotone}
+        made = SAMPLERS[sampler](seed=seed, feasible=problem.feasible, **how)
         study = open_study(storage, name, made, optuna.pruners.MedianPruner(n_startup_trials=STARTUP))
         _same_settings(study, problem, sampler, seed, settings or {})
         remember(study, key, problem)
         enqueue_baselines(study, problem)
-        repeated = 0  # in a row
-        while repeated < REPETITIONS:
-            if (done := _done(study)) < trials:
+        came_back, repeated = True, 0
+        while came_back:  # what other workers are at counts too; and where one dies, its trial is left
+            repeated = 0  # in a row, now that something may be left again
+            while repeated < REPETITIONS and (done := _done(study)) < trials:
                 repeated = 0 if run_trial(study, problem, train, validate, seed, trials) else repeated + 1
                 progress("search", min(done + 1, trials), trials, {"best loss": _best_so_far(study)})
-            elif study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-                time.sleep(POLL)  # what other workers are at counts too; and where one dies, its trial is left
-                fail_stale(study)
-            else:
-                break
+            came_back = wait_for_others(study)
         reason = "nothing new within the budget was left to try" if repeated == REPETITIONS else ""
         searched = time.perf_counter() - started
         ends = last_trainings(study, problem, train, validate, finish, seed, progress)
