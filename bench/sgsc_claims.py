@@ -46,22 +46,21 @@ def over_seeds(
     target: float,
     unit: str,
     least: bool,
-    sure: bool | None = False,
+    sure: bool = False,
 ) -> Row:
-    """A claim on the mean over seeds: at least `target`, or else at most.
+    """A claim on the mean over seeds: at least `target`, or else at most; `sure`: beyond chance, too.
 
-    `sure`: beyond chance, too; None: or short of it by no more than chance. Chance is a t-test of the seeds, one-sided
-    at 5 %. Rows of several commits are no one sample: the claim does not hold then, and says so.
+    Chance is a t-test of the seeds, one-sided at 5 %. Rows of several commits are no one sample: the claim does not
+    hold then, and says so.
     """
     seeds, commits = len({row["seed"] for row in rows}), {row.get("commit") for row in rows}
     found = [value(row) for row in rows]
     measured = statistics.fmean(found) if rows else None
     reached = measured is not None and (measured >= target if least else measured <= target)
-    if measured is not None and sure is not False:
-        side = "greater" if measured >= target else "less"
+    if reached and sure:
+        side = "greater" if least else "less"
         spread = len(set(found)) > 1  # without any, chance cannot be told
-        told = spread and bool(scipy.stats.ttest_1samp(found, target, alternative=side).pvalue < CHANCE)
-        reached = reached and told if sure else reached or not told
+        reached = spread and bool(scipy.stats.ttest_1samp(found, target, alternative=side).pvalue < CHANCE)
     count = f"mean of {seeds} seeds" if seeds >= need else f"mean of {seeds} of {need} seeds"
     count += f" at {len(commits)} commits" if len(commits) > 1 else ""
     made = claim(f"{text}, {count}", target, measured, unit, reached and seeds >= need and len(commits) <= 1)
@@ -140,12 +139,12 @@ def ahead(rows: list[Row], need: int) -> list[Row]:
             for point in pick(of, method=method):
                 mine = pick(of, method="sgsc", seed=point["seed"], against=method)
                 pairs += [(m, point) for m in mine if m["stored_bytes"] <= point["stored_bytes"]]
-            text = f"{of[0]['task']}: ahead of uniform {method.removeprefix('lsq')}-bit training at equal bytes"
+            text = f"{of[0]['task']}: ahead of uniform {method.removeprefix('lsq')}-bit training at no more bytes"
             found.append(lead(f"{text}{says(schedule)}", pairs, need))
     return found
 
 
-def lead(text: str, pairs: Sequence[tuple[Row, Row]], need: int, sure: bool | None = False) -> Row:
+def lead(text: str, pairs: Sequence[tuple[Row, Row]], need: int) -> Row:
     """A claim on how far the first of each pair is ahead of the second: in nats where text is judged, else accuracy."""
     loss = any("packed_loss" in mine and mine["task"] in ("names", "shakespeare") for mine, _ in pairs)
     key, sign, unit = ("packed_loss", -1, "nats") if loss else ("packed_accuracy", 1, "share")
@@ -153,22 +152,25 @@ def lead(text: str, pairs: Sequence[tuple[Row, Row]], need: int, sure: bool | No
         {"seed": mine["seed"], "commit": mine.get("commit"), "lead": sign * (mine[key] - point[key])}
         for mine, point in pairs
     ]
-    return over_seeds(text, leads, lambda row: row["lead"], need, 0.0, unit, True, sure)
+    return over_seeds(text, leads, lambda row: row["lead"], need, 0.0, unit, True)
 
 
 def default_form(rows: list[Row], forms: Sequence[str], need: int) -> list[Row]:
-    """How far the default form of the grids leads each other one, over all sizes: none is ahead beyond chance."""
+    """How far the default form of the grids leads each other one at each size: behind by no standard error of a run."""
     found = []
     for schedule in schedules(rows):
         of = pick(rows, schedule=schedule)
         for form in forms[1:]:
-            pairs = []
-            for row in pick(of, method=form):
-                pairs += [
-                    (mine, row) for mine in pick(of, method=forms[0], seed=row["seed"], target_size=row["target_size"])
+            for size in sorted({row["target_size"] for row in of}, reverse=True):
+                theirs = {row["seed"]: row for row in pick(of, method=form, target_size=size)}
+                pairs = [
+                    {"seed": m["seed"], "commit": m["commit"], "lead": m["packed_accuracy"] - other["packed_accuracy"]}
+                    for m in pick(of, method=forms[0], target_size=size)
+                    if (other := theirs.get(m["seed"])) is not None
                 ]
-            text = f"digits: ahead of {form} grids over all sizes, or behind by chance{says(schedule)}"
-            found.append(lead(text, pairs, need, sure=None))
+                error = statistics.fmean(row["accuracy_standard_error"] for row in of)
+                text = f"digits at {100 * size:g} %: ahead of {form} grids{says(schedule)}"
+                found.append(over_seeds(text, pairs, lambda row: row["lead"], need, -error, "share", True))
     return found
 
 

@@ -70,7 +70,7 @@ def curve(rows: Sequence[Row]) -> str:
     ordered = [{**row, "named": _name(row)} for row in sorted(there, key=lambda row: row["schedule"] != "full")]
     lines = [
         [group[0]["named"], steps(group), seeds(group), stored(group), *quality(group), *harm(group), _seconds(group)]
-        for group in grouped(ordered, "schedule", "device", "named", "steps")
+        for group in grouped(ordered, "schedule", "device", "named", "steps", "precision")
     ]
     head = ["method", "schedule, steps", "seeds", "stored, % of float32 bytes", *judged(rows)]
     head += ["guard regressions", "their 95 % bound, %", "seconds"]

@@ -8,13 +8,10 @@ samples that calibrate ours, norms folded. CONTRIBUTING.md says how they install
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import nn
-
-from sgsc.strategies.folding import fold_batch_norms
-from sgsc.strategies.problem import Problem
+from torch import Tensor, nn
 
 from .runs import Row
 from .sgsc_peers import LIBRARIES, ROW
@@ -34,25 +31,25 @@ def by_others(make: Callable[[], nn.Module], judge: Callable[[nn.Module], Row]) 
 
 
 @torch.no_grad()
-def rounded(of: Network, library: str, problem: Callable[[], Problem]) -> nn.Module:
-    """Weights as a library rounds them: norms folded, widths as ours, embeddings and inputs float."""
-    model = fold_batch_norms(of.model).model
-    for name, (bits, _) in problem().bits.items():
+def rounded(model: nn.Module, library: str, widths: Mapping[str, tuple[int, int | None]]) -> nn.Module:
+    """The model with weights as a library rounds them to the widths of its layers; embeddings and inputs stay float."""
+    for name, (bits, _) in widths.items():
         if not isinstance(layer := model.get_submodule(name), nn.Embedding):
             rows = layer.get_parameter("weight")
             rows.copy_(LIBRARIES[library][0](rows.flatten(1).clone(), bits, ROW)[0].view_as(rows))
     return model
 
 
-def exported(of: Network, seed: int) -> nn.Module:
-    """8 bits of weights and inputs by PT2E, calibrated on the draw of that seed; simulated, as ours are judged."""
+def exported(of: Network, inputs: Tensor) -> nn.Module:
+    """8 bits of weights and inputs by PT2E, calibrated on `inputs`; simulated, as ours are judged."""
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
-    inputs = of.calibration(seed)
     free = {0: torch.export.Dim.AUTO}
     if of.metric == "psnr":  # its images are of other sizes than its patches
         free |= {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    if not inputs.is_floating_point():  # a text that is judged is a character shorter
+        free |= {1: torch.export.Dim.AUTO}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of another's code
         graph = torch.export.export(of.model, (inputs[:2],), dynamic_shapes=(free,)).module()

@@ -98,6 +98,11 @@ def test_claims_fail_where_the_numbers_do():
     assert [c["holds"] for c in search_claims.surrogate_claims(rows)] == [False, False, True]
     few = [row for row in rows if row["seed"] < 3]  # three wins of three come by chance in one of eight
     assert [c["holds"] for c in search_claims.surrogate_claims(few)] == [False, False, False]
+    wide = [row | {"trials": 1300 if row["seed"] % 2 else 900} if row["method"] == "random" else row for row in rows]
+    wide = [row | {"trials": 80} if row["method"] == "k-means TPE" else row for row in wide]
+    (against_random, *_) = search_claims.surrogate_claims(wide)
+    assert against_random["measured"] > 12  # in the medians; over the seeds by chance
+    assert not against_random["holds"]
     kills = {"kills": 3, "acknowledged": 9, "lost": 1, "zombies": 2, "slowest_opening_seconds": 6.0}
     assert [c["holds"] for c in search_claims.kill_claims([kills])] == [False] * 3
     assert not search_claims.proposal_claims([{"method": "k-means TPE", "milliseconds": 51.0}])[0]["holds"]

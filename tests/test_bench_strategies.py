@@ -29,7 +29,8 @@ def test_a_network_s_rows_and_claims(short, monkeypatch):
     found = json.loads((short / "strategies.json").read_text())
     methods = {(r.get("setting"), r["method"]) for r in found["rows"]}
     assert {(None, "float"), ("W4A4", "DQSS"), ("W4A4", "greedy"), ("W4A4", "random"), ("W3", "torchao")} <= methods
-    assert ("W8A8", "torchao PT2E") in methods
+    (theirs,) = (r for r in found["rows"] if r["method"] == "torchao PT2E")
+    assert "missing" in theirs or theirs["accuracy"] > 0.5
     assert {m for s, m in methods if s == "W4A4" and m.startswith("uniform")} == {
         *("uniform max-abs + mse", "uniform mse + mse", "uniform mse + min-max")
     }
@@ -56,10 +57,19 @@ def small_network():
 def test_another_library_s_network_has_its_widths():
     pytest.importorskip("torchao")
     of = small_network()
-    made, float_ = strategy_peers.exported(of, 0), of.model(of.pool)
+    made, float_ = strategy_peers.exported(of, of.pool), of.model(of.pool)
     error = (made(of.pool) - float_).norm() / float_.norm()
     assert 1e-4 < error < 0.02  # 8 bits
     assert torch.allclose(made(of.pool[:1]), made(of.pool)[:1], atol=1e-5)  # batches of any size
+
+
+def test_another_library_s_text_may_be_shorter_than_what_calibrated_it():
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    net, text = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9)).eval(), torch.randint(9, (8, 16))
+    of = strategy_networks.Network(net, text, lambda m: {}, metric="loss", sign=-1)
+    made = strategy_peers.exported(of, text)
+    assert torch.allclose(made(text[:3, :-1]), net(text[:3, :-1]), atol=0.1)
 
 
 def test_what_another_library_does_not_make_is_said():

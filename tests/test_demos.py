@@ -402,6 +402,17 @@ def test_a_short_training_learns_is_seeded_and_leaves_the_global_generator_alone
         assert value.ndim < 2 or not torch.equal(value, other[key]), key
 
 
+def test_matrices_and_filters_decay_as_the_task_says_and_nothing_else(monkeypatch):
+    task, made = load("digits", limit=32), []
+    real = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **k: made.append(groups) or real(groups, **k))
+    train(task, 0, steps=1)
+    (groups,) = made
+    assert [group["weight_decay"] for group in groups] == [task.weight_decay, 0.0]
+    assert [{p.ndim > 1 for p in group["params"]} for group in groups] == [{True}, {False}]
+    assert sum(len(group["params"]) for group in groups) == len(list(task.build().parameters()))
+
+
 def test_training_in_bfloat16_learns_as_well_and_keeps_float32_weights():
     task = load("digits", limit=400)
     plain, mixed = (from_file(task, None, 60, precision) for precision in ("float32", "bfloat16"))
