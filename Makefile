@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
+# tests of one file share what they train, so that a file is run by one process
+PARALLEL ?= -n 2 --dist loadfile
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.sgsc-ready
 
@@ -10,7 +12,7 @@ demo: $(READY)
 	$(BIN)/sgsc compress digits --target-size 0.05 --seed 0 --out runs/digits
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PARALLEL)
 
 # the C++ kernels of all instruction sets, those that this machine lacks emulated; installs Debian packages, as root
 native:
