@@ -308,13 +308,15 @@ def test_a_trial_that_was_taken_for_lost_is_left_to_the_queue(network, monkeypat
 
 @pytest.mark.parametrize("trials", [10, 500], ids=["trials", "nothing-new"])
 @pytest.mark.parametrize("fate", ["told", "dead", "given-back"])
-def test_what_another_worker_still_runs_is_waited_for(network, monkeypatch, fate, trials):
-    storage, tiny = optuna.storages.InMemoryStorage(), {"budget": Budget(mean_bits=2.3), "widths": False}
+def test_what_another_worker_still_runs_is_waited_for(network, tmp_path, monkeypatch, fate, trials):
+    storage, tiny = open_storage(tmp_path / "s.db"), {"budget": Budget(mean_bits=2.3), "widths": False}
     search(network, trials=4, storage=storage, **tiny)  # of nine or so that there are
     study = optuna.load_study(study_name="search", storage=storage)
     problem = prepare_search(network, tiny["budget"], loss, [BATCH], widths=False)
     theirs, waited = study.ask(), []
-    params = problem.space.smallest() | {max(problem.space.smallest()): 3}
+    small = problem.space.smallest()
+    others = ({**small, max(small): bits} for bits in (3, 4, 6, 8))
+    params = next(p for p in others if p not in [t.params for t in study.trials])  # that nobody has tried
     for name, distribution in problem.space.distributions().items():
         storage.set_trial_param(theirs._trial_id, name, distribution.to_internal_repr(params[name]), distribution)
 
@@ -339,11 +341,13 @@ def test_what_another_worker_still_runs_is_waited_for(network, monkeypatch, fate
         found = search(network, trials=trials, storage=storage, **tiny)
         other.kill()
     assert waited == [storage_module.POLL]
+    print([(t["number"], t["params"], t["state"], t["baseline"]) for t in found.report["trials"]], params)
     judged = [t for t in found.report["trials"] if t["params"] == params and t["state"] in ("complete", "pruned")]
     if fate == "told":
         assert (found.report["result"]["trial"], found.report["result"]["short_loss"]) == (theirs.number, -1.0)
     else:  # its trial is run by this worker
         assert len(judged) == 1
+    storage.engine.dispose()
 
 
 def test_a_process_does_not_wait_for_itself(network, monkeypatch):
