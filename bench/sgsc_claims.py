@@ -144,15 +144,18 @@ def ahead(rows: list[Row], need: int) -> list[Row]:
     return found
 
 
-def lead(text: str, pairs: Sequence[tuple[Row, Row]], need: int) -> Row:
-    """A claim on how far the first of each pair is ahead of the second: in nats where text is judged, else accuracy."""
+def lead(text: str, pairs: Sequence[tuple[Row, Row]], need: int, target: float = 0.0) -> Row:
+    """A claim on how far the first of each pair is ahead of the second, at least `target`.
+
+    In nats where text is judged, else accuracy.
+    """
     loss = any("packed_loss" in mine and mine["task"] in ("names", "shakespeare") for mine, _ in pairs)
     key, sign, unit = ("packed_loss", -1, "nats") if loss else ("packed_accuracy", 1, "share")
     leads = [
         {"seed": mine["seed"], "commit": mine.get("commit"), "lead": sign * (mine[key] - point[key])}
         for mine, point in pairs
     ]
-    return over_seeds(text, leads, lambda row: row["lead"], need, 0.0, unit, True)
+    return over_seeds(text, leads, lambda row: row["lead"], need, target, unit, True)
 
 
 def default_form(rows: list[Row], forms: Sequence[str], need: int) -> list[Row]:
@@ -160,17 +163,16 @@ def default_form(rows: list[Row], forms: Sequence[str], need: int) -> list[Row]:
     found = []
     for schedule in schedules(rows):
         of = pick(rows, schedule=schedule)
+        error = statistics.fmean(row["accuracy_standard_error"] for row in of)
         for form in forms[1:]:
             for size in sorted({row["target_size"] for row in of}, reverse=True):
-                theirs = {row["seed"]: row for row in pick(of, method=form, target_size=size)}
                 pairs = [
-                    {"seed": m["seed"], "commit": m["commit"], "lead": m["packed_accuracy"] - other["packed_accuracy"]}
-                    for m in pick(of, method=forms[0], target_size=size)
-                    if (other := theirs.get(m["seed"])) is not None
+                    (mine, row)
+                    for row in pick(of, method=form, target_size=size)
+                    for mine in pick(of, method=forms[0], target_size=size, seed=row["seed"])
                 ]
-                error = statistics.fmean(row["accuracy_standard_error"] for row in of)
                 text = f"digits at {100 * size:g} %: ahead of {form} grids{says(schedule)}"
-                found.append(over_seeds(text, pairs, lambda row: row["lead"], need, -error, "share", True))
+                found.append(lead(text, pairs, need, -error))
     return found
 
 

@@ -175,11 +175,11 @@ def compress(
         keep = PreservationSet.from_state(*load_checkpoint(folder / KEPT)).to(device)
     clock.lap("selection")
     model = prepare(network, quantizer=quantizer).model
-    alike = {k: v.shape for k, v in network.state_dict().items()} == {
-        k: v.shape for k, v in task.build().state_dict().items()
-    }
+    with torch.device("meta"):
+        usual = task.build()
+    shapes, own = ([v.shape for v in of.state_dict().values()] for of in (usual, network))
     # with other channels, those of a search, no architecture names what the file is of
-    file: dict[str, Any] = {"architecture": task.architecture if alike else None}
+    file: dict[str, Any] = {"architecture": task.architecture if shapes == own else None}
     file["notes"] = {"task": task.name, "seed": config.seed, "float_bytes": float_bytes(network)}
     run, outcome = _train_compressed(there, config, model, keep, folder, settings, saved, progress, file)
     clock.lap("compression")

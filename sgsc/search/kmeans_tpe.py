@@ -9,9 +9,9 @@ the good and the bad, each a product over parameters of kernel densities on orde
 
 among those that are within the budget and not proposed before. Where higher choices are no worse (`monotone`), what is
 within the budget and not at its edge is not worth a trial: a proposal is raised, by what adds most to that sum, until
-nothing more fits. It stays a distribution over whole configurations:
-choosing the best ratio a parameter at a time proposes the same few points again and again. How many candidates there
-are, and so how greedy the choice is, changes from trial to trial.
+nothing more fits. It stays a distribution over whole configurations: choosing the best ratio a parameter at a time
+proposes the same few points again and again. How many candidates there are, and so how greedy the choice is, changes
+from trial to trial.
 
 The generator of a trial is made of the seed and the trial's number alone. A study that is interrupted and resumed
 therefore proposes what an uninterrupted one does, bit for bit, as long as trials run one after another.
@@ -84,7 +84,7 @@ class KMeansTPESampler(BaseSampler):
         if start < 2:
             raise ValueError(f"start={start}: two clusters need at least 2 trials; give 2 or more")
         self._seed, self._feasible, self._start = seed, feasible, start
-        self._monotone = frozenset(monotone) if feasible is not None else frozenset()
+        self._monotone = frozenset(monotone)
         self._windows = dict(windows or {})
         self._space = None if space is None else dict(sorted(space.items()))
         self._found = IntersectionSearchSpace(include_pruned=True)
@@ -237,18 +237,20 @@ class KMeansTPESampler(BaseSampler):
 
         First what gains most by `ratios`, (choices,) for each parameter; without them what comes, at random.
         """
-        row = row.copy()
-        fixed = [axis.ordered and axis.values is not None for axis in axes.values()]
-        left = [i for i, name in enumerate(axes) if name in self._monotone and fixed[i]]
-        counts = [axis.count for axis in axes.values()]
-        while left := [i for i in left if row[i] + 1 < counts[i]]:
-            gains = rng.random(len(left))
-            if ratios is not None:
+        if self._feasible is None:  # there is no edge
+            return row, params
+        row, kinds = row.copy(), list(axes.values())
+        raises = [axis.ordered and axis.values is not None for axis in kinds]
+        left = [i for i, name in enumerate(axes) if name in self._monotone and raises[i]]
+        while left := [i for i in left if row[i] + 1 < kinds[i].count]:
+            if ratios is None:
+                gains = rng.random(len(left))
+            else:
                 gains = [ratios[i][row[i] + 1] - ratios[i][row[i]] for i in left]
             i = left[int(np.argmax(gains))]
             row[i] += 1
             higher = self._params(axes, row, rng)
-            if self._feasible is None or self._feasible(higher):
+            if self._feasible(higher):
                 params = higher
             else:  # nor will it be once others are raised
                 row[i] -= 1
