@@ -7,12 +7,17 @@ PARALLEL ?= -n 2 --dist loadfile
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.sgsc-ready
 
-.PHONY: demo test native lint install bench clean
+.PHONY: demo test plain native lint install bench clean
 demo: $(READY)
 	$(BIN)/sgsc compress digits --target-size 0.05 --seed 0 --out runs/digits
 
 test: $(READY)
 	$(BIN)/python -m pytest -q $(PARALLEL)
+
+# what a user without a compiler has; the slow demos and the Triton tests do not depend on it
+plain: $(READY)
+	SGSC_NO_EXT=1 $(BIN)/python -m pytest -q $(PARALLEL) tests/kernels tests/test_layers.py tests/test_quantizers.py \
+	  tests/test_coupling.py --ignore-glob 'tests/kernels/test_triton*' --ignore tests/kernels/test_tuning.py
 
 # the C++ kernels of all instruction sets, those that this machine lacks emulated; installs Debian packages, as root
 native:

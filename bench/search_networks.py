@@ -29,12 +29,13 @@ from pathlib import Path
 
 import numpy as np
 import optuna
+import torch
 from scipy.stats import spearmanr
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from sgsc.artefact import stored_size
-from sgsc.demos.job import FLOAT, float_model
+from sgsc.artefact import load_into, stored_size
+from sgsc.demos.job import FLOAT, MODEL, float_model
 from sgsc.demos.search import Schedule, loss_of, parse_budget, parts_of
 from sgsc.demos.task import Task
 from sgsc.demos.tasks import load
@@ -54,7 +55,7 @@ SHARE = 0.8  # of the bytes of the smaller reference
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is trained: budget of the references, trials, steps of trial, winner and float network, proxies."""
+    """Budget of the references, trials, steps of a trial, a winner and the float network, proxies; what in."""
 
     budget: str
     trials: int
@@ -62,13 +63,14 @@ class Plan:
     finish_steps: int | None = None
     float_steps: int | None = None
     proxies: int = 20
+    precision: str = "float32"
 
 
 FULL = {"digits": Plan("11%", 100), "mnist": Plan("11%", 100), "resnet20": Plan("11%", 120)}
 REDUCED = {
     "digits": Plan("11%", 30, 40, 300, None, 20),
     "mnist": Plan("11%", 24, 25, 100, 500, 20),
-    "resnet20": Plan("11%", 20, 10, 40, None, 8),
+    "resnet20": Plan("11%", 20, 20, 80, None, 8, "bfloat16"),
 }
 
 
@@ -84,7 +86,7 @@ class Network:
     def task(self) -> Task:
         """Data and the float network's schedule."""
         task = load(self.name, self.section.settings.data if self.name != "digits" else None, self.seed)
-        return from_file(task, None, self.plan.float_steps)
+        return from_file(task, None, self.plan.float_steps, self.plan.precision)
 
     @cached_property
     def float(self) -> nn.Module:
@@ -138,15 +140,17 @@ class Network:
         """The row of a method."""
         return self.section.row({"task": self.name, "seed": self.seed, "method": method}, measure)
 
-    @property
-    def judges(self) -> Row:
-        """How many samples judge."""
-        return {"validation_samples": len(self.task.validation)}
+    @torch.no_grad()
+    def wrong(self, model: nn.Module) -> Row:
+        """Validation samples that a network answers wrong, by number, and how many there are."""
+        x, y = self.task.validation.tensors
+        answers = torch.cat([model.eval()(part).argmax(1) for part in x.split(512)])
+        return {"validation_samples": len(y), "validation_wrong": (answers != y).nonzero()[:, 0].tolist()}
 
     def judged(self, model: nn.Module) -> Row:
         """A trained network, on validation samples."""
         found = evaluate(model, self.schedule.task.validation)
-        return {"validation_loss": self.schedule.loss(model), "validation_accuracy": found["accuracy"], **self.judges}
+        return {"validation_loss": self.schedule.loss(model), "validation_accuracy": found["accuracy"]}
 
 
 def network(section: Section, seeds: Sequence[int]) -> None:
@@ -189,6 +193,7 @@ def reference(one: Network, method: str) -> Row:
             **judged,
         },
         **ended(one, model),
+        **one.wrong(model.cpu()),
         **{"processor_seconds": time.process_time() - began, "seconds": time.perf_counter() - started},
     }
 
@@ -213,11 +218,12 @@ def search(one: Network, sampler: str, limit: int, more: int) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "sgsc", "search", one.name, "--budget", f"{limit}B", "--seed", str(one.seed)]
         command += ["--trials", str(plan.trials + more), "--sampler", sampler, "--out", folder]
-        command += ["--start", str(start)]
+        command += ["--start", str(start), "--precision", plan.precision]
         flags = settings.flags(one.name)
         for flag, value in (("--steps", plan.steps), ("--finish-steps", plan.finish_steps)):
             flags += [] if value is None else [flag, str(value)]
         found = called([*command, "--json", *flags], settings.timeout())
+        wrong = one.wrong(load_into(one.task.build(), Path(folder) / MODEL))
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     judged = [t for t in found["trials"] if t["state"] in ("complete", "pruned", "diverged")]
     kept = ("float_bytes", "stored_bytes", "stored_ratio", "float_accuracy", "packed_accuracy", "steps", "finish_steps")
@@ -226,7 +232,7 @@ def search(one: Network, sampler: str, limit: int, more: int) -> Row:
         **{"budget": f"{limit} B", "trials": len(judged), "configuration": found["result"]["origin"]},
         "validation_loss": found["result"]["loss"],
         "validation_accuracy": found["validation"]["packed"]["accuracy"],
-        **one.judges,
+        **wrong,
         "short_loss": min(t["loss"] for t in judged if t["loss"] is not None),
         "sensitivity_seconds": found["sensitivity"]["seconds"],
         "trial_seconds": statistics.fmean(t["seconds"] for t in judged),

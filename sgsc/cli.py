@@ -32,6 +32,7 @@ from rich.text import Text
 
 from . import cli_search, cli_strategies
 from .cli_progress import Progress
+from .cli_task import add_device, add_task, task_of
 from .config import CompressionConfig, add_settings, from_arguments
 
 if TYPE_CHECKING:
@@ -76,16 +77,11 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("compress", _compress, "compress a demo task, end to end")
-    sub.add_argument("task", help="digits, char-lm, mnist, names, cifar10, resnet20 or shakespeare")
+    add_task(sub)
+    add_device(sub)
     sub.add_argument("--out", type=Path, default=None, help="run folder (default: runs/TASK)")
-    sub.add_argument("--data", type=Path, default=None, help="file or folder of the data, where the task needs one")
-    sub.add_argument("--limit", type=int, default=None, help="at most so many samples a split")
     sub.add_argument("--samples", type=int, default=None, help="size of the preservation set (default: the task's)")
     sub.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint")
-    sub.add_argument("--float-steps", type=int, default=None, help="steps of the float training (default: the task's)")
-    sub.add_argument("--start", type=Path, default=None, help="float.safetensors of another run, instead of training")
-    sub.add_argument("--device", default="cpu", help="where to train: cpu (default), cuda, cuda:1, auto")
-    sub.add_argument("--precision", default="float32", help="to train in: float32 (default), bfloat16 by autocast")
     sub.add_argument("--quantizer", default="integer", help="integer (default), half-steps, ternary or interpolated")
     add_settings(sub, CompressionConfig, {"steps": None, "tolerance": None, "cut": True})
 
@@ -132,8 +128,6 @@ def _print_json(value: Any) -> None:
 def _compress(options: argparse.Namespace) -> int:
     from . import report as reports
     from .demos.job import compress
-    from .demos.tasks import load
-    from .demos.training import from_file, usable
     from .environment import environment
     from .files import write_atomically
 
@@ -143,17 +137,15 @@ def _compress(options: argparse.Namespace) -> int:
         return from_arguments(CompressionConfig, options, **{k: v for k, v in own.items() if vars(options)[k] is None})
 
     settings(steps=1, tolerance=0.0)  # a bad flag is refused before the data is read
-    device = usable(options.device)
-    task = load(options.task, options.data, options.seed, options.limit)
-    task = from_file(task, options.start, options.float_steps, options.precision)
+    task = task_of(options)
     config = settings(steps=task.compress_steps, tolerance=task.tolerance)
     folder = options.out or Path("runs") / options.task
     folder.mkdir(parents=True, exist_ok=True)
     with Progress(quiet=options.json) as progress:
         how = {k: vars(options)[k] for k in ("samples", "resume", "quantizer")}
-        done = compress(task, config, folder, **how, device=device, progress=progress)
+        done = compress(task, config, folder, **how, device=options.device, progress=progress)
     report = {**done.report, "data": None if options.data is None else str(options.data), "limit": options.limit}
-    report |= {"device": device, "float_steps": 0 if task.start else task.float_steps}
+    report |= {"device": options.device, "float_steps": 0 if task.start else task.float_steps}
     write_atomically(folder / REPORT, reports.to_json(report).encode())
     certified = _in_a_fresh_process(folder)
     certificate = certified.pop("certificate")

@@ -9,11 +9,13 @@ from pathlib import Path
 from rich.console import Console
 
 from .cli_progress import Progress
+from .cli_task import add_device, add_task, task_of
 
 
 def arguments_of(sub: argparse.ArgumentParser) -> None:
     """What the command takes."""
-    sub.add_argument("task", help="digits, char-lm, mnist, names, cifar10, resnet20 or shakespeare")
+    add_task(sub)
+    add_device(sub)
     sub.add_argument("--budget", required=True, help="10%%, 50kB, 4bits, 2.5MMAC, 3ms; several with commas")
     sub.add_argument("--trials", type=int, default=60, help="of the study, baselines included (default: 60)")
     sub.add_argument("--out", type=Path, default=None, help="run folder (default: runs/search-TASK)")
@@ -25,11 +27,6 @@ def arguments_of(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--sampler", default="kmeans-tpe", help="kmeans-tpe (default), tpe or random")
     sub.add_argument("--sensitivity", default="auto", help="hutchinson, fisher or auto: fisher from 50,000 weights on")
     sub.add_argument("--bits-only", action="store_true", help="keep the channels of every layer")
-    sub.add_argument("--data", type=Path, default=None, help="file or folder of the data, where the task needs one")
-    sub.add_argument("--limit", type=int, default=None, help="at most so many samples a split")
-    sub.add_argument("--float-steps", type=int, default=None, help="steps of the float training (default: the task's)")
-    sub.add_argument("--start", type=Path, default=None, help="float.safetensors of another run, instead of training")
-    sub.add_argument("--device", default="cpu", help="where to train: cpu (default), cuda, cuda:1, auto")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -39,8 +36,6 @@ def run(options: argparse.Namespace) -> int:
         ValueError: If Optuna is not installed.
     """
     from . import report as reports
-    from .demos.tasks import load
-    from .demos.training import from_file, usable
     from .environment import environment
     from .files import write_atomically
 
@@ -52,8 +47,7 @@ def run(options: argparse.Namespace) -> int:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     parse_budget(options.budget, 1)  # a bad flag is refused before the data is read
-    device = usable(options.device)
-    task = from_file(load(options.task, options.data, options.seed, options.limit), options.start, options.float_steps)
+    task = task_of(options)
     folder = options.out or Path("runs") / f"search-{options.task}"
     folder.mkdir(parents=True, exist_ok=True)
     with Progress(quiet=options.json) as progress:
@@ -68,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
             sampler=options.sampler,
             sensitivity=options.sensitivity,
             widths=not options.bits_only,
-            device=device,
+            device=options.device,
             progress=progress,
         )
     report = {**done.report, "budget_held": done.held, "limit": options.limit, **environment()}

@@ -12,11 +12,13 @@ from typing import Any
 from rich.console import Console
 
 from .cli_progress import Progress
+from .cli_task import add_task, task_of
 
 
 def arguments_of(sub: argparse.ArgumentParser) -> None:
     """What the command takes."""
-    sub.add_argument("task", nargs="?", help="digits, char-lm, mnist, names, cifar10, resnet20 or shakespeare")
+    add_task(sub, nargs="?")
+    sub.set_defaults(device="cpu")
     sub.add_argument("--model", default=None, help="instead of a task: module:name or file.py:name of a network")
     sub.add_argument("--calibration", type=Path, default=None, help="of --model: .npy of inputs, (samples, ...)")
     sub.add_argument("--bits-weights", type=int, default=4, help="2 to 8 (default: 4)")
@@ -36,10 +38,6 @@ def arguments_of(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--integer-bias", action="store_true", help="biases in whole steps of int32 sums")
     sub.add_argument("--out", type=Path, default=None, help="run folder (default: runs/strategies-TASK)")
     sub.add_argument("--seed", type=int, default=0, help="seed of every random choice (default: 0)")
-    sub.add_argument("--data", type=Path, default=None, help="file or folder of the data, where the task needs one")
-    sub.add_argument("--limit", type=int, default=None, help="at most so many samples a split")
-    sub.add_argument("--float-steps", type=int, default=None, help="steps of the float training (default: the task's)")
-    sub.add_argument("--start", type=Path, default=None, help="float.safetensors of another run, instead of training")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -52,8 +50,6 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("name a task, or --model with --calibration; `sgsc strategies --help` says what they are")
     from . import report as reports
     from .demos.strategies import draw, search, search_any
-    from .demos.tasks import load
-    from .demos.training import from_file
     from .environment import environment
     from .files import write_atomically
 
@@ -69,8 +65,7 @@ def run(options: argparse.Namespace) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             report = search_any(network, inputs, folder, progress=progress, **settings)
         else:
-            task = load(options.task, options.data, options.seed, options.limit)
-            task = from_file(task, options.start, options.float_steps)
+            task = task_of(options)
             folder.mkdir(parents=True, exist_ok=True)
             report = search(task, folder, samples=options.samples, progress=progress, **settings)
     report |= {"limit": options.limit, **environment()}

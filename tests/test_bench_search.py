@@ -107,11 +107,16 @@ def test_claims_fail_where_the_numbers_do():
     assert [c["holds"] for c in search_claims.kill_claims([kills])] == [False] * 3
     assert not search_claims.proposal_claims([{"method": "k-means TPE", "milliseconds": 51.0}])[0]["holds"]
     ours = {"schedule": "reduced", "task": "mnist", "method": "kmeans-tpe", "seed": 0, "short_loss": 2.0}
-    ours |= {"stored_bytes": 81, "validation_accuracy": 0.90, "validation_samples": 10_000}
-    other = {**ours, "method": "uniform", "stored_bytes": 100, "validation_accuracy": 0.91}
+    ours |= {"stored_bytes": 81, "validation_samples": 10_000}
+    ours |= {"validation_accuracy": 0.90, "validation_wrong": [*range(1000)]}
+    other = {**ours, "method": "uniform", "stored_bytes": 100}
+    other |= {"validation_accuracy": 0.91, "validation_wrong": [*range(900)]}
     tpe = {**ours, "method": "tpe", "short_loss": 1.0}
     assert [c["holds"] for c in search_claims.network_claims([ours, other, tpe])] == [False] * 3
-    ours |= {"stored_bytes": 80, "validation_accuracy": 0.907, "short_loss": 1.0}  # one error is 0.0041
+    ours |= {"stored_bytes": 80, "validation_accuracy": 0.9095, "short_loss": 1.0}
+    ours |= {"validation_wrong": [*range(905)]}  # five more than theirs, and no other: one error is 0.0002
+    assert [c["holds"] for c in search_claims.network_claims([ours, other, tpe])] == [True, False, True]
+    ours |= {"validation_wrong": [*range(50, 955)]}  # 55 that they have right, 50 the other way: it is 0.001
     assert [c["holds"] for c in search_claims.network_claims([ours, other, tpe])] == [True] * 3
     program = {**other, "method": "integer program", "seed": 1}  # another seed is no pair
     assert len(search_claims.network_claims([ours, program])) == 0
@@ -160,6 +165,9 @@ def test_network_rows_are_runs_on_one_float_network(monkeypatch, tmp_path, commi
     for method in ("kmeans-tpe", "tpe"):
         assert rows[method]["stored_bytes"] <= 0.8 * least
         assert rows[method]["float_accuracy"] == rows["uniform"]["float_accuracy"]
+    for row in (rows[method] for method in ("uniform", "integer program", "kmeans-tpe", "tpe")):
+        right = row["validation_samples"] - len(row["validation_wrong"])
+        assert right == round(row["validation_accuracy"] * row["validation_samples"])
     assert rows["kmeans-tpe"]["trials"] == 9 < rows["tpe"]["trials"]
     assert len(rows["proxy"]["short_losses"]) == 3
     assert -1 <= rows["proxy"]["spearman"] <= 1

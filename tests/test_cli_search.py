@@ -169,11 +169,12 @@ def test_without_changed_channels_the_file_loads_into_the_task_s_network(tmp_pat
         "sensitivity": (["--budget", "8%", "--sensitivity", "x"], "method='x': want hutchinson, fisher or auto"),
         "seed": (["--budget", "8%", "--seed", "-1"], "seed=-1: a seed is 0 or more"),
         "trials": (["--budget", "8%", "--trials", "0"], "trials=0 tries nothing"),
+        "precision": (["--budget", "8%", "--precision", "int8"], "precision='int8': want float32 or bfloat16"),
         "steps": (["--budget", "8%", "--steps", "0"], "steps=0, finish_steps=3: a candidate that is not trained"),
         "sampler": (["--budget", "8%", "--sampler", "x"], "sampler='x' is not known"),
         "storage": (["--budget", "8%", "--storage", "nonsense://x"], "the storage nonsense://x cannot be opened"),
     }.values(),
-    ids=("budget", "too-small", "sensitivity", "seed", "trials", "steps", "sampler", "storage"),
+    ids=("budget", "too-small", "sensitivity", "seed", "trials", "precision", "steps", "sampler", "storage"),
 )
 def test_wrong_use_is_exit_code_2_and_says_why_before_anything_is_trained(
     arguments, message, tmp_path, capsys, monkeypatch
@@ -189,6 +190,7 @@ def test_a_study_of_other_settings_is_refused_before_anything_is_trained(run, tm
     for other, named in (
         (["--budget", "10%,5bits", "--steps", "4"], "steps"),
         (["--budget", "9%", "--seed", "1"], "budget, seed"),
+        (["--budget", "10%,5bits", "--precision", "bfloat16"], "precision"),
     ):
         assert main([*there, *other]) == 2
         assert f"study 'digits' is of another {named}: " in capsys.readouterr().err

@@ -178,7 +178,7 @@ def search(
     opened = open_storage(folder / STUDY if storage is None else storage)
     name = study or task.name
     settings = {"task": task.name, "steps": steps, "widths": widths, "samples": len(task.train)}
-    settings |= {"sensitivity": sensitivity, "weight_decay": task.weight_decay}
+    settings |= {"sensitivity": sensitivity, "weight_decay": task.weight_decay, "precision": task.precision}
     check_study(opened, name, sampler, seed, limits, settings)
     network = float_model(task.to(device), seed, folder, progress).cpu().eval()
     after = time.perf_counter() - started
