@@ -173,7 +173,7 @@ class Section:
         same = [row for row in self.rows if all(row.get(key) == value for key, value in of.items())]
         of = {key: value for key, value in of.items() if value is not None}
         for row in same:
-            if self.settings.named and row["commit"] == self.settings.commit:
+            if self.settings.named and row["commit"] == self.settings.commit and "missing" not in row:
                 return row
         if self.settings.left <= (0.0 if resumes else self._expected(of)):
             raise OutOfTime

@@ -127,7 +127,7 @@ def _print_json(value: Any) -> None:
 
 def _compress(options: argparse.Namespace) -> int:
     from . import report as reports
-    from .demos.job import compress
+    from .demos.job import CHECKPOINT, compress
     from .environment import environment
     from .files import write_atomically
 
@@ -145,6 +145,7 @@ def _compress(options: argparse.Namespace) -> int:
         how = {k: vars(options)[k] for k in ("samples", "resume", "quantizer")}
         done = compress(task, config, folder, **how, device=options.device, progress=progress)
     report = {**done.report, "data": None if options.data is None else str(options.data), "limit": options.limit}
+    report |= {"start": None if options.start is None else str(options.start)}
     report |= {"device": options.device, "float_steps": 0 if task.start else task.float_steps}
     write_atomically(folder / REPORT, reports.to_json(report).encode())
     certified = _in_a_fresh_process(folder)
@@ -158,6 +159,7 @@ def _compress(options: argparse.Namespace) -> int:
     for name, value in ((REPORT, report), (CERTIFICATE, certificate)):
         write_atomically(folder / name, reports.to_json(value).encode())
     reports.write_html(report, folder / PAGE, reports.runs_beside(folder, report))
+    (folder / CHECKPOINT).unlink(missing_ok=True)  # not before: what ends it while it certifies costs some steps
     if options.json:
         _print_json(report)
     else:

@@ -5,7 +5,7 @@ The run folder holds, beside the reports that the command line writes:
     model.sgsc                 the packed network
     float.safetensors          the float network that it came from
     preservation.safetensors   the preservation set, as a checkpoint
-    checkpoint.safetensors     the state of an unfinished compression; gone when it is done
+    checkpoint.safetensors     the state of the compression some steps ago; gone once the run is certified
 """
 
 from __future__ import annotations
@@ -185,7 +185,6 @@ def compress(
     clock.lap("compression")
     packed = pack(model.cpu())
     size = save(packed, folder / MODEL, **file)
-    (folder / CHECKPOINT).unlink(missing_ok=True)
     clock.lap("packing")
     report = {
         "task": task.name,
