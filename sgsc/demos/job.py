@@ -40,7 +40,7 @@ from .training import decayed, evaluate, samples_of, train
 
 MODEL, FLOAT, KEPT, CHECKPOINT = "model.sgsc", "float.safetensors", "preservation.safetensors", "checkpoint.safetensors"
 REPORTS = ("report.json", "certificate.json", "report.html")  # written last: those of an older run must not stay
-LEARNED = ("integer", "half-steps", "ternary", "interpolated")  # quantizers whose widths a run can learn
+LEARNED = ("integer", "half-steps", "ternary", "interpolated", "published")  # quantizers whose widths a run can learn
 CHECKPOINT_EVERY = 4  # checks of the guard
 LOOK_EVERY = 4  # the same: each point of the curve over steps costs a pass over LOOK samples
 CANDIDATES = 5000  # training samples that the preservation set is chosen from, at most: each costs a backward pass
