@@ -82,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, default=None, help="run folder (default: runs/TASK)")
     sub.add_argument("--samples", type=int, default=None, help="size of the preservation set (default: the task's)")
     sub.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint")
-    sub.add_argument("--quantizer", default="integer", help="integer (default), half-steps, ternary, interpolated, published")
+    sub.add_argument(
+        "--quantizer", default="integer", help="integer (default), half-steps, ternary, interpolated, published"
+    )
     add_settings(sub, CompressionConfig, {"steps": None, "tolerance": None, "cut": True})
 
     cli_search.arguments_of(command("search", cli_search.run, "search bits and channels of each layer under a budget"))

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -193,6 +194,17 @@ def test_a_run_whose_time_is_up_goes_on_where_it_was(bench, monkeypatch):
     assert not folders[0].exists()
     (line,) = (n for n in readme.filled(SECTION, bench.folder).splitlines() if n.startswith("| sgsc at 60 %"))
     assert line.endswith("|  |")
+
+
+def test_what_a_call_is_too_short_for_is_named(bench, monkeypatch, capsys):
+    def cut(command, *_, **__):
+        raise runs.OutOfTime
+
+    monkeypatch.setattr(runs, "called", cut)
+    bench("shakespeare", "--seconds", "1000")
+    said = capsys.readouterr().err
+    assert re.search(r"shakespeare: shakespeare lsq4 0 did not end in (1000|999) s, and is lost; raise --seconds", said)
+    assert "time is up" in said
 
 
 def test_ours_gets_the_bytes_of_each_uniform_width(bench, monkeypatch):
