@@ -130,13 +130,13 @@ class Controller:
             self.bits.step(gradient, self.price, None)
             return
         depth = self.bits.flat(self.bits.depths).detach()
-        # the size if fractions of bits could be stored: integer widths follow it, a channel at a time
+        # The size if fractions of bits could be stored: integer widths follow it, a channel at a time. Keeping the
+        # lesser of both to the schedule halves how far the stored size falls below it, but ends with more loss.
         relaxed = self.size + float((depth - depth.round()).double() @ gradient)
         start, end = config.shrink_share * config.steps, self.settled
         self.bits.bit_rate = self.bit_rate * min(1.0, max(0.0, (end - step) / max(end - start, 1.0)))
         if step < end:
-            # by that one channels would go before their time, by the stored one late: what is there is not sold twice
-            self.price = self.bits.step(gradient, self.price, min(relaxed, self.size) - self.wanted(step))
+            self.price = self.bits.step(gradient, self.price, relaxed - self.wanted(step))
         else:
             self.bits.step(gradient, self.price, None)
             if not self.stuck or step % config.guard_every == 0:  # each try packs the model
