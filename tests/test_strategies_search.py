@@ -322,6 +322,40 @@ def test_a_layer_never_called_is_named_and_may_be_skipped():
     assert "unused" not in search_strategies(net, torch.randn(20, 5), **QUICK, skip=["unused"]).choice
 
 
+class Expert(nn.Module):
+    """A layer for samples of a large first value alone."""
+
+    def __init__(self, asked):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.rare, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.asked = asked  # whether it is called where there is no such sample
+
+    def forward(self, x):
+        y, large = self.first(x), x[:, 0] > 2
+        if self.asked or large.any():
+            y = y.masked_scatter(large[:, None], self.rare(y[large]))
+        return self.head(y)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_layer_that_no_selecting_sample_reaches_is_served(asked):
+    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    x[order[-1], 0] = 3.0  # the samples that come first select
+    found = search_strategies(Expert(asked), x, **QUICK)
+    assert isinstance(quant_layers(found.model)["rare"].input_quantizer, StaticInput)
+    large = x[order[-1:]]
+    with torch.no_grad():
+        torch.testing.assert_close(found.model(large), Expert(asked)(large), rtol=0.2, atol=0.2)
+
+
+@pytest.mark.parametrize("bits", [4, None])
+def test_a_layer_called_on_nothing_alone_is_never_called(bits):
+    with pytest.raises(ValueError, match="never called on the calibration data: rare"):
+        search_strategies(Expert(True), torch.zeros(20, 4), **{**QUICK, "bits_activations": bits})
+
+
 def test_two_modules_of_one_weight_are_refused_by_name():
     net = Twice()
     net.between.weight = net.shared.weight

@@ -141,7 +141,7 @@ def make_problem(
     model = prepared.model.eval().requires_grad_(False)
     found = quant_layers(model)
     together = joined(fit, room(model, found, fit[0]))
-    calls = count_calls(model, found, together)
+    calls = count_calls(model, found, together).of_all()
     edges = {calls.first[0], calls.last[-1]}
     layers = {name: found[name] for name in calls.last}
     bits = {name: settings.bits(name in edges) for name in layers}
