@@ -97,6 +97,21 @@ def test_a_network_of_one_s_own(tmp_path):
     assert "Sequential" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (np.float32(3), "a batch is a single number; want tensors (samples, ...)"),
+        (np.zeros((0, 4), "float32"), "no calibration data"),
+        (np.where(np.arange(30)[:, None] == 17, np.nan, np.ones((30, 4))), "sample 17 holds NaN or infinity"),
+    ],
+)
+def test_data_of_one_s_own_that_cannot_serve_is_answered(values, said, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", values)
+    how = ["--model", "torch.nn:Identity", "--calibration", str(tmp_path / "x.npy"), "--out", str(tmp_path)]
+    assert main(["strategies", *how]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_network_that_does_not_run_packed_gets_no_file_and_says_why(tmp_path, capsys):
     (tmp_path / "tied.py").write_text(
         "import torch\n"
@@ -146,6 +161,8 @@ def test_a_packed_network_that_is_far_off_is_refused():
         (["--model", "torch:nothing", "--calibration", "x.npy"], "has no attribute 'nothing'"),
         (["--model", "torch.nn:Identity", "--calibration", "x.npy"], "No such file or directory: 'x.npy'"),
         (["--model", "os:getcwd", "--calibration", "x.npy"], "is a str; want an nn.Module"),
+        (["--model", "torch.nn:Linear", "--calibration", "x.npy"], "missing a required argument: 'in_features'; want"),
+        (["--model", "os:sep", "--calibration", "x.npy"], "is not a callable object; want an nn.Module, or a function"),
         (["digits", "--bits-weights", "9", "--limit", "32", "--float-steps", "1"], "strategies serve 2 to 8"),
         (["digits", "--inputs", "pact", "--limit", "32", "--float-steps", "1"], "'pact' is not known without training"),
         (["digits", "--samples", "0", "--limit", "32", "--float-steps", "1"], "samples=0 calibrates nothing"),

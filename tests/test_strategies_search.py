@@ -269,6 +269,16 @@ def test_data_that_the_network_does_not_take_is_named():
         search_strategies(network(), torch.zeros(20, 1, 6, 6, dtype=torch.uint8), **QUICK)
 
 
+def test_answers_whose_classes_may_lie_on_another_axis_are_refused():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1))
+    with pytest.raises(
+        ValueError, match=r"loss='kl' .*\(samples, places, classes\), and the .* \(\d+, 5, 4, 4\); take"
+    ):
+        search_strategies(net, data(16), steps=2)
+    pixels = lambda got, of: divergence(got.movedim(1, -1), of.movedim(1, -1))  # noqa: E731
+    assert search_strategies(net, data(16), steps=2, loss=pixels).loss > 0
+
+
 @pytest.mark.parametrize("nothing", [torch.zeros(0, 1, 6, 6), [], [torch.zeros(0, 1, 6, 6)]])
 def test_no_calibration_data_is_refused(nothing):
     with pytest.raises(ValueError, match="no calibration data: want a tensor"):
@@ -297,9 +307,18 @@ def test_data_on_another_device_is_moved():
         search_strategies(network().to("meta"), data(), **QUICK)
 
 
-def test_labels_among_the_data_are_refused():
-    with pytest.raises(ValueError, match="a batch is a tuple; want tensors"):
-        search_strategies(network(), [(data(4), torch.zeros(4))], **QUICK)
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([(data(4), torch.zeros(4))], "tuple"),  # with labels
+        (None, "NoneType"),
+        (data(4).numpy(), "ndarray"),
+        (torch.tensor(1.0), "single number"),
+    ],
+)
+def test_data_that_is_no_batch_of_tensors_is_refused(given, said):
+    with pytest.raises(ValueError, match=f"a batch is a {said}; want tensors"):
+        search_strategies(network(), given, **QUICK)
 
 
 def test_constant_activations_give_the_right_answers():

@@ -19,6 +19,7 @@ from sgsc.files import write_atomically
 from sgsc.packed import pack
 from sgsc.samples import device_of
 from sgsc.size import float_bytes
+from sgsc.strategies.problem import samples_of
 from sgsc.strategies.search import Strategies, search_strategies
 
 from .job import MODEL, Progress, float_model
@@ -35,10 +36,11 @@ def draw(data: Tensor, samples: int, seed: int) -> Tensor:
     """Some of the samples, (N, ...), at random.
 
     Raises:
-        ValueError: If `samples` is below 1.
+        ValueError: If `samples` is below 1, there is none, or one holds NaN or infinity.
     """
     if samples < 1:
         raise ValueError(f"samples={samples} calibrates nothing; give 1 or more")
+    samples_of(data)  # here it still is known which one it is that cannot be taken
     return data[torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:samples]]
 
 
