@@ -419,8 +419,8 @@ def test_a_strategy_is_one_class():
 
 
 def test_names_are_checked():
-    assert set(strategies(INPUTS)) == {"min-max", "moving-average", "percentile", "kl", "mse", "least-squares"}
-    assert set(strategies(WEIGHTS, trained=True)) == {"lsq", "lsq+", "straight-through", "dorefa"}
+    assert set(strategies(INPUTS)) >= {"min-max", "moving-average", "percentile", "kl", "mse", "least-squares"}
+    assert set(strategies(WEIGHTS, trained=True)) >= {"lsq", "lsq+", "straight-through", "dorefa"}
     with pytest.raises(ValueError, match=r"'pact' is not known without training; choose of .*kl"):
         strategies(INPUTS, ["pact"])
     with pytest.raises(ValueError, match="no strategy is named"):
