@@ -112,6 +112,10 @@ def test_claims_can_fail():
     assert set(of(*drawn(good, uniform, greedy)).values()) == {True}
     assert len(of(*drawn(good, uniform, greedy))) == 3
     assert set(of(good, uniform, greedy).values()) == {False}  # one draw is too few
+    assert of(*drawn(good, uniform), greedy) == {  # of either
+        **{"test accuracy ahead of best uniform": True, "test accuracy ahead of greedy": False},
+        "test accuracy lost against float": True,
+    }
     assert not of(*drawn(row("DQSS", 0.8785), uniform))["test accuracy lost against float"]
     for name in ("best uniform", "greedy"):
         behind = row(name, 0.88, ours_ahead=-0.0021, ours_ahead_error=0.001)
@@ -162,6 +166,21 @@ def test_training_rows(monkeypatch, short):
     assert [r["method"] for r in rows] == ["float", "DQSS", "lsq"]
     assert "| lsq | 5 | 1 |" in strategy_claims.qat_table(rows)
     assert len(strategy_claims.qat_claims(rows)) == 2
+
+
+def test_claims_of_training_can_fail():
+    reference = {"task": "resnet20", "method": "float", "accuracy": 0.88, "metric": "accuracy", "test_samples": 1000}
+
+    def claims(ours, theirs):
+        made = [row("DQSS", v, seed, steps=5, rate=0.1) for seed, v in enumerate(ours)]
+        made += [row("lsq", v, seed, steps=5, rate=0.1) for seed, v in enumerate(theirs)]
+        return [c["holds"] for c in strategy_claims.qat_claims([reference, *made])]
+
+    assert claims([0.877] * 3, [0.877] * 3) == [True, True]
+    assert claims([0.877] * 2, [0.877] * 3) == [False, False]  # two seeds of ours are too few
+    assert claims([0.877] * 3, [0.877] * 2) == [True, False]  # and of theirs
+    assert claims([0.874] * 3, [0.8745] * 3) == [False, False]
+    assert claims([0.876, 0.878, 0.88], [0.878, 0.879, 0.879]) == [True, True]  # behind, within two standard errors
 
 
 def test_similarity_of_images():
