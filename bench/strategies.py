@@ -180,9 +180,9 @@ def _mixture(count: int, together: bool) -> Row:
         else:
             kernels = [w.view_as(layer.weight) for w in weights.fixed]
             y = torch.zeros(())
-            for a, q in zip(inputs.shares(), inputs.candidates, strict=True):
+            for a, rounded_x in zip(inputs.shares(), [q(x) for q in inputs.candidates], strict=True):
                 for b, kernel in zip(weights.shares(), kernels, strict=True):
-                    y = y + a * b * torch.conv2d(q(x), kernel, None, padding=1)
+                    y = y + a * b * torch.conv2d(rounded_x, kernel, None, padding=1)
         y.square().mean().backward()
 
     kept: dict[int, int] = {}

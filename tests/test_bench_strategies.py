@@ -144,7 +144,7 @@ def test_a_mixture_s_cost_is_measured_and_claimed(short, monkeypatch):
 
 def test_both_forms_of_a_mixture_are_timed():
     ours, plain = (strategies._mixture(2, together) for together in (True, False))
-    assert plain["kept_bytes"] > 1.5 * ours["kept_bytes"] > 0
+    assert 3 * ours["kept_bytes"] > plain["kept_bytes"] > 1.5 * ours["kept_bytes"] > 0  # it rounds an input once, too
     assert ours["cpu_seconds"] > 0
 
 

@@ -187,6 +187,7 @@ def test_a_network_that_goes_on_in_place_does_not_change_what_is_remembered():
         problem.set(choice)
         with Settled(problem, most) as settled:
             settled.add("conv")
+            assert bool(settled.added) == bool(most)
             ends.append([problem.judge() for _ in range(3)])
     assert ends[0] == ends[1]
     assert len(set(ends[0])) == 1
