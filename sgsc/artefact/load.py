@@ -92,7 +92,7 @@ def _fill(model: nn.Module, artefact: Artefact) -> nn.Module:
         layer.bias = values.pop(_join(name, "bias"), None)
         _check_bias(name, getattr(module, "bias", None), layer)
         if isinstance(layer, PackedEmbedding):
-            layer.like = torch.empty(0, dtype=module.weight.dtype)  # no file says it: those of old ones had float32
+            layer.like = torch.empty(0, dtype=module.weight.dtype)  # pyright: ignore  a tensor, as _check_fits has seen
         for other in [n for n, m in modules.items() if m is module]:  # a module in two places stays one
             if other == "":
                 model = layer

@@ -222,8 +222,8 @@ def samples_of(calibration: Tensor | Iterable[Tensor]) -> list[Tensor]:
     Raises:
         ValueError: If there is none, or one holds NaN or infinity.
     """
-    several = isinstance(calibration, Iterable) and not isinstance(calibration, Tensor)
-    given = list(calibration) if several else [calibration]
+    one = isinstance(calibration, Tensor) or not isinstance(calibration, Iterable)
+    given: list[Any] = [calibration] if one else list(calibration)
     for batch in given:
         if not isinstance(batch, Tensor) or not batch.dim():
             said = "single number" if isinstance(batch, Tensor) else type(batch).__name__
