@@ -9,7 +9,7 @@ from typing import Any
 from .cells import cell, spread, table
 from .record import claim
 from .sgsc_peers import LIBRARIES
-from .strategy_peers import PT2E
+from .strategy_peers import BREVITAS, PT2E
 
 Row = dict[str, Any]
 Rows = Sequence[Mapping[str, Any]]
@@ -17,7 +17,7 @@ METRICS = {"psnr": (1, 1.0, "dB"), "ssim": (1, 1.0, ""), "accuracy": (1, 100.0, 
 CLOSE = {"psnr": 0.05, "ssim": 0.001, "accuracy": 0.1, "loss": 0.01}  # to float, at 8 bits of both
 DRAWS = 3  # of calibration data, or seeds of training, that a claim needs of each method to hold
 DATA = {"resnet20": "CIFAR-10 (JPEG q75)", "resnet56": "CIFAR-10 (JPEG q75)", "vdsr": "Set5 times 2"}
-BESIDE = ("best uniform", "greedy", *LIBRARIES, PT2E)  # what ours is to be ahead of, or equal to
+BESIDE = ("best uniform", "greedy", *LIBRARIES, PT2E, *BREVITAS)  # what ours is to be ahead of, or equal to
 
 
 def grouped(rows: Rows) -> list[list[Mapping[str, Any]]]:

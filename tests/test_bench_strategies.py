@@ -9,6 +9,7 @@ from torch import nn
 
 from bench import strategies, strategy_claims, strategy_networks, strategy_peers
 from sgsc.demos.task import SCHEDULES
+from sgsc.strategies import fold_batch_norms
 
 
 @pytest.fixture
@@ -54,6 +55,7 @@ def small_network():
     return strategy_networks.Network(net.eval(), torch.rand(64, 1, 4, 4), lambda m: {}, samples=32)
 
 
+@pytest.mark.filterwarnings("ignore")  # of another's code
 def test_another_library_s_network_has_its_widths():
     pytest.importorskip("torchao")
     of = small_network()
@@ -63,6 +65,23 @@ def test_another_library_s_network_has_its_widths():
     assert torch.allclose(made(of.pool[:1]), made(of.pool)[:1], atol=1e-5)  # batches of any size
 
 
+@pytest.mark.filterwarnings("ignore")  # of another's code
+@pytest.mark.parametrize("ending", strategy_peers.BREVITAS.values())
+def test_each_layer_has_its_own_widths_in_another_library(ending):
+    pytest.importorskip("brevitas")
+    of = small_network()
+    made = strategy_peers.calibrated(fold_batch_norms(of.model).model, of.pool, {"0": (8, 8), "4": (3, 4)}, ending)
+    for name, (weight, given) in {"0": (255, 256), "4": (7, 16)}.items():  # codes; of weights the least is not used
+        layer, shown = made.get_submodule(name), []
+        layer.register_forward_pre_hook(lambda m, x, shown=shown: shown.append(m.input_quant(x[0])))
+        made(of.pool)
+        assert max(len(row.unique()) for row in layer.quant_weight().value.flatten(1)) <= weight
+        assert given / 2 < len(shown[0][0].unique()) <= given
+    error = (made(of.pool) - of.model(of.pool)).norm() / of.model(of.pool).norm()
+    assert 1e-3 < error < 0.5
+
+
+@pytest.mark.filterwarnings("ignore")  # of another's code
 def test_another_library_s_text_may_be_shorter_than_what_calibrated_it():
     pytest.importorskip("torchao")
     torch.manual_seed(0)
