@@ -173,11 +173,18 @@ class Section:
         same = [row for row in self.rows if all(row.get(key) == value for key, value in of.items())]
         of = {key: value for key, value in of.items() if value is not None}
         for row in same:
-            if self.settings.named and row["commit"] == self.settings.commit:
+            if self.settings.named and row["commit"] == self.settings.commit and "missing" not in row:
                 return row
         if self.settings.left <= (0.0 if resumes else self._expected(of)):
             raise OutOfTime
-        made = {**of, **measure(), "commit": self.settings.commit}
+        had = self.settings.left
+        try:
+            made = {**of, **measure(), "commit": self.settings.commit}
+        except OutOfTime:
+            if not resumes:  # a call that gives it no more time would begin it for nothing, again and again
+                said = " ".join(str(of[key]) for key in ("task", "method", "seed") if key in of)
+                print(f"{self.name}: {said} did not end in {had:.0f} s, and is lost; raise --seconds", file=sys.stderr)
+            raise
         self.rows = [row for row in self.rows if row not in same] + [made]
         self.write()
         return made

@@ -35,9 +35,9 @@ SEEDS |= {"steps": 3}
 TARGETS = {"mnist": (0.02, 0.01, 0.05, 0.005), "names": (0.10, 0.20, 0.05), "cifar10": (0.025, 0.01, 0.05)}
 UNIFORM = {"resnet20": (4, 3, 2), "shakespeare": (4, 3, 2, 8)}  # widths
 RESNET20 = 0.10
-FORMS = ("integer", "half-steps", "ternary", "interpolated")  # of learned widths; the first is the default
+FORMS = ("integer", "half-steps", "ternary", "interpolated", "published")  # of learned widths; the first is the default
 FORMS_AT = (0.05, 0.02, 0.01, 0.007)  # on digits
-STEPS, STEPS_AT = (500, 1000, 2000), 0.02  # on digits
+STEPS, STEPS_AT = (250, 500, 1000, 2000), (0.02, 0.01)  # on digits
 ABLATED = {"mnist": 0.01, "names": 0.10, "resnet20": 0.05}  # task -> target size
 # neither a loss on the set nor a guard that acts
 WITHOUT = ("--preservation-weight", "0", "--tolerance", "0.999", "--margin-tolerance", "1")
@@ -73,7 +73,7 @@ def against_uniform(section: Section, seeds: Sequence[int], targets: Sequence[fl
 
 def steps(section: Section, seeds: Sequence[int], targets: Sequence[float]) -> None:
     """Fewer and more steps at one target, on digits: only noise is to tell them apart."""
-    for target in targets or (STEPS_AT,):
+    for target in targets or STEPS_AT:
         for seed in seeds:
             for count in STEPS:
                 section.sgsc("digits", target, seed, rest=("--steps", str(count)), steps=count)
@@ -115,6 +115,16 @@ SECTIONS = {
 }
 
 
+def of_devices(name: str, claims: Callable[[list[Row]], list[Row]], rows: list[Row]) -> list[Row]:
+    """All claims of a section, those of each device apart."""
+    found = []
+    for device in dict.fromkeys(row.get("device") for row in rows):
+        own = [row for row in rows if row.get("device") == device]
+        where = "" if device is None else f", on {device}"
+        found += [{**one, "claim": one["claim"] + where} for one in claims(own) + on_target(own, name)]
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is not there yet; 0 also where time ran out before all of it was."""
     started = time.monotonic()
@@ -139,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             settings.work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for name in chosen.sections or SECTIONS:
             run, claims = SECTIONS[name]
-            section = Section(name, settings, lambda rows, name=name, own=claims: own(rows) + on_target(rows, name))
+            section = Section(name, settings, functools.partial(of_devices, name, claims))
             seeds = range(chosen.seeds or (1 if chosen.quick else SEEDS[name]))
             if not section.finished(functools.partial(run, section, seeds, chosen.targets)):
                 break

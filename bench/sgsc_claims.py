@@ -144,8 +144,8 @@ def ahead(rows: list[Row], need: int) -> list[Row]:
     return found
 
 
-def lead(text: str, pairs: Sequence[tuple[Row, Row]], need: int, target: float = 0.0) -> Row:
-    """A claim on how far the first of each pair is ahead of the second, at least `target`.
+def lead(text: str, pairs: Sequence[tuple[Row, Row]], need: int, target: float | None = None) -> Row:
+    """A claim on how far the first of each pair is ahead of the second: beyond chance, or at least `target`.
 
     In nats where text is judged, else accuracy.
     """
@@ -155,7 +155,7 @@ def lead(text: str, pairs: Sequence[tuple[Row, Row]], need: int, target: float =
         {"seed": mine["seed"], "commit": mine.get("commit"), "lead": sign * (mine[key] - point[key])}
         for mine, point in pairs
     ]
-    return over_seeds(text, leads, lambda row: row["lead"], need, target, unit, True)
+    return over_seeds(text, leads, lambda row: row["lead"], need, target or 0.0, unit, True, sure=target is None)
 
 
 def default_form(rows: list[Row], forms: Sequence[str], need: int) -> list[Row]:
@@ -182,21 +182,25 @@ def of_steps(rows: list[Row], counts: Sequence[int], need: int) -> list[Row]:
     for schedule in schedules(rows):
         of = pick(rows, schedule=schedule)
         error = statistics.fmean(row["accuracy_standard_error"] for row in of)
-        for few, many in itertools.pairwise(counts):
+        sizes = sorted({row["target_size"] for row in of}, reverse=True)
+        for size, (few, many) in itertools.product(sizes, itertools.pairwise(counts)):
             pairs = [
                 {
                     "seed": row["seed"],
                     "commit": row.get("commit"),
                     "change": other["packed_accuracy"] - row["packed_accuracy"],
                 }
-                for row in pick(of, steps=few)
-                for other in pick(of, steps=many, seed=row["seed"], target_size=row["target_size"])
+                for row in pick(of, steps=few, target_size=size)
+                for other in pick(of, steps=many, target_size=size, seed=row["seed"])
             ]
             change = statistics.fmean(pair["change"] for pair in pairs) if pairs else None
-            text = f"digits: test accuracy moved by {many:,} steps after {few:,}, either way{says(schedule)}"
+            text = f"digits at {100 * size:g} %: test accuracy moved by {many:,} steps after {few:,}, either way"
             sign = -1 if change is not None and change < 0 else 1
             found.append(
-                over_seeds(text, pairs, lambda pair, sign=sign: sign * pair["change"], need, error, "share", False)
+                over_seeds(
+                    *(f"{text}{says(schedule)}", pairs, lambda pair, sign=sign: sign * pair["change"]),
+                    *(need, error, "share", False),
+                )
             )
     return found
 
@@ -208,12 +212,12 @@ def ablated(rows: list[Row]) -> list[Row]:
     """
     found = []
     for schedule in schedules(rows):
-        for task in dict.fromkeys(row["task"] for row in pick(rows, schedule=schedule)):
-            of = pick(rows, schedule=schedule, task=task)
+        for task, size in dict.fromkeys((row["task"], row["target_size"]) for row in pick(rows, schedule=schedule)):
+            of = pick(rows, schedule=schedule, task=task, target_size=size)
             pairs = [
                 (row, mine)
                 for row in pick(of, method="without")
-                for mine in pick(of, method="with", seed=row["seed"], target_size=row["target_size"])
+                for mine in pick(of, method="with", seed=row["seed"])
                 if abs(mine["stored_bytes"] / row["stored_bytes"] - 1) <= OFF_TARGET
             ]
             for what, unit, value in SUFFERED:
@@ -222,7 +226,8 @@ def ablated(rows: list[Row]) -> list[Row]:
                     for row, mine in pairs
                     if value(row) is not None and value(mine) is not None
                 ]
-                text = f"{task}: {what} without the preservation set, less those with it{says(schedule)}"
+                text = f"{task} at {100 * size:g} %: {what} without the preservation set, less those with it"
+                text += says(schedule)
                 found.append(over_seeds(text, leads, lambda row: row["fewer"], 5, 0.0, unit, True, sure=True))
     return found
 

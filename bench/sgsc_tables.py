@@ -22,10 +22,11 @@ def grouped(rows: Sequence[Row], *keys: str) -> list[list[Row]]:
 
 
 def steps(group: Sequence[Row]) -> str:
-    """The schedule, the steps of the compression, where there are any, and the precision, if it is not float32."""
+    """The schedule, steps of the compression where there are any, precision and device where not float32 on a CPU."""
     counts = sorted({row["steps"] for row in group if "steps" in row})
     said = [group[0]["schedule"], "/".join(f"{n:,}" for n in counts)]
     said += sorted({row.get("precision", "float32") for row in group} - {"float32"})
+    said += sorted({row["device"] for row in group if "device" in row})
     return ", ".join(filter(None, said))
 
 

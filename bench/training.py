@@ -1,5 +1,5 @@
-"""Time of one training step: float, prepared, prepared with all layers together or with the eager formula, and with
-SelfCompression.
+"""Time of one training step: float, prepared, prepared with all layers together or with the eager formula, with
+SelfCompression, and with what that leaves of the network, removed channels in their places or cut out.
 
 Beside the tasks of the demos, two networks of usual size on random data: ResNet-20 on 32 x 32 images, and a transformer
 of four layers, 256 wide. There quantizing must vanish in the step.
@@ -41,6 +41,8 @@ TASKS = ("digits", "char-lm")
 BUDGET = 3.0  # seconds that the fastest variant is measured for, at least
 FLOAT, FUSED, EAGER, COMPRESSING = "float", "prepared, fused", "prepared, eager formula", "SelfCompression"
 TOGETHER = "prepared, together"
+LEFT, CUT = "SelfCompression, at 5 %", "SelfCompression, at 5 %, cut"
+SETTLING = 200  # steps after which a network is at 5 %, for these two
 OVER_FLOAT = 1.02  # of a prepared step of a network of usual size, at most
 CLASSES = 64  # of the random labels, and tokens of the transformer
 SAMPLES = 200  # of the preservation set, as `sgsc compress` takes
@@ -56,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         times = {row["variant"]: row["milliseconds"] for row in found}
         text = f"{name}: prepared training step with the fused quantizer, against the eager formula"
         claims.append(claim(text, 1.0, times[EAGER] / times[FUSED], "times as fast", at_least=1.0))
+        text = f"{name}: training step at 5 % of the bytes, removed channels cut out, against those left in place"
+        claims.append(claim(text, 1.0, times[LEFT] / times[CUT], "times as fast", at_least=1.0))
         shown = ", ".join(f"{variant} {t:.1f} ms" for variant, t in times.items())
         print(f"{name}: {shown}", file=sys.stderr)
     for name, (network, x, y) in usual_networks(2 if chosen.quick else None).items():
@@ -94,7 +98,9 @@ def measure(task: Task, budget: float, quick: bool) -> list[dict[str, Any]]:
     network = train(task, 0, steps=1 if quick else None)
     check(task, network)
     keep = PreservationSet.select(copy.deepcopy(network), task.train, min(SAMPLES, len(task.train) // 2))
-    prepared = {name: prepare(copy.deepcopy(network)).model for name in (FUSED, TOGETHER, EAGER, COMPRESSING)}
+    prepared = {
+        name: prepare(copy.deepcopy(network)).model for name in (FUSED, TOGETHER, EAGER, COMPRESSING, LEFT, CUT)
+    }
     quantize_together(prepared[TOGETHER])
     eager = stepper(task, prepared[EAGER])
 
@@ -108,6 +114,7 @@ def measure(task: Task, budget: float, quick: bool) -> list[dict[str, Any]]:
         TOGETHER: stepper(task, prepared[TOGETHER]),
         EAGER: eagerly,
         COMPRESSING: stepper(task, prepared[COMPRESSING], keep),
+        **{name: settled(task, prepared[name], keep, name == CUT, 20 if quick else SETTLING) for name in (LEFT, CUT)},
     }
     return rows_of(task.name, task.architecture[0], task.batch_size, interleaved(runs, budget))
 
@@ -130,10 +137,20 @@ def rows_of(task: str, architecture: str, batch_size: int, times: dict[str, list
     ]
 
 
-def stepper(task: Task, model: nn.Module, keep: PreservationSet | None = None) -> Callable[[], None]:
-    """A call that makes one training step; with `keep`, one of SelfCompression."""
+def settled(task: Task, model: nn.Module, keep: PreservationSet, cut: bool, steps: int) -> Callable[[], None]:
+    """A call that makes one step of SelfCompression once its widths are settled; what it keeps right does not count."""
+    how = {"steps": 2 * steps, "shrink_share": 0.3, "settle_share": 0.4, "guard_every": max(steps // 10, 1)}
+    step = stepper(task, model, keep, target_size=0.05, tolerance=0.99, margin_tolerance=1.0, cut=cut, **how)
+    for _ in range(steps):
+        step()
+    return step
+
+
+def stepper(task: Task, model: nn.Module, keep: PreservationSet | None = None, **how: Any) -> Callable[[], None]:
+    """A call that makes one training step; with `keep`, one of SelfCompression, with settings of its own."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=task.learning_rate / 10, weight_decay=0.01)
-    run = None if keep is None else SelfCompression(model, keep, optimizer=optimiser, steps=task.compress_steps)
+    how = {"steps": task.compress_steps, **how}
+    run = None if keep is None else SelfCompression(model, keep, optimizer=optimiser, **how)
     data = samples_of(task, torch.Generator().manual_seed(0))
 
     def step() -> None:

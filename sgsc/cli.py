@@ -82,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, default=None, help="run folder (default: runs/TASK)")
     sub.add_argument("--samples", type=int, default=None, help="size of the preservation set (default: the task's)")
     sub.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint")
-    sub.add_argument("--quantizer", default="integer", help="integer (default), half-steps, ternary or interpolated")
+    sub.add_argument(
+        "--quantizer", default="integer", help="integer (default), half-steps, ternary, interpolated, published"
+    )
     add_settings(sub, CompressionConfig, {"steps": None, "tolerance": None, "cut": True})
 
     cli_search.arguments_of(command("search", cli_search.run, "search bits and channels of each layer under a budget"))
@@ -127,7 +129,7 @@ def _print_json(value: Any) -> None:
 
 def _compress(options: argparse.Namespace) -> int:
     from . import report as reports
-    from .demos.job import compress
+    from .demos.job import CHECKPOINT, compress
     from .environment import environment
     from .files import write_atomically
 
@@ -145,6 +147,7 @@ def _compress(options: argparse.Namespace) -> int:
         how = {k: vars(options)[k] for k in ("samples", "resume", "quantizer")}
         done = compress(task, config, folder, **how, device=options.device, progress=progress)
     report = {**done.report, "data": None if options.data is None else str(options.data), "limit": options.limit}
+    report |= {"start": None if options.start is None else str(options.start)}
     report |= {"device": options.device, "float_steps": 0 if task.start else task.float_steps}
     write_atomically(folder / REPORT, reports.to_json(report).encode())
     certified = _in_a_fresh_process(folder)
@@ -158,6 +161,7 @@ def _compress(options: argparse.Namespace) -> int:
     for name, value in ((REPORT, report), (CERTIFICATE, certificate)):
         write_atomically(folder / name, reports.to_json(value).encode())
     reports.write_html(report, folder / PAGE, reports.runs_beside(folder, report))
+    (folder / CHECKPOINT).unlink(missing_ok=True)  # not before: what ends it while it certifies costs some steps
     if options.json:
         _print_json(report)
     else:

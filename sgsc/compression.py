@@ -265,7 +265,7 @@ class SelfCompression:
                 **self.last,
             }
         )
-        if self.config.cut:
+        if self.config.cut and found.held:  # else the guard may want back what is dead
             self.control.cut([self.good])
 
     @property

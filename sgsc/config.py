@@ -25,10 +25,12 @@ class CompressionConfig:
     preservation_weight: float = setting(0.25, "weight of the preservation loss; grows while the tolerance is violated")
     preservation_batch: int = setting(32, "preservation samples a step")
     sparsity_weight: float = setting(0.0, "weight of the mean magnitude of the weights")
-    bit_rate: float = setting(0.05, "most bits that a channel's width moves in a step")
+    bit_rate: float = setting(0.05, "most bits that a width moves in a step; more where steps are few")
     grid_rate: float = setting(0.005, "learning rate of the ranges, in powers of two")
     guard_every: int = setting(25, "steps between two checks of the preservation set and of the stored size")
-    cut: bool = setting(False, "take removed channels out of the model while it trains; optimiser state follows")
+    cut: bool = setting(
+        False, "take removed channels out in training, while the tolerance holds; optimiser state follows"
+    )
     seed: int = setting(0, "seed of every random choice")
 
     def __post_init__(self) -> None:

@@ -32,6 +32,7 @@ from .size import SizeModel, float_bytes
 LANDINGS = 60  # rounds of selling or buying that a landing may take; each measures a file
 ROOM = 0.004  # of the target, that may stay unused
 WAIT = 0.5  # share of the steps at settled widths that training alone gets: it mends much as its rate falls
+WAY = 16  # bits that a width could move within the steps of the shrinking: twice as many as it has
 LEAST_CUT = 0.02  # of the channels, that are worth tracing the model anew
 
 
@@ -60,7 +61,8 @@ class Controller:
             raise ValueError("cut=True without optimizer: give it, since its state must follow what is cut out")
         self.model, self.config, self.file, self.say = model, config, file, say
         self.float_bytes = float_bytes(model)
-        self.bits = BitOptimizer(model, config.bit_rate, config.grid_rate, 1 / (8 * self.float_bytes), ranks)
+        self.bit_rate = max(config.bit_rate, WAY / (config.shrink_share * config.steps))
+        self.bits = BitOptimizer(model, self.bit_rate, config.grid_rate, 1 / (8 * self.float_bytes), ranks)
         self.optimizers = [*optimizers, self.bits.grids]
         self.depthwise = depthwise_layers(model)
         self.price = 0.0
@@ -131,9 +133,10 @@ class Controller:
         # the size if fractions of bits could be stored: integer widths follow it, a channel at a time
         relaxed = self.size + float((depth - depth.round()).double() @ gradient)
         start, end = config.shrink_share * config.steps, self.settled
-        self.bits.bit_rate = config.bit_rate * min(1.0, max(0.0, (end - step) / max(end - start, 1.0)))
+        self.bits.bit_rate = self.bit_rate * min(1.0, max(0.0, (end - step) / max(end - start, 1.0)))
         if step < end:
-            self.price = self.bits.step(gradient, self.price, relaxed - self.wanted(step))
+            # by that one channels would go before their time, by the stored one late: what is there is not sold twice
+            self.price = self.bits.step(gradient, self.price, min(relaxed, self.size) - self.wanted(step))
         else:
             self.bits.step(gradient, self.price, None)
             if not self.stuck or step % config.guard_every == 0:  # each try packs the model
@@ -141,17 +144,18 @@ class Controller:
 
     def _land(self) -> None:
         """Sell the cheapest bits, or buy the dearest, until the stored size is just below the target; then hold."""
-        target, bought, done = self.target, False, False
+        target, bought, trust = self.target, False, 1.0
         for depth in self.bits.depths.values():
             depth.data.round_()  # no more of it will be traded: what is between two widths has no use
         self.measure()
         for _ in range(LANDINGS):
             excess = self.stored - target
             if excess > 0:
-                done = bought  # what was bought took more than it promised: enough of that
+                trust /= 1 + bought  # what was bought took more than it promised: less of that
                 if not self.bits.sell_cheapest(self.estimate()[1], excess):
                     break
-            elif done or -excess <= ROOM * target or not self.bits.buy_dearest(self.estimate()[1], -excess):
+                bought = False
+            elif -excess <= ROOM * target or not self.bits.buy_dearest(self.estimate()[1], -excess * trust):
                 break
             else:
                 bought = True
@@ -174,7 +178,7 @@ class Controller:
     def cut(self, states: Sequence[dict[str, Tensor]]) -> None:
         """Cut out the channels that were dead at the last call too, of `states`, state dicts of the model, alike.
 
-        Until then the guard may bring them back.
+        Only where the model holds its tolerance without them: the guard cannot bring them back.
         """
         if self.coupling.why:
             return

@@ -347,6 +347,24 @@ def test_an_interrupted_run_goes_on_to_the_same_file_byte_for_byte(at, run, quic
     assert "task_loss" in report["history"][-1]
 
 
+def test_a_run_that_ends_while_it_certifies_goes_on_from_its_last_checkpoint(run, quick, tmp_path, capsys, monkeypatch):
+    command = ["compress", "digits", *REACHED, "--json", "--out", str(tmp_path)]
+    monkeypatch.setattr(job, "CHECKPOINT_EVERY", 2)
+
+    def stops(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_in_a_fresh_process", stops)
+        assert main(command) == 130
+    assert (tmp_path / "checkpoint.safetensors").is_file()
+    capsys.readouterr()
+    monkeypatch.setattr(job, "train", lambda *args, **how: pytest.fail("trained the float network again"))
+    assert main([*command, "--resume"]) == 0
+    assert (tmp_path / "model.sgsc").read_bytes() == (run[0] / "model.sgsc").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+
+
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "interrupted"

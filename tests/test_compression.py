@@ -115,6 +115,36 @@ def test_the_size_ends_within_a_hundredth_below_the_target(trained, target):
     assert 0.99 * target < run.finish().stored_ratio <= target
 
 
+@pytest.mark.parametrize("steps", [80, 320])
+def test_few_steps_reach_a_target_at_the_default_rate_and_break_nothing(trained, steps):
+    x, y = blobs(1000, seed=7).tensors
+    run = started(trained, None, target_size=0.05, steps=steps, bit_rate=0.05)  # too slow by itself for either
+    train(run.model, blobs(), steps, run)
+    assert 0.99 * 0.05 < run.finish().stored_ratio <= 0.05
+    assert (run.model.eval()(x).argmax(1) == y).float().mean() > 0.98
+
+
+def test_the_size_stays_near_its_schedule_on_the_way(trained):
+    least = []
+    for seed in (0, 1000, 2000):
+        run = started(trained, None, target_size=0.035, steps=640, guard_every=5, bit_rate=0.05)
+        train(run.model, blobs(), 640, run, start=seed)
+        least.append(min(row["size"] / row["target"] for row in run.history[:-1]))
+    assert sum(least) / 3 > 0.93, least
+
+
+def test_what_is_cut_out_is_not_what_the_guard_wants_back(trained, keep):
+    ends = {}
+    for cut in (False, True):
+        run = started(trained, keep, cut=cut, target_size=0.025, tolerance=0.0)
+        train(run.model, blobs(), 240, run)
+        outcome = run.finish()
+        assert outcome.tolerance_held, outcome
+        assert any(event["what"] == "guard" for event in run.events)  # it had to act
+        ends[cut] = outcome.stored_ratio
+    assert 0.025 < ends[True] < 1.1 * ends[False] < 0.1, ends
+
+
 def test_channels_leave_while_it_trains_and_the_best_model_comes_back_whole(trained, keep):
     run = started(trained, keep, cut=True, target_size=0.1)
     widest = run.model[3].weight.shape

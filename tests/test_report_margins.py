@@ -203,13 +203,15 @@ def test_the_statement_of_the_certificate_is_quoted(render):
 def test_the_command_that_repeats_a_run_is_one(cut):
     config = CompressionConfig(target_size=0.05, steps=300, tolerance=0.01, cut=cut)
     report = {"task": "digits", "settings": {"config": config.as_dict(), "samples": 200, "quantizer": "half-steps"}}
+    report["settings"] |= {"precision": "bfloat16", "weight_decay": 0.01}
     report |= {"limit": None, "data": "a b", "device": "cpu", "float_steps": 50}
     options = cli._parser().parse_args(shlex.split(command(report))[1:])
     assert from_arguments(CompressionConfig, options) == config
     assert (options.task, options.samples, options.quantizer, options.device) == ("digits", 200, "half-steps", "cpu")
     assert (options.data, options.limit, options.float_steps) == (Path("a b"), None, 50)
-    started = cli._parser().parse_args(shlex.split(command(report | {"float_steps": 0}))[1:])
-    assert started.float_steps is None
+    assert (options.precision, options.start) == ("bfloat16", None)
+    started = cli._parser().parse_args(shlex.split(command(report | {"float_steps": 0, "start": "x.safetensors"}))[1:])
+    assert (started.float_steps, started.start) == (None, Path("x.safetensors"))
 
 
 def test_settings_are_listed_and_repeated_by_the_command(render):

@@ -5,7 +5,7 @@ The run folder holds, beside the reports that the command line writes:
     model.sgsc                 the packed network
     float.safetensors          the float network that it came from
     preservation.safetensors   the preservation set, as a checkpoint
-    checkpoint.safetensors     the state of an unfinished compression; gone when it is done
+    checkpoint.safetensors     the state of the compression some steps ago; gone once the run is certified
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .training import decayed, evaluate, samples_of, train
 
 MODEL, FLOAT, KEPT, CHECKPOINT = "model.sgsc", "float.safetensors", "preservation.safetensors", "checkpoint.safetensors"
 REPORTS = ("report.json", "certificate.json", "report.html")  # written last: those of an older run must not stay
-LEARNED = ("integer", "half-steps", "ternary", "interpolated")  # quantizers whose widths a run can learn
+LEARNED = ("integer", "half-steps", "ternary", "interpolated", "published")  # quantizers whose widths a run can learn
 CHECKPOINT_EVERY = 4  # checks of the guard
 LOOK_EVERY = 4  # the same: each point of the curve over steps costs a pass over LOOK samples
 CANDIDATES = 5000  # training samples that the preservation set is chosen from, at most: each costs a backward pass
@@ -185,7 +185,6 @@ def compress(
     clock.lap("compression")
     packed = pack(model.cpu())
     size = save(packed, folder / MODEL, **file)
-    (folder / CHECKPOINT).unlink(missing_ok=True)
     clock.lap("packing")
     report = {
         "task": task.name,

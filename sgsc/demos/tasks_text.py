@@ -8,6 +8,7 @@ import platform
 import string
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -115,7 +116,8 @@ def names(data: Path | None, seed: int, limit: int | None) -> Task:
     starts = [0, *accumulate(map(len, text.splitlines(keepends=True)))]
     splits = windows(text, NAME_LETTERS, 32, (0.80, 0.05, 0.05, 0.10), starts)
     sources = "first names, names.txt of makemore, MIT; the list repeats names, so the splits share some, as published"
-    return make_task("names", ("names-lm", {}), splits, limit, alphabet=NAME_LETTERS, sources=sources)
+    task = make_task("names", ("names-lm", {}), splits, limit, alphabet=NAME_LETTERS, sources=sources)
+    return replace(task, remark="the weight decay of this task was chosen on these samples and those of validation")
 
 
 def shakespeare(data: Path | None, seed: int, limit: int | None) -> Task:

@@ -89,9 +89,9 @@ def command(report: Mapping[str, Any]) -> str:
     said = mapping(report.get("settings"))
     known = {key: report.get(key) for key in ("target_size", "tolerance", "seed")}
     known |= mapping(said.get("config"))
-    known |= {key: said.get(key) for key in ("samples", "quantizer")}
-    known |= {key: report.get(key) for key in ("limit", "data", "device")}
-    known |= {"float_steps": report.get("float_steps") or None}  # 0: weights were there, and must be given again
+    known |= {key: said.get(key) for key in ("samples", "quantizer", "precision")}
+    known |= {key: report.get(key) for key in ("limit", "data", "device", "start")}
+    known |= {"float_steps": report.get("float_steps") or None}  # 0: weights were there
     for key, value in known.items():
         flag = str(key).replace("_", "-")
         if isinstance(value, bool):
