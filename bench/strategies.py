@@ -41,7 +41,7 @@ from .runs import Row, Section, Settings
 from .sgsc_peers import LIBRARIES
 from .strategy_claims import mixture_claims, network_claims, qat_claims
 from .strategy_networks import Network, means, network
-from .strategy_peers import PT2E, by_others, exported, rounded
+from .strategy_peers import BREVITAS, PT2E, by_others, calibrated, exported, rounded
 
 NETWORKS = ("digits", "char-lm", "resnet20", "resnet56", "stories260k", "vdsr")
 SETTINGS: dict[str, tuple[int, int | None]] = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W3": (3, None)}
@@ -118,6 +118,9 @@ def _one(section: Section, of: Network, setting: str, seed: int, randoms: int, r
             inputs = of.calibration(seed)
             return by_others(lambda: exported(of, inputs), beside)
         model, widths = fold_batch_norms(of.model).model, problem().bits
+        if library in BREVITAS:
+            inputs = of.calibration(seed)
+            return by_others(lambda: calibrated(model, inputs, widths, BREVITAS[library]), beside)
         return by_others(lambda: rounded(model, library, widths), beside)
 
     section.row({**row, "method": "DQSS"}, lambda: timed(dqss))
@@ -131,11 +134,9 @@ def _one(section: Section, of: Network, setting: str, seed: int, randoms: int, r
         section.row({**row, "method": name}, lambda w=w, a=a: timed(lambda: judged(problem().uniform(w, a))))
     if randoms:
         section.row({**row, "method": "random", "assignments": randoms}, lambda: timed(lambda: drawn(randoms)))
-    if bits_activations is None:
-        for library in LIBRARIES:
-            section.row({**row, "method": library}, lambda library=library: timed(lambda: theirs(library)))
-    if setting == "W8A8":
-        section.row({**row, "method": PT2E}, lambda: timed(lambda: theirs(PT2E)))
+    peers = [*([PT2E] if setting == "W8A8" else []), *(BREVITAS if bits_activations else LIBRARIES)]
+    for library in peers:
+        section.row({**row, "method": library}, lambda library=library: timed(lambda: theirs(library)))
 
 
 def timed(run: Callable[[], Row]) -> Row:
@@ -180,9 +181,9 @@ def _mixture(count: int, together: bool) -> Row:
         else:
             kernels = [w.view_as(layer.weight) for w in weights.fixed]
             y = torch.zeros(())
-            for a, q in zip(inputs.shares(), inputs.candidates, strict=True):
+            for a, rounded_x in zip(inputs.shares(), [q(x) for q in inputs.candidates], strict=True):
                 for b, kernel in zip(weights.shares(), kernels, strict=True):
-                    y = y + a * b * torch.conv2d(q(x), kernel, None, padding=1)
+                    y = y + a * b * torch.conv2d(rounded_x, kernel, None, padding=1)
         y.square().mean().backward()
 
     kept: dict[int, int] = {}

@@ -9,15 +9,15 @@ from typing import Any
 from .cells import cell, spread, table
 from .record import claim
 from .sgsc_peers import LIBRARIES
-from .strategy_peers import PT2E
+from .strategy_peers import BREVITAS, PT2E
 
 Row = dict[str, Any]
 Rows = Sequence[Mapping[str, Any]]
 METRICS = {"psnr": (1, 1.0, "dB"), "ssim": (1, 1.0, ""), "accuracy": (1, 100.0, "points"), "loss": (-1, 1.0, "nats")}
 CLOSE = {"psnr": 0.05, "ssim": 0.001, "accuracy": 0.1, "loss": 0.01}  # to float, at 8 bits of both
-DRAWS = 3  # of calibration data, that a claim needs to hold
+DRAWS = 3  # of calibration data, or seeds of training, that a claim needs of each method to hold
 DATA = {"resnet20": "CIFAR-10 (JPEG q75)", "resnet56": "CIFAR-10 (JPEG q75)", "vdsr": "Set5 times 2"}
-BESIDE = ("best uniform", "greedy", *LIBRARIES, PT2E)  # what ours is to be ahead of, or equal to
+BESIDE = ("best uniform", "greedy", *LIBRARIES, PT2E, *BREVITAS)  # what ours is to be ahead of, or equal to
 
 
 def grouped(rows: Rows) -> list[list[Mapping[str, Any]]]:
@@ -45,23 +45,29 @@ def network_claims(rows: list[Row]) -> list[Row]:
         for setting in dict.fromkeys(r["setting"] for r in group if "setting" in r):
             mine = [r for r in group if r.get("setting") == setting]
             ours = [r for r in mine if r["method"] == "DQSS"]
-            enough = len(ours) >= DRAWS
-            draws = f"{len(ours)} draws" if enough else f"{len(ours)} of {DRAWS} draws"
-            where = f"{task}{f', {DATA[task]}' if task in DATA else ''}, {setting}, {draws} of "
-            where += f"{group[-1]['samples']:,}, {group[0]['test_samples']:,} test samples"
+            name = f"{task}{f', {DATA[task]}' if task in DATA else ''}, {setting}"
+            of = f"of {group[-1]['samples']:,}, {group[0]['test_samples']:,} test samples"
             for method in BESIDE:
                 leads = [r for r in mine if r["method"] == method and "ours_ahead" in r]
                 if leads:
                     mean = factor * statistics.fmean(r["ours_ahead"] for r in leads)
                     noise = factor * statistics.fmean(r["ours_ahead_error"] for r in leads)
-                    text = f"{where}: test {metric} ahead of {method} (standard error {noise:.2g})"
+                    draws, enough = counted(min(len(leads), len(ours)), "draws")
+                    text = f"{name}, {draws} {of}: test {metric} ahead of {method} (standard error {noise:.2g})"
                     made.append(claim(text, 0, mean, unit, enough and mean >= -2 * noise))
-            for name in METRICS if setting == "W8A8" and ours and reference is not None else ():
-                if name == metric or (name == "ssim" and name in reference):
-                    lost = statistics.fmean(METRICS[name][1] * sign * (reference[name] - r[name]) for r in ours)
-                    text = f"{where}: test {name} lost against float"
-                    made.append(claim(text, CLOSE[name], lost, METRICS[name][2], enough and lost <= CLOSE[name]))
+            for key in METRICS if setting == "W8A8" and ours and reference is not None else ():
+                if key == metric or (key == "ssim" and key in reference):
+                    lost = statistics.fmean(METRICS[key][1] * sign * (reference[key] - r[key]) for r in ours)
+                    draws, enough = counted(len(ours), "draws")
+                    text = f"{name}, {draws} {of}: test {key} lost against float"
+                    made.append(claim(text, CLOSE[key], lost, METRICS[key][2], enough and lost <= CLOSE[key]))
     return made
+
+
+def counted(count: int, what: str) -> tuple[str, bool]:
+    """How many there are, in words, and whether they are enough."""
+    enough = count >= DRAWS
+    return f"{count} {what}" if enough else f"{count} of {DRAWS} {what}", enough
 
 
 def mixture_claims(rows: list[Row]) -> list[Row]:
@@ -84,21 +90,28 @@ def mixture_claims(rows: list[Row]) -> list[Row]:
 
 
 def qat_claims(rows: list[Row]) -> list[Row]:
-    """Within half a point of float, and no worse than LSQ everywhere."""
+    """Within half a point of float, and no worse than LSQ everywhere beyond two standard errors, over seeds.
+
+    With fewer than DRAWS seeds of a method nothing holds yet.
+    """
     made = []
     for group in grouped(rows):
         for steps, rate in dict.fromkeys((r["steps"], r["rate"]) for r in group if "steps" in r):
             of = [r for r in group if (r.get("steps"), r.get("rate")) == (steps, rate)]
-            ours = [r["accuracy"] for r in of if r["method"] == "DQSS"]
-            theirs = [r["accuracy"] for r in of if r["method"] == "lsq"]
+            ours = {r["seed"]: r["accuracy"] for r in of if r["method"] == "DQSS"}
+            theirs = {r["seed"]: r["accuracy"] for r in of if r["method"] == "lsq"}
             reference = next((r["accuracy"] for r in group if r["method"] == "float"), None)
-            name = f"resnet20, CIFAR-10 (JPEG q75), W4A4, {steps:,} steps, {len(ours)} seeds"
-            if ours and reference is not None:
-                lost = 100 * (reference - statistics.fmean(ours))
-                made.append(claim(f"{name}: test accuracy lost against float", 0.5, lost, "points", at_most=0.5))
-            if ours and theirs:
-                lead = 100 * (statistics.fmean(ours) - statistics.fmean(theirs))
-                made.append(claim(f"{name}: test accuracy ahead of LSQ in all layers", 0, lead, "points", at_least=0))
+            losses = [] if reference is None else [100 * (reference - accuracy) for accuracy in ours.values()]
+            leads = [100 * (ours[seed] - theirs[seed]) for seed in ours.keys() & theirs.keys()]
+            for values, what in ((losses, "lost against float"), (leads, "ahead of LSQ in all layers")):
+                if not values:
+                    continue
+                mean, (seeds, enough) = statistics.fmean(values), counted(len(values), "seeds")
+                error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+                text = f"resnet20, {DATA['resnet20']}, W4A4, {steps:,} steps, {seeds}: test accuracy {what}"
+                holds = mean <= 0.5 if values is losses else mean >= -2 * error
+                target = 0.5 if values is losses else 0
+                made.append(claim(f"{text} (standard error {error:.2g})", target, mean, "points", enough and holds))
     return made
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def _named(name: str) -> Any:
     """What module:name or file.py:name gives: a module, or what a function of no arguments returns.
 
     Raises:
-        ValueError: If there is no such thing, or it is no module.
+        ValueError: If there is no such thing, it needs arguments, or it is no module.
     """
     from torch import nn
 
@@ -107,7 +108,12 @@ def _named(name: str) -> Any:
         made = getattr(found, attribute)
     except (ImportError, AttributeError, ValueError, OSError) as error:
         raise ValueError(f"--model {name!r}: {error}; want module:name or file.py:name") from None
-    made = made if isinstance(made, nn.Module) else made()
+    if not isinstance(made, nn.Module):
+        try:
+            inspect.signature(made).bind()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"--model {name!r}: {error}; want an nn.Module, or a function of no arguments") from None
+        made = made()
     if not isinstance(made, nn.Module):
         raise ValueError(
             f"--model {name!r} is a {type(made).__name__}; want an nn.Module, or a function that makes one"

@@ -5,8 +5,11 @@ import json
 import numpy as np
 import pytest
 import safetensors.torch
+import torch
+from torch import nn
 
 from sgsc.cli import main
+from sgsc.demos.strategies import answers_alike
 from sgsc.report import strategies_summary
 from sgsc.report.strategies_page import render_strategies
 
@@ -95,6 +98,57 @@ def test_a_network_of_one_s_own(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (np.float32(3), "a batch is a single number; want tensors (samples, ...)"),
+        (np.zeros((0, 4), "float32"), "no calibration data"),
+        (np.where(np.arange(30)[:, None] == 17, np.nan, np.ones((30, 4))), "sample 17 holds NaN or infinity"),
+    ],
+)
+def test_data_of_one_s_own_that_cannot_serve_is_answered(values, said, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", values)
+    how = ["--model", "torch.nn:Identity", "--calibration", str(tmp_path / "x.npy"), "--out", str(tmp_path)]
+    assert main(["strategies", *how]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_network_that_does_not_run_packed_gets_no_file_and_says_why(tmp_path, capsys):
+    (tmp_path / "tied.py").write_text(
+        "import torch\n"
+        "class Tied(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        torch.manual_seed(0)\n"
+        "        self.table, self.linear = torch.nn.Embedding(20, 8), torch.nn.Linear(8, 8)\n"
+        "    def forward(self, ids):\n"
+        "        return self.linear(self.table(ids)) @ self.table.weight.t()\n"
+    )
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(20, size=(40, 6)))
+    (tmp_path / "model.sgsc").write_bytes(b"of an older run")
+    how = [
+        "--model",
+        f"{tmp_path / 'tied.py'}:Tied",
+        "--calibration",
+        str(tmp_path / "ids.npy"),
+        "--out",
+        str(tmp_path),
+    ]
+    assert main(["strategies", *how, *QUICK]) == 0
+    assert "no model.sgsc: packed, the network does not run (AttributeError: " in capsys.readouterr().err
+    assert not (tmp_path / "model.sgsc").exists()
+    assert main(["strategies", *how, *QUICK, "--skip", "table"]) == 0
+    assert (tmp_path / "model.sgsc").exists()
+
+
+def test_a_packed_network_that_is_far_off_is_refused():
+    net, x = nn.Linear(4, 3), torch.randn(8, 4)
+    answers_alike(net, net, x)
+    for other in (lambda x: 1.2 * net(x), lambda x: net(x) * torch.nan):
+        with pytest.raises(ValueError, match=r"packed, the network is off by .* of the norm of its answers"):
+            answers_alike(other, net, x)
+
+
+@pytest.mark.parametrize(
     ("wrong", "said"),
     [
         ([], "name a task, or --model with --calibration"),
@@ -107,6 +161,8 @@ def test_a_network_of_one_s_own(tmp_path):
         (["--model", "torch:nothing", "--calibration", "x.npy"], "has no attribute 'nothing'"),
         (["--model", "torch.nn:Identity", "--calibration", "x.npy"], "No such file or directory: 'x.npy'"),
         (["--model", "os:getcwd", "--calibration", "x.npy"], "is a str; want an nn.Module"),
+        (["--model", "torch.nn:Linear", "--calibration", "x.npy"], "missing a required argument: 'in_features'; want"),
+        (["--model", "os:sep", "--calibration", "x.npy"], "is not a callable object; want an nn.Module, or a function"),
         (["digits", "--bits-weights", "9", "--limit", "32", "--float-steps", "1"], "strategies serve 2 to 8"),
         (["digits", "--inputs", "pact", "--limit", "32", "--float-steps", "1"], "'pact' is not known without training"),
         (["digits", "--samples", "0", "--limit", "32", "--float-steps", "1"], "samples=0 calibrates nothing"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sgsc import pack, prepare
+from sgsc import load_into, pack, prepare, save
 from sgsc.kernels import NUMERICS, PackedRows, extension, run_form, unpack
 from sgsc.kernels.packed_linear import grid
 from sgsc.kernels.packing import case
@@ -362,3 +362,14 @@ def test_the_rows_of_a_layer_are_its_disk_form():
     layer = linear()
     assert isinstance(layer.rows, PackedRows)
     assert_laid_out(layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_network_of_half_precision_looks_up_in_it_packed_and_loaded(dtype, tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(20, 8), nn.LayerNorm(8), nn.Linear(8, 5)).to(dtype).eval()
+    packed, ids = pack(prepare(net).model), torch.arange(20)
+    save(packed, tmp_path / "m.sgsc")
+    for model in (packed, load_into(net, tmp_path / "m.sgsc")):
+        assert model(ids).dtype == dtype
+        torch.testing.assert_close(model(ids), net(ids), rtol=0.05, atol=0.05)

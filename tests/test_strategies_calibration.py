@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from sgsc import load_into, pack, save
 from sgsc.demos.models import DigitsCNN
 from sgsc.layers import quant_layers
 from sgsc.preparation import prepare
@@ -293,7 +294,7 @@ def test_what_folds_answers_as_before_and_the_rest_stays(make, shape, folds):
         torch.testing.assert_close(done.model(x), net(x))
 
 
-def test_a_norm_of_another_axis_is_found_out_by_the_data():
+def test_a_norm_of_another_axis_is_found_out_by_the_data(tmp_path):
     torch.manual_seed(0)
     net, x = normed(nn.Linear(5, 7), nn.BatchNorm1d(7)), torch.randn(40, 7, 5)
     for _ in range(3):
@@ -305,6 +306,9 @@ def test_a_norm_of_another_axis_is_found_out_by_the_data():
     problem.set(problem.uniform("mse", None))
     with torch.no_grad():
         torch.testing.assert_close(problem.model(x), net(x), rtol=0.1, atol=0.1)
+        packed = pack(problem.model)
+        save(packed, tmp_path / "m.sgsc")
+        torch.testing.assert_close(load_into(net, tmp_path / "m.sgsc")(x), packed(x))  # as README.md says
 
 
 def test_as_many_samples_pass_together_as_there_is_room_for(monkeypatch):

@@ -187,6 +187,7 @@ def test_a_network_that_goes_on_in_place_does_not_change_what_is_remembered():
         problem.set(choice)
         with Settled(problem, most) as settled:
             settled.add("conv")
+            assert bool(settled.added) == bool(most)
             ends.append([problem.judge() for _ in range(3)])
     assert ends[0] == ends[1]
     assert len(set(ends[0])) == 1
@@ -269,6 +270,16 @@ def test_data_that_the_network_does_not_take_is_named():
         search_strategies(network(), torch.zeros(20, 1, 6, 6, dtype=torch.uint8), **QUICK)
 
 
+def test_answers_whose_classes_may_lie_on_another_axis_are_refused():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1))
+    with pytest.raises(
+        ValueError, match=r"loss='kl' .*\(samples, places, classes\), and the .* \(\d+, 5, 4, 4\); take"
+    ):
+        search_strategies(net, data(16), steps=2)
+    pixels = lambda got, of: divergence(got.movedim(1, -1), of.movedim(1, -1))  # noqa: E731
+    assert search_strategies(net, data(16), steps=2, loss=pixels).loss > 0
+
+
 @pytest.mark.parametrize("nothing", [torch.zeros(0, 1, 6, 6), [], [torch.zeros(0, 1, 6, 6)]])
 def test_no_calibration_data_is_refused(nothing):
     with pytest.raises(ValueError, match="no calibration data: want a tensor"):
@@ -297,9 +308,18 @@ def test_data_on_another_device_is_moved():
         search_strategies(network().to("meta"), data(), **QUICK)
 
 
-def test_labels_among_the_data_are_refused():
-    with pytest.raises(ValueError, match="a batch is a tuple; want tensors"):
-        search_strategies(network(), [(data(4), torch.zeros(4))], **QUICK)
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([(data(4), torch.zeros(4))], "tuple"),  # with labels
+        (None, "NoneType"),
+        (data(4).numpy(), "ndarray"),
+        (torch.tensor(1.0), "single number"),
+    ],
+)
+def test_data_that_is_no_batch_of_tensors_is_refused(given, said):
+    with pytest.raises(ValueError, match=f"a batch is a {said}; want tensors"):
+        search_strategies(network(), given, **QUICK)
 
 
 def test_constant_activations_give_the_right_answers():
@@ -320,6 +340,40 @@ def test_a_layer_never_called_is_named_and_may_be_skipped():
     with pytest.raises(ValueError, match="never called on the calibration data: unused"):
         search_strategies(net, torch.randn(20, 5), **QUICK)
     assert "unused" not in search_strategies(net, torch.randn(20, 5), **QUICK, skip=["unused"]).choice
+
+
+class Expert(nn.Module):
+    """A layer for samples of a large first value alone."""
+
+    def __init__(self, asked):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.rare, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.asked = asked  # whether it is called where there is no such sample
+
+    def forward(self, x):
+        y, large = self.first(x), x[:, 0] > 2
+        if self.asked or large.any():
+            y = y.masked_scatter(large[:, None], self.rare(y[large]))
+        return self.head(y)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_layer_that_no_selecting_sample_reaches_is_served(asked):
+    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    x[order[-1], 0] = 3.0  # the samples that come first select
+    found = search_strategies(Expert(asked), x, **QUICK)
+    assert isinstance(quant_layers(found.model)["rare"].input_quantizer, StaticInput)
+    large = x[order[-1:]]
+    with torch.no_grad():
+        torch.testing.assert_close(found.model(large), Expert(asked)(large), rtol=0.2, atol=0.2)
+
+
+@pytest.mark.parametrize("bits", [4, None])
+def test_a_layer_called_on_nothing_alone_is_never_called(bits):
+    with pytest.raises(ValueError, match="never called on the calibration data: rare"):
+        search_strategies(Expert(True), torch.zeros(20, 4), **{**QUICK, "bits_activations": bits})
 
 
 def test_two_modules_of_one_weight_are_refused_by_name():

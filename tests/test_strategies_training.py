@@ -59,6 +59,9 @@ def test_shares_stay_while_it_warms_up_and_move_in_the_same_backward_as_weights(
     assert not torch.equal(layer.weight, before)
     decays = {id(p): g["weight_decay"] for g in run.optimiser.param_groups for p in g["params"]}
     assert not {id(m.logits) for m in mixtures(run.model)} & decays.keys()
+    steps = [p for name, p in run.model.named_parameters() if name.endswith("step") and p.requires_grad]
+    assert {decays[id(p)] for p in steps} == {0}
+    assert decays[id(layer.weight)] > 0
     assert {g["weight_decay"] for g in run.of_shares.param_groups} == {0}
 
 

@@ -91,6 +91,8 @@ def _fill(model: nn.Module, artefact: Artefact) -> nn.Module:
         _check_fits(name, module, layer)
         layer.bias = values.pop(_join(name, "bias"), None)
         _check_bias(name, getattr(module, "bias", None), layer)
+        if isinstance(layer, PackedEmbedding):
+            layer.like = torch.empty(0, dtype=module.weight.dtype)  # pyright: ignore  a tensor, as _check_fits has seen
         for other in [n for n, m in modules.items() if m is module]:  # a module in two places stays one
             if other == "":
                 model = layer

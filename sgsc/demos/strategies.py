@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from sgsc.artefact import save
 from sgsc.files import write_atomically
 from sgsc.packed import pack
+from sgsc.samples import device_of
 from sgsc.size import float_bytes
+from sgsc.strategies.problem import samples_of
 from sgsc.strategies.search import Strategies, search_strategies
 
 from .job import MODEL, Progress, float_model
@@ -26,16 +28,19 @@ from .training import evaluate
 
 DERIVED = "derived.safetensors"
 SAMPLES = 1024  # of calibration
+CHECKED = 16  # of these, that the packed network has to answer as the derived one does
+FAR = 0.1  # of the norm of the answers: sums in another order may round some input to its other neighbour
 
 
 def draw(data: Tensor, samples: int, seed: int) -> Tensor:
     """Some of the samples, (N, ...), at random.
 
     Raises:
-        ValueError: If `samples` is below 1.
+        ValueError: If `samples` is below 1, there is none, or one holds NaN or infinity.
     """
     if samples < 1:
         raise ValueError(f"samples={samples} calibrates nothing; give 1 or more")
+    samples_of(data)  # here it still is known which one it is that cannot be taken
     return data[torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:samples]]
 
 
@@ -64,7 +69,7 @@ def search(
     found = search_strategies(network, inputs, seed=seed, progress=progress, **settings)
     report = {
         **{"kind": "strategies", "task": task.name, "sources": task.sources, "samples": len(inputs)},
-        **{"float_bytes": float_bytes(network), **found.report, **store(found, folder, {"task": task.name})},
+        **{"float_bytes": float_bytes(network), **found.report, **store(found, inputs, folder, {"task": task.name})},
         "validation": {"float": evaluate(network, task.validation), "derived": evaluate(found.model, task.validation)},
     }
     test = task.test()
@@ -85,16 +90,41 @@ def search_any(
     """The same for a network and data of the user's own, without labels; returns the report."""
     found = search_strategies(network, calibration, seed=seed, progress=progress, **settings)
     kept = {"kind": "strategies", "task": type(network).__name__, "samples": len(calibration)}
-    return {**kept, "float_bytes": float_bytes(network), **found.report, **store(found, folder, {})}
+    return {**kept, "float_bytes": float_bytes(network), **found.report, **store(found, calibration, folder, {})}
 
 
-def store(found: Strategies, folder: Path, notes: dict[str, Any]) -> dict[str, Any]:
+def store(found: Strategies, inputs: Tensor, folder: Path, notes: dict[str, Any]) -> dict[str, Any]:
     """Write the derived network; returns what the report says of its files."""
     # a module in two places is stored in both
     state = {name: value.contiguous().clone() for name, value in found.model.state_dict().items()}
     write_atomically(folder / DERIVED, safetensors.torch.save(state))
     try:
-        size = save(pack(found.model, remove=False), folder / MODEL, notes={**notes, "strategies": True})
+        packed = pack(found.model, remove=False)
+        answers_alike(packed, found.model, inputs[:CHECKED].to(device_of(found.model)))
+        size = save(packed, folder / MODEL, notes={**notes, "strategies": True})
     except ValueError as error:
+        (folder / MODEL).unlink(missing_ok=True)  # that of an older run must not stay
         return {"stored_bytes": None, "not_packed": str(error)}
     return {"stored_bytes": size, "not_packed": ""}
+
+
+@torch.no_grad()
+def answers_alike(packed: nn.Module, derived: nn.Module, inputs: Tensor) -> None:
+    """Refuse a packed network that does not answer as the derived one.
+
+    Raises:
+        ValueError: If it does not run, as where the network reads a layer's weight beside calling it, or is far off.
+    """
+    wanted = derived(inputs).float()
+    try:
+        answers = packed(inputs).float()
+    except Exception as error:  # of the network's own code, which may look for anything that a packed layer has not
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise ValueError(
+            f"packed, the network does not run ({said}); leave the layers it means float, by skip"
+        ) from None
+    off = (answers - wanted).norm() / wanted.norm().clamp_min(1e-30)
+    if not off <= FAR:
+        raise ValueError(
+            f"packed, the network is off by {off:.2g} of the norm of its answers; leave layers float, by skip"
+        )

@@ -112,14 +112,21 @@ class PackedConv1d(PackedConv2d):
 
 
 class PackedEmbedding(PackedLayer):
-    """`nn.Embedding` from packed rows; the result has the dtype that the model was last cast to."""
+    """`nn.Embedding` from packed rows; the result has its dtype, or the one that the model was last cast to."""
 
     type_name = "Embedding"
     like: Tensor
 
-    def __init__(self, rows: PackedRows, scale: Tensor, offset: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        rows: PackedRows,
+        scale: Tensor,
+        offset: Tensor,
+        bias: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__(rows, scale, offset, bias)
-        self.register_buffer("like", torch.empty(0), persistent=False)  # follows .half() and .bfloat16()
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)  # follows .half() and .bfloat16()
 
     def forward(self, input: Tensor) -> Tensor:
         """(...) int -> (..., K)."""

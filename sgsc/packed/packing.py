@@ -32,7 +32,7 @@ _KIND: dict[type[QuantLayer], tuple[type[PackedLayer], Callable[[Any], dict[str,
     QuantLinear: (PackedLinear, lambda layer: {}),
     QuantConv1d: (PackedConv1d, geometry),
     QuantConv2d: (PackedConv2d, geometry),
-    QuantEmbedding: (PackedEmbedding, lambda layer: {}),
+    QuantEmbedding: (PackedEmbedding, lambda layer: {"dtype": layer.weight.dtype}),
 }
 
 

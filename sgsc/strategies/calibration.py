@@ -38,11 +38,26 @@ class Calls(NamedTuple):
         first: Layers in the order of their first calls.
         last: In the order of their last calls.
         counts: For each batch, layer -> number of its calls.
+        never: Layers that are not called, or on nothing.
     """
 
     first: list[str]
     last: list[str]
     counts: list[dict[str, int]]
+    never: list[str]
+
+    def of_all(self) -> Calls:
+        """These calls, if the data reaches all layers.
+
+        Raises:
+            ValueError: If a layer is never called.
+        """
+        if self.never:
+            raise ValueError(
+                f"layers never called on the calibration data: {', '.join(self.never)}; their inputs have no grid. "
+                "Call the model as it will be used, or leave these layers float with skip=[...]"
+            )
+        return self
 
 
 @torch.no_grad()
@@ -55,7 +70,7 @@ def calibrate(model: nn.Module, batches: Sequence[Tensor], choose: Choose, calls
         model: From `prepare`, weights quantized as they will be.
         batches: Inputs of the model.
         choose: (name of a layer, what was seen of its input) -> its input quantizer.
-        calls: What `count_calls` says of the same batches, where that is known.
+        calls: Of all layers, as `count_calls` says of the same batches, where that is known.
 
     Returns:
         Names of all quantized layers in the order of their last calls.
@@ -64,7 +79,7 @@ def calibrate(model: nn.Module, batches: Sequence[Tensor], choose: Choose, calls
         ValueError: If there is no batch, a layer is never called, or an input holds NaN or infinity.
     """
     layers = quant_layers(model)
-    calls = count_calls(model, layers, batches) if calls is None else calls
+    calls = count_calls(model, layers, batches).of_all() if calls is None else calls
     wanted = [name for name in calls.last if not isinstance(layers[name], QuantEmbedding)]
     for name in wanted:
         layers[name].input_quantizer = None
@@ -83,21 +98,27 @@ def count_calls(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequ
     """Which layers the batches reach, and when.
 
     Raises:
-        ValueError: If there is no batch, or a layer is never called.
+        ValueError: If there is no batch.
     """
     if not len(batches):
         raise ValueError("no calibration data: want at least one batch of inputs")
     first: dict[str, None] = {}
     last: dict[str, None] = {}
     counts: list[dict[str, int]] = []
+    reached = set()
 
-    def count(name: str) -> None:
+    def count(args: tuple, kwargs: dict, name: str) -> None:
+        if given(args, kwargs).numel():
+            reached.add(name)
         first.setdefault(name)
         last.pop(name, None)
         last[name] = None
         counts[-1][name] = counts[-1].get(name, 0) + 1
 
-    hooks = [m.register_forward_pre_hook(lambda *_, name=name: count(name)) for name, m in layers.items()]
+    hooks = [
+        m.register_forward_pre_hook(lambda _, a, k, name=name: count(a, k, name), with_kwargs=True)
+        for name, m in layers.items()
+    ]
     try:
         with evaluating(model):
             for batch in batches:
@@ -106,13 +127,12 @@ def count_calls(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequ
     finally:
         for hook in hooks:
             hook.remove()
-    never = [name for name in layers if name not in first]
-    if never:
-        raise ValueError(
-            f"layers never called on the calibration data: {', '.join(never)}; their inputs have no grid. Call the "
-            "model as it will be used, or leave these layers float with skip=[...]"
-        )
-    return Calls(list(first), list(last), counts)
+    return Calls(list(first), list(last), counts, [name for name in layers if name not in reached])
+
+
+def given(args: tuple, kwargs: dict) -> Tensor:
+    """The input among what a layer is called with."""
+    return args[0] if args else kwargs["input"]
 
 
 @torch.no_grad()
@@ -148,7 +168,7 @@ def _pass(
 
     def look(layer: Any, args: tuple, kwargs: dict, name: str) -> None:
         try:
-            seen[name].observe(args[0] if args else kwargs["input"])
+            seen[name].observe(given(args, kwargs))
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}; look for NaN in the data and in the model's weights") from None
         times[name] += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,7 +141,7 @@ def make_problem(
     model = prepared.model.eval().requires_grad_(False)
     found = quant_layers(model)
     together = joined(fit, room(model, found, fit[0]))
-    calls = count_calls(model, found, together)
+    calls = count_calls(model, found, together).of_all()
     edges = {calls.first[0], calls.last[-1]}
     layers = {name: found[name] for name in calls.last}
     bits = {name: settings.bits(name in edges) for name in layers}
@@ -183,10 +183,11 @@ def _answers(network: nn.Module, batches: Sequence[Tensor], loss: str | Loss) ->
         if not isinstance(outputs, Tensor) or not torch.isfinite(outputs).all():
             said = "NaN or infinity" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}, not a tensor"
             raise ValueError(f"the float model answers {said} on the calibration data; there is nothing to be close to")
-        if loss == "kl" and (outputs.dim() < 2 or outputs.shape[-1] < 2):
+        # of images it is not known which axis holds classes
+        if loss == "kl" and (outputs.dim() not in (2, 3) or outputs.shape[-1] < 2):
             raise ValueError(
-                f"loss='kl' compares answers among classes, and the model's outputs are {tuple(outputs.shape)}; take "
-                "loss='l1', or pass a function"
+                "loss='kl' compares answers among classes, (samples, classes) or (samples, places, classes), and the "
+                f"model's outputs are {tuple(outputs.shape)}; take loss='l1', or pass a function"
             )
         found.append(outputs)
     return found
@@ -215,6 +216,27 @@ def joined(batches: Sequence[Tensor], at_once: int) -> list[Tensor]:
     return [torch.cat(group) for alike in groups.values() for group in alike]
 
 
+def samples_of(calibration: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """Each sample as a batch of its own.
+
+    Raises:
+        ValueError: If there is none, or one holds NaN or infinity.
+    """
+    one = isinstance(calibration, Tensor) or not isinstance(calibration, Iterable)
+    given: list[Any] = [calibration] if one else list(calibration)
+    for batch in given:
+        if not isinstance(batch, Tensor) or not batch.dim():
+            said = "single number" if isinstance(batch, Tensor) else type(batch).__name__
+            raise ValueError(f"calibration data: a batch is a {said}; want tensors (samples, ...)")
+    samples = [sample for batch in given if batch.numel() for sample in batch.split(1)]
+    if not samples:
+        raise ValueError("no calibration data: want a tensor (samples, ...) of inputs, or a list of such batches")
+    for place, sample in enumerate(samples):
+        if sample.is_floating_point() and not torch.isfinite(sample).all():
+            raise ValueError(f"calibration data: sample {place} holds NaN or infinity; take it out")
+    return samples
+
+
 def split(
     calibration: Tensor | Sequence[Tensor], network: nn.Module, settings: StrategySettings
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -223,19 +245,11 @@ def split(
     Raises:
         ValueError: If there is no sample, or one holds NaN or infinity or is of another dtype than the network.
     """
-    given = [calibration] if isinstance(calibration, Tensor) else list(calibration)
-    for batch in given:
-        if not isinstance(batch, Tensor) or not batch.dim():
-            raise ValueError(f"calibration data: a batch is a {type(batch).__name__}; want tensors (samples, ...)")
-    samples = [sample for batch in given if batch.numel() for sample in batch.split(1)]
-    if not samples:
-        raise ValueError("no calibration data: want a tensor (samples, ...) of inputs, or a list of such batches")
+    samples = samples_of(calibration)
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
     if dtype == torch.float64:
         raise ValueError("the model is torch.float64, which has no quantized form; convert model and data by .float()")
-    for place, sample in enumerate(samples):
-        if sample.is_floating_point() and not torch.isfinite(sample).all():
-            raise ValueError(f"calibration data: sample {place} holds NaN or infinity; take it out")
+    for sample in samples:
         if sample.is_floating_point() and sample.dtype != dtype:
             raise ValueError(
                 f"calibration data is {sample.dtype}, the model {dtype}; convert it with .to({dtype}), or the model"

@@ -43,7 +43,8 @@ class Strategies:
     """What a search came to.
 
     Attributes:
-        model: The derived network, prepared; `pack` it. Its file loads into `fold_batch_norms` of the network.
+        model: The derived network, prepared; `pack` it. Its file loads into `fold_batch_norms` of the network, or into
+            the network itself where `report["left"]` says that, folded, it answers otherwise.
         choice: Layer -> (strategy of its weight, of its input or None).
         loss: On the samples that choices were judged by.
         origin: "mixture", or "greedy" where the mixture's way ended at a worse network.

@@ -24,8 +24,8 @@ class StrategySettings:
         weights: Names of WEIGHTS to choose from; all that serve the purpose if None.
         inputs: Names of INPUTS, likewise.
         skip: Names of layers to leave float, as `prepare` takes them.
-        loss: "kl" (divergence of the answers from the float model's), "l1" (for images and other real numbers), or a
-            function (outputs, wanted) -> scalar.
+        loss: "kl" (divergence of the answers from the float model's, classes last), "l1" (for images and other real
+            numbers), or a function (outputs, wanted) -> scalar.
         select_share: Of the samples, by which discrete choices are judged; the others find grids and train mixtures.
         batch_size: Samples of a step.
         seed: Of every random choice.
