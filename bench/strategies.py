@@ -80,19 +80,15 @@ def _one(section: Section, of: Network, setting: str, seed: int, randoms: int, r
         return {**means(theirs), "ours_ahead": leads.mean().item(), "ours_ahead_error": error}
 
     def judged(choice: Choice) -> Row:
-        """Calibrated behind its own layers where that is better on the samples that choices are judged by: as ours."""
+        """Recalibrated and corrected where that is better on the samples that choices are judged by: as ours."""
         made = problem()
-        made.set(choice)
-        loss = made.judge()
-        made.recalibrate(choice)
-        again = made.judge()
-        if again >= loss:
-            made.set(choice)
-        return {"select_loss": min(loss, again), **beside(made.model)}
+        loss = made.derive(choice).loss
+        return {"select_loss": loss, **beside(made.model)}
 
     def dqss() -> Row:
         f, each = found()
-        kept = ("origin", "best_uniform", "best_uniform_loss", "greedy_loss", "mixture_argmax_loss", "recalibrated")
+        kept = ("origin", "best_uniform", "best_uniform_loss", "greedy_loss", "mixture_argmax_loss")
+        kept += ("recalibrated", "biases_corrected")
         kinds = {f"different_{side}s": len({row[side] for row in f.report["layers"]}) for side in ("weight", "input")}
         said = {**{key: f.report[key] for key in kept}, **kinds, "search_seconds": f.report["seconds"]}
         return {"select_loss": f.loss, **means(each), **said, "layers": len(f.choice)}

@@ -37,6 +37,7 @@ def arguments_of(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--steps", type=int, default=100, help="of the mixture (default: 100)")
     sub.add_argument("--samples", type=int, default=1024, help="of calibration (default: 1024)")
     sub.add_argument("--integer-bias", action="store_true", help="biases in whole steps of int32 sums")
+    sub.add_argument("--correct-bias", action="store_true", help="biases make up for mean errors of rounding; slower")
     sub.add_argument("--out", type=Path, default=None, help="run folder (default: runs/strategies-TASK)")
     sub.add_argument("--seed", type=int, default=0, help="seed of every random choice (default: 0)")
 
@@ -58,6 +59,7 @@ def run(options: argparse.Namespace) -> int:
         **{key: vars(options)[key] for key in ("bits_weights", "weights", "inputs", "skip", "loss", "steps", "seed")},
         **{"bits_activations": options.bits_activations or None, "edge_bits": options.edge_bits or None},
         **{"per_channel": not options.per_tensor, "integer_bias": options.integer_bias},
+        "correct_bias": options.correct_bias,
     }
     folder = options.out or Path("runs") / f"strategies-{options.task or 'model'}"
     with Progress(quiet=options.json) as progress:

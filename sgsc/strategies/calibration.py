@@ -27,8 +27,8 @@ ALIVE = 6  # tensors like the largest input of a layer: it, its rounding, output
 Choose = Callable[[str, InputStatistics], InputQuantizer]
 
 
-class _Stop(Exception):
-    pass
+class Stop(Exception):
+    """Ends a pass: what is behind the layer in question need not be computed."""
 
 
 class Calls(NamedTuple):
@@ -176,7 +176,7 @@ def _pass(
         if left[name] == 0:
             layer.input_quantizer = choose(name, seen[name]).to(layer.weight.device)
         if stop and times[name] == calls[name]:
-            raise _Stop
+            raise Stop
 
     hooks = [
         m.register_forward_pre_hook(lambda m, a, k, name=name: look(m, a, k, name), with_kwargs=True)
@@ -185,7 +185,7 @@ def _pass(
     try:
         with evaluating(model):
             model(batch)
-    except _Stop:
+    except Stop:
         pass
     finally:
         for hook in hooks:

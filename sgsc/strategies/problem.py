@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from sgsc.preparation import prepare
 from sgsc.quantizers import InputQuantizer, Quantizer
 from sgsc.samples import device_of, evaluating
 
+from .biases import correct_bias, correct_biases, float_means, inputs_of, own_biases
 from .calibration import Calls, calibrate, count_calls, room
 from .folding import Folded, fold_batch_norms
 from .registry import INPUTS, WEIGHTS, strategies
@@ -39,6 +40,22 @@ def distance(outputs: Tensor, wanted: Tensor) -> Tensor:
 LOSSES: dict[str, Loss] = {"kl": divergence, "l1": distance}
 
 
+class Derived(NamedTuple):
+    """A network that a choice stands for, as it may be deployed; `Problem.take` makes it.
+
+    Attributes:
+        loss: On the samples that choices are judged by.
+        recalibrated: Whether its grids were found behind the chosen layers, and not behind those of one strategy.
+        held: Layer -> quantizers of its weight and input.
+        biases: Layer -> its bias, where that may be corrected.
+    """
+
+    loss: float
+    recalibrated: bool
+    held: dict[str, tuple[Quantizer, nn.Module | None]]
+    biases: dict[str, Tensor]
+
+
 @dataclass
 class Problem:
     """A model whose layers are to get one candidate each.
@@ -57,6 +74,8 @@ class Problem:
         calls: Of the layers, for each of those.
         weights: Layer -> strategy -> fitted quantizer.
         inputs: Layer -> strategy -> quantizer; empty for embeddings, and where inputs stay float.
+        means: Layer -> mean answers of the float network on `fit`, for biases that may be corrected.
+        biases: The same layers -> their biases as they were.
         place: Of the batch that `judge` is at.
     """
 
@@ -73,13 +92,17 @@ class Problem:
     calls: Calls
     weights: dict[str, dict[str, Quantizer]] = field(default_factory=dict)
     inputs: dict[str, dict[str, InputQuantizer]] = field(default_factory=dict)
+    means: dict[str, Tensor] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
     place: int = 0
 
-    def set(self, choice: Choice) -> None:
-        """Give every layer the candidates of that choice."""
+    def set(self, choice: Choice, bias: Tensor | None = None) -> None:
+        """Give every layer the candidates of that choice, and its bias as it was or that one."""
         for name, (weight, given) in choice.items():
             self.layers[name].weight_quantizer = self.weights[name][weight]
             self.layers[name].input_quantizer = None if given is None else self.inputs[name][given]
+            if name in self.biases:
+                self.layers[name].bias.copy_(self.biases[name] if bias is None else bias)  # pyright: ignore
 
     def uniform(self, weight: str, given: str | None) -> Choice:
         """The choice of one pair of strategies in all layers."""
@@ -116,6 +139,51 @@ class Problem:
 
         self.calibrate(choose)
 
+    def derive(self, choice: Choice, recalibrate: bool = True) -> Derived:
+        """Set a choice as it is best on the samples of `select`, corrected or not, recalibrated or not.
+
+        Either may be for the worse: grids and biases are found on other samples, and know nothing of the loss.
+        """
+        found: list[Derived] = []
+        for again in (False, True) if recalibrate and any(self.inputs.values()) else (False,):
+            if again:
+                self.recalibrate(choice)
+            else:
+                self.set(choice)
+            found.append(self.as_it_stands(self.judge(), again))
+            if self.means:
+                correct_biases(self.model, self.layers, self.means, self.together, self.calls)
+                found.append(self.as_it_stands(self.judge(), again))
+        best = min(found, key=lambda derived: derived.loss)
+        self.take(best)
+        return best
+
+    def as_it_stands(self, loss: float, recalibrated: bool = False) -> Derived:
+        """The network that the model now is."""
+        held = {name: (layer.weight_quantizer, layer.input_quantizer) for name, layer in self.layers.items()}
+        biases = {name: bias for name in self.means if (bias := self.bias(name)) is not None}
+        return Derived(loss, recalibrated, held, biases)
+
+    def take(self, derived: Derived) -> None:
+        """Make the model that network."""
+        for name, (weight, given) in derived.held.items():
+            self.layers[name].weight_quantizer, self.layers[name].input_quantizer = weight, given
+        for name, bias in derived.biases.items():
+            self.layers[name].bias.copy_(bias)  # pyright: ignore  it has one
+
+    def bias(self, name: str) -> Tensor | None:
+        """A copy of a layer's bias, where that may be corrected."""
+        return self.layers[name].bias.clone() if name in self.means else None  # pyright: ignore
+
+    def given_to(self, name: str) -> list[Tensor]:
+        """What a layer is called with on `fit`, before rounding; nothing where its bias is not corrected."""
+        return inputs_of(self.model, self.layers[name], self.together) if name in self.means else []
+
+    def correct(self, name: str, given: Sequence[Tensor]) -> None:
+        """Correct the bias of one layer that is `given_to` this."""
+        if given:
+            correct_bias(self.layers[name], self.means[name], given)
+
 
 def make_problem(
     network: nn.Module, calibration: Tensor | Sequence[Tensor], settings: StrategySettings, fold: bool = True
@@ -150,6 +218,9 @@ def make_problem(
             bits[name] = bits[name][0], None
     left = {**folded.left, **{k: v for k, v in prepared.left.items() if k not in folded.left}}
     problem = Problem(model, layers, bits, of_inputs, fit, select, wanted, judge, left, together, calls)
+    if settings.correct_bias and not settings.trained:
+        problem.means = float_means(model, layers, own_biases(model, layers), together)
+        problem.biases = {name: layers[name].bias.clone() for name in problem.means}  # pyright: ignore
     for name, layer in layers.items():
         problem.weights[name] = {}
         for strategy, cls in of_weights.items():

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from sgsc.layers import QuantLayer, quant_layers
 
 from .calibration import round_biases
 from .mixture import MixedInput, MixedWeights, entropy, mixtures, set_temperature
-from .problem import Choice, Problem, make_problem
+from .problem import Choice, Derived, Problem, make_problem
 from .settings import StrategySettings
 from .settled import Settled
 
@@ -36,6 +36,9 @@ RATE = 0.1  # of Adam, on logits
 COLDEST = 0.1  # temperature of the last step; the first has 1
 LOOKS = 8  # times that the argmax is judged
 SHARP = 0.1  # weight of the entropy at the last step, in units of the loss at the first; the first has 0
+
+# settings that the report repeats
+KEPT = ("bits_weights", "bits_activations", "edge_bits", "per_channel", "correct_bias", "seed")
 
 
 @dataclass
@@ -81,7 +84,7 @@ def search_strategies(
             is that of rounded biases.
         progress: Called as progress(phase, step, steps, values).
         settings: Fields of StrategySettings: bits_weights=4, bits_activations=8, edge_bits=8, per_channel=True,
-            weights, inputs, skip, loss="kl", select_share=0.25, batch_size=64, seed=0.
+            weights, inputs, skip, loss="kl", select_share=0.25, batch_size=64, correct_bias=False, seed=0.
 
     Raises:
         ValueError: If the calibration data is empty, not finite or of another dtype than the model, a layer is never
@@ -96,6 +99,7 @@ def search_strategies(
     uniforms = try_uniforms(problem, progress)
     best = min(uniforms, key=lambda pair: uniforms[pair])
     clock["uniform"] = time.perf_counter() - started - sum(clock.values())
+    problem.set(problem.uniform(*best))  # biases as they were: the mixture's errors are not those of any choice
     proposed, shares, course = train_mixture(problem, steps, wanted.seed, progress)
     clock["mixture"] = time.perf_counter() - started - sum(clock.values())
     ends = {
@@ -105,16 +109,11 @@ def search_strategies(
     clock["greedy"] = time.perf_counter() - started - sum(clock.values())
     origin = min(ends, key=lambda name: (ends[name].loss, name == "greedy"))
     end = ends[origin]
-    result, recalibrated = end.loss, False
-    if wanted.bits_activations is not None:
-        # grids were found behind layers of one strategy; now they may be found behind those that are chosen
-        problem.recalibrate(end.choice)
-        again = problem.judge()
-        recalibrated = again < result
-        result = min(again, result)
-    if not recalibrated:
-        problem.set(end.choice)
-    left_biases = 0
+    # grids were found behind layers of one strategy; now they may be found behind those that are chosen
+    derived = min(end.network, problem.derive(end.choice), key=lambda network: network.loss)
+    problem.take(derived)
+    result, left_biases = derived.loss, 0
+    corrected = any(not torch.equal(bias, problem.biases[name]) for name, bias in derived.biases.items())
     if integer_bias:
         left_biases = round_biases(problem.model)
         result = problem.judge()
@@ -129,13 +128,14 @@ def search_strategies(
         for name, layer in problem.layers.items()
     ]
     report = {
-        **{key: getattr(wanted, key) for key in ("bits_weights", "bits_activations", "edge_bits", "seed")},
-        **{"per_channel": wanted.per_channel, "steps": steps, "samples_fit": sum(map(len, problem.fit))},
+        **{key: getattr(wanted, key) for key in KEPT},
+        **{"steps": steps, "samples_fit": sum(map(len, problem.fit))},
         **{"samples_select": sum(map(len, problem.select)), "origin": origin, "loss": result, "left": problem.left},
         **{"uniform": [{"weight": w, "input": a, "loss": v} for (w, a), v in uniforms.items()]},
         **{"best_uniform": list(best), "best_uniform_loss": uniforms[best], "greedy_loss": ends["greedy"].loss},
         **{"mixture_argmax_loss": ends["mixture"].start, "mixture_greedy_loss": ends["mixture"].loss},
-        **{"recalibrated": recalibrated, "biases_left": left_biases, "course": course, "layers": layers},
+        **{"recalibrated": derived.recalibrated, "biases_corrected": corrected, "biases_left": left_biases},
+        **{"course": course, "layers": layers},
         **{"seconds_by_phase": clock, "seconds": time.perf_counter() - started},
     }
     for layer in problem.layers.values():  # what is derived is independent of what was tried
@@ -151,8 +151,7 @@ def try_uniforms(problem: Problem, progress: Progress) -> dict[tuple[str, str | 
     pairs = [(w, a) for w in of_weights for a in of_inputs]
     found = {}
     for place, pair in enumerate(pairs):
-        problem.set(problem.uniform(*pair))
-        found[pair] = problem.judge()
+        found[pair] = problem.derive(problem.uniform(*pair), recalibrate=False).loss
         progress("uniform strategies", place + 1, len(pairs), {"least loss": min(found.values())})
     return found
 
@@ -185,8 +184,7 @@ def train_mixture(
         if (step + 1) * LOOKS // steps > step * LOOKS // steps:
             choice = leading(layers)
             if choice not in [c for _, c in judged]:
-                problem.set(choice)
-                judged.append((problem.judge(), choice))
+                judged.append((problem.derive(choice, recalibrate=False).loss, choice))
         progress("mixture", step + 1, steps, {"loss": loss.item(), "entropy": sharp.item()})
     shares = {
         name: (shares_of(layers[name].weight_quantizer), shares_of(layers[name].input_quantizer))
@@ -221,17 +219,29 @@ class Pass:
     start: float
     loss: float
     losses: dict[str, tuple[dict[str, float], dict[str, float]]]
+    network: Derived = field(compare=False)
 
 
 def greedy(problem: Problem, start: Choice, progress: Progress, phase: str) -> Pass:
-    """Once through the layers: each candidate of each is tried in turn, and kept where the loss falls."""
+    """Once through the layers: each candidate of each is tried in turn, and kept where the loss falls.
+
+    A candidate comes with the bias that makes up for its own mean error: a choice by what errors happen to cancel on
+    few samples would not last.
+    """
     choice = dict(start)
-    problem.set(choice)
-    best = first = problem.judge()
+    best = first = problem.derive(choice, recalibrate=False).loss
     losses: dict[str, tuple[dict[str, float], dict[str, float]]] = {}
     with Settled(problem) as settled:
         for place, name in enumerate(problem.layers):
             losses[name] = ({}, {})
+            with settled.aside():
+                given = problem.given_to(name)
+            bias = problem.bias(name)
+            if given:  # what the layers before now give it asks for another bias
+                problem.correct(name, given)
+                loss = problem.judge()
+                if loss < best:
+                    best, bias = loss, problem.bias(name)
             for side, candidates in enumerate((problem.weights[name], problem.inputs.get(name, {}))):
                 known = [(grid_of(candidates[choice[name][side]]), best)] if candidates else []  # pyright: ignore
                 for strategy, quantizer in candidates.items():
@@ -240,15 +250,16 @@ def greedy(problem: Problem, start: Choice, progress: Progress, phase: str) -> P
                     if loss is None:
                         pair = (strategy, choice[name][1]) if side == 0 else (choice[name][0], strategy)
                         problem.set({name: pair})
+                        problem.correct(name, given)
                         loss = problem.judge()
                         known.append((grid, loss))
                         if loss < best:
-                            best, choice[name] = loss, pair
+                            best, choice[name], bias = loss, pair, problem.bias(name)
                     losses[name][side][strategy] = loss
-                problem.set({name: choice[name]})
+                problem.set({name: choice[name]}, bias)
             settled.add(name)
             progress(phase, place + 1, len(problem.layers), {"loss": best})
-    return Pass(choice, first, best, losses)
+    return Pass(choice, first, best, losses, problem.as_it_stands(best))
 
 
 def grid_of(quantizer: Any) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor, nn
 
 from .calibration import count_calls
@@ -29,6 +32,16 @@ class Settled:
     def __exit__(self, *_: object) -> None:
         for layer in self.added:
             layer.__dict__.pop("forward", None)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """All layers compute, for other samples."""
+        kept = [(layer, layer.__dict__.pop("forward")) for layer in self.added]
+        try:
+            yield
+        finally:
+            for layer, forward in kept:
+                layer.__dict__["forward"] = forward
 
     def add(self, name: str) -> None:
         """Keep what the layer of that name now answers to the samples that choices are judged by."""
