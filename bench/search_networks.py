@@ -141,16 +141,19 @@ class Network:
         return self.section.row({"task": self.name, "seed": self.seed, "method": method}, measure)
 
     @torch.no_grad()
-    def wrong(self, model: nn.Module) -> Row:
-        """Validation samples that a network answers wrong, by number, and how many there are."""
-        x, y = self.task.validation.tensors
-        answers = torch.cat([model.eval()(part).argmax(1) for part in x.split(512)])
-        return {"validation_samples": len(y), "validation_wrong": (answers != y).nonzero()[:, 0].tolist()}
+    def answered(self, model: nn.Module, split: TensorDataset) -> Row:
+        """How many validation samples there are, the share that is right, and which are wrong, by number."""
+        x, y = split.tensors
+        wrong = (torch.cat([model.eval()(part).argmax(1) for part in x.split(512)]) != y).nonzero()[:, 0].tolist()
+        right = 1 - len(wrong) / len(y)
+        return {"validation_samples": len(y), "validation_accuracy": right, "validation_wrong": wrong}
 
     def judged(self, model: nn.Module) -> Row:
         """A trained network, on validation samples."""
-        found = evaluate(model, self.schedule.task.validation)
-        return {"validation_loss": self.schedule.loss(model), "validation_accuracy": found["accuracy"]}
+        return {
+            "validation_loss": self.schedule.loss(model),
+            **self.answered(model, self.schedule.task.validation),
+        }
 
 
 def network(section: Section, seeds: Sequence[int]) -> None:
@@ -193,7 +196,6 @@ def reference(one: Network, method: str) -> Row:
             **judged,
         },
         **ended(one, model),
-        **one.wrong(model.cpu()),
         **{"processor_seconds": time.process_time() - began, "seconds": time.perf_counter() - started},
     }
 
@@ -223,7 +225,7 @@ def search(one: Network, sampler: str, limit: int, more: int) -> Row:
         for flag, value in (("--steps", plan.steps), ("--finish-steps", plan.finish_steps)):
             flags += [] if value is None else [flag, str(value)]
         found = called([*command, "--json", *flags], settings.timeout())
-        wrong = one.wrong(load_into(one.task.build(), Path(folder) / MODEL))
+        answered = one.answered(load_into(one.task.build(), Path(folder) / MODEL), one.task.validation)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     judged = [t for t in found["trials"] if t["state"] in ("complete", "pruned", "diverged")]
     kept = ("float_bytes", "stored_bytes", "stored_ratio", "float_accuracy", "packed_accuracy", "steps", "finish_steps")
@@ -231,8 +233,8 @@ def search(one: Network, sampler: str, limit: int, more: int) -> Row:
         **{key: found[key] for key in kept},
         **{"budget": f"{limit} B", "trials": len(judged), "configuration": found["result"]["origin"]},
         "validation_loss": found["result"]["loss"],
-        "validation_accuracy": found["validation"]["packed"]["accuracy"],
-        **wrong,
+        **answered,
+        "validation_accuracy": found["validation"]["packed"]["accuracy"],  # the command's own
         "short_loss": min(t["loss"] for t in judged if t["loss"] is not None),
         "sensitivity_seconds": found["sensitivity"]["seconds"],
         "trial_seconds": statistics.fmean(t["seconds"] for t in judged),

@@ -19,7 +19,7 @@ from .cli_task import add_task, task_of
 def arguments_of(sub: argparse.ArgumentParser) -> None:
     """What the command takes."""
     add_task(sub, nargs="?")
-    sub.set_defaults(device="cpu")
+    sub.set_defaults(device="cpu")  # the search has no flag for it
     sub.add_argument("--model", default=None, help="instead of a task: module:name or file.py:name of a network")
     sub.add_argument("--calibration", type=Path, default=None, help="of --model: .npy of inputs, (samples, ...)")
     sub.add_argument("--bits-weights", type=int, default=4, help="2 to 8 (default: 4)")

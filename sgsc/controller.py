@@ -151,10 +151,10 @@ class Controller:
         for _ in range(LANDINGS):
             excess = self.stored - target
             if excess > 0:
-                trust /= 1 + bought  # what was bought took more than it promised: less of that
+                if bought:  # it took more than it promised: less of that
+                    trust, bought = trust / 2, False
                 if not self.bits.sell_cheapest(self.estimate()[1], excess):
                     break
-                bought = False
             elif -excess <= ROOM * target or not self.bits.buy_dearest(self.estimate()[1], -excess * trust):
                 break
             else:
