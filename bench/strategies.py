@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sgsc.demos.strategies import learn
 from sgsc.demos.training import batches, mirror_and_shift, shift
 from sgsc.strategies import (
     INPUTS,
@@ -46,6 +47,11 @@ from .strategy_peers import BREVITAS, PT2E, by_others, calibrated, exported, rou
 NETWORKS = ("digits", "char-lm", "resnet20", "resnet56", "stories260k", "vdsr")
 SETTINGS: dict[str, tuple[int, int | None]] = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W3": (3, None)}
 CANDIDATES = (1, 2, 4, 8, 16)
+# method -> strategies of weights and of inputs in all layers, None: searched; PACT rounds weights as DoReFa does
+TRAINED: dict[str, tuple[str, str] | None] = {
+    **{"DQSS": None, "lsq": ("lsq", "lsq"), "lsq+": ("lsq+", "lsq+"), "pact": ("dorefa", "pact")},
+    "straight-through": ("straight-through", "straight-through"),
+}
 START = "mse"  # of the other side, where strategies of one side are compared
 
 
@@ -199,38 +205,33 @@ def _mixture(count: int, together: bool) -> Row:
 
 
 def measure_qat(section: Section, of: Network, steps: int, draws: int, rate: float) -> None:
-    """ResNet-20 at 4 bits: strategies that are searched, and LSQ in all layers, equally long."""
+    """ResNet-20 at 4 bits: strategies that are searched, and each pair in all layers, equally long."""
+    assert of.train is not None
     float_row = {"task": "resnet20", "test_samples": of.test_samples}
     common = {**float_row, "setting": "W4A4", "steps": steps, "rate": rate, "samples": of.samples}
+    common["train_samples"] = len(of.train)
     section.row({**float_row, "method": "float"}, lambda: timed(lambda: of.judge(of.model)))
     for seed in range(draws):
-        for method, names in (("DQSS", None), ("lsq", ["lsq"])):
+        for method, names in TRAINED.items():
             section.row(
                 {**common, "seed": seed, "method": method},
                 lambda s=seed, n=names: timed(lambda: _train(of, steps, s, n, rate)),
             )
 
 
-def _train(of: Network, steps: int, seed: int, names: list[str] | None, rate: float) -> Row:
+def _train(of: Network, steps: int, seed: int, names: tuple[str, str] | None, rate: float) -> Row:
     assert of.train is not None
-    how = {"weights": names, "inputs": names, "bits_weights": 4, "bits_activations": 4}
+    of_weights, of_inputs = (None, None) if names is None else ([names[0]], [names[1]])
+    how = {"weights": of_weights, "inputs": of_inputs, "bits_weights": 4, "bits_activations": 4}
     run = StrategyTraining(of.model, of.calibration(seed), steps=steps, seed=seed, rate=rate, **how)
     colour = of.train.tensors[0].shape[1] == 3
     data = batches(of.train, 64, torch.Generator().manual_seed(seed), mirror_and_shift if colour else shift)
-    losses = []
-    while not run.done:
-        x, y = next(data)
-        with torch.no_grad():
-            wanted = of.model(x).log_softmax(-1)
-        outputs = run.model(x)
-        # half of the loss is that of the float network's answers: the labels alone forget what few steps do not show
-        answers = nn.functional.kl_div(outputs.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
-        losses.append(run.step(0.5 * nn.functional.cross_entropy(outputs, y) + 0.5 * answers)["loss"])
+    course = learn(run, of.model, data, nn.functional.cross_entropy)
     kinds = {
         f"different_{side}s": len({pair[i] for pair in run.choice.values()})
         for i, side in enumerate(("weight", "input"))
     }
-    return {**of.judge(run.model.eval()), "last_loss": statistics.fmean(losses[-20:]), **kinds}
+    return {**of.judge(run.model.eval()), "last_loss": statistics.fmean(said["loss"] for said in course[-20:]), **kinds}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -251,8 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shared = Settings("full", {}, chosen.data, "cpu", None, chosen.results, work, deadline=deadline)
     draws = 1 if chosen.quick else chosen.draws
 
-    def drawn_from(name: str) -> Network:
-        of = network(name, chosen.data, work, shared.commit, chosen.test)
+    def drawn_from(name: str, trained: bool = False) -> Network:
+        of = network(name, chosen.data, work, shared.commit, chosen.test, trained)
         of.samples = min(of.samples, chosen.samples)
         return of
 
@@ -262,7 +263,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == "mixture":
             measure = functools.partial(measure_mixture, section)
         elif name == "qat":
-            measure = functools.partial(measure_qat, section, drawn_from("resnet20"), chosen.steps, draws, chosen.rate)
+            measure = functools.partial(
+                measure_qat, section, drawn_from("resnet20", trained=True), chosen.steps, draws, chosen.rate
+            )
         else:
             measure = functools.partial(
                 measure_network, section, drawn_from(name), settings_wanted, draws, chosen.random

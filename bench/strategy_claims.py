@@ -90,29 +90,42 @@ def mixture_claims(rows: list[Row]) -> list[Row]:
 
 
 def qat_claims(rows: list[Row]) -> list[Row]:
-    """Within half a point of float, and no worse than LSQ everywhere beyond two standard errors, over seeds.
+    """Within half a point of float, and no worse than any pair in all layers beyond two standard errors, over seeds.
 
     With fewer than DRAWS seeds of a method nothing holds yet.
     """
     made = []
     for group in grouped(rows):
-        for steps, rate in dict.fromkeys((r["steps"], r["rate"]) for r in group if "steps" in r):
-            of = [r for r in group if (r.get("steps"), r.get("rate")) == (steps, rate)]
-            ours = {r["seed"]: r["accuracy"] for r in of if r["method"] == "DQSS"}
-            theirs = {r["seed"]: r["accuracy"] for r in of if r["method"] == "lsq"}
+        for of in alike(group, ("steps", "rate", "train_samples")):
+            by = {m: {r["seed"]: r["accuracy"] for r in of if r["method"] == m} for m in _methods(of)}
+            ours = by.pop("DQSS", {})
             reference = next((r["accuracy"] for r in group if r["method"] == "float"), None)
             losses = [] if reference is None else [100 * (reference - accuracy) for accuracy in ours.values()]
-            leads = [100 * (ours[seed] - theirs[seed]) for seed in ours.keys() & theirs.keys()]
-            for values, what in ((losses, "lost against float"), (leads, "ahead of LSQ in all layers")):
+            leads = {m: [100 * (ours[s] - theirs[s]) for s in ours.keys() & theirs.keys()] for m, theirs in by.items()}
+            for method, values in (("float", losses), *leads.items()):
                 if not values:
                     continue
                 mean, (seeds, enough) = statistics.fmean(values), counted(len(values), "seeds")
                 error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-                text = f"resnet20, {DATA['resnet20']}, W4A4, {steps:,} steps, {seeds}: test accuracy {what}"
+                what = "lost against float" if values is losses else f"ahead of {method} in all layers"
+                text = f"resnet20, {DATA['resnet20']}, W4A4, {of[0]['steps']:,} steps, {seeds}: test accuracy {what}"
                 holds = mean <= 0.5 if values is losses else mean >= -2 * error
                 target = 0.5 if values is losses else 0
                 made.append(claim(f"{text} (standard error {error:.2g})", target, mean, "points", enough and holds))
     return made
+
+
+def alike(rows: Rows, keys: Sequence[str]) -> list[list[Mapping[str, Any]]]:
+    """Rows of a setting, by what these entries are."""
+    found: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if "setting" in row:
+            found.setdefault(tuple(row.get(key) for key in keys), []).append(row)
+    return list(found.values())
+
+
+def _methods(rows: Rows) -> list[str]:
+    return list(dict.fromkeys(r["method"] for r in rows))
 
 
 # ---- tables ----
@@ -130,7 +143,7 @@ def _one_table(rows: Rows) -> str:
     form = ".2f" if metric != "loss" else ".4f"
     shown = [(metric, factor, form), *([("ssim", 1.0, ".4f")] if "ssim" in rows[0] else [])]
     lines = []
-    for method in dict.fromkeys(r["method"] for r in rows):
+    for method in _methods(rows):
         cells = []
         for setting in settings:
             group = [r for r in rows if r["method"] == method and r.get("setting", setting) == setting]
@@ -159,7 +172,7 @@ def mixture_table(rows: Rows) -> str:
     """A method a line, a number of candidates a column."""
     counts = sorted({r["candidates"] for r in rows})
     lines = []
-    for method in dict.fromkeys(r["method"] for r in rows):
+    for method in _methods(rows):
         of = {r["candidates"]: r for r in rows if r["method"] == method}
         cells = [
             f"{1e3 * of[c]['cpu_seconds']:.0f} ms, {of[c]['kept_bytes'] / 1e6:.1f} MB" if c in of else ""
@@ -174,13 +187,14 @@ def mixture_table(rows: Rows) -> str:
 
 
 def qat_table(rows: Rows) -> str:
-    """A method a line."""
+    """A method a line, by how long and on how much it trained."""
     lines = []
-    for method in dict.fromkeys(r["method"] for r in rows):
-        group = [r for r in rows if r["method"] == method]
-        cells = [str(group[0].get("steps", "")), str(len(group)), spread([100 * r["accuracy"] for r in group], ".2f")]
-        lines.append([method, *cells])
-    return table(["method", "steps", "seeds", "test accuracy, %"], lines)
+    for group in ([r for r in rows if "setting" not in r], *alike(rows, ("steps", "rate", "train_samples"))):
+        for method in _methods(group):
+            of = [r for r in group if r["method"] == method]
+            trained = [f"{of[0][key]:,}" if of[0].get(key) else "" for key in ("steps", "train_samples")]
+            lines.append([method, *trained, str(len(of)), spread([100 * r["accuracy"] for r in of], ".2f")])
+    return table(["method", "steps", "training samples", "seeds", "test accuracy, %"], lines)
 
 
 LAYOUTS: dict[str, Callable[[Rows], str]] = {

@@ -90,7 +90,7 @@ def demo(name: str, work: Path, commit: str, most: int | None) -> Network:
     return Network(model, task.train.tensors[0], each, **of, samples=samples, test_samples=len(test))
 
 
-def cifar(name: str, data: Path, most: int | None) -> Network:
+def cifar(name: str, data: Path, most: int | None, trained: bool) -> Network:
     """A pretrained ResNet, on CIFAR-10 (JPEG q75)."""
     loader = shared(data)
     arrays = loader.cifar10_jpeg()
@@ -100,8 +100,8 @@ def cifar(name: str, data: Path, most: int | None) -> Network:
         return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
 
     test = _first(TensorDataset(images(arrays["x_test"]), torch.from_numpy(arrays["y_test"].astype(np.int64))), most)
-    # no more than is drawn from: 50,000 images would be 600 MB
-    kept = np.random.default_rng(0).permutation(len(arrays["x_train"]))[: 8 * SAMPLES]
+    # where it is not trained no more than is drawn from: 50,000 images are 600 MB
+    kept = np.random.default_rng(0).permutation(len(arrays["x_train"]))[: None if trained else 8 * SAMPLES]
     pool, labels = images(arrays["x_train"][kept]), torch.from_numpy(arrays["y_train"][kept].astype(np.int64))
     each: Each = lambda m: answered(m, test, 250)  # noqa: E731
     model = loader.network(name)
@@ -188,8 +188,8 @@ def shared(data: Path) -> Any:
     return importlib.import_module("load")
 
 
-def network(name: str, data: Path | None, work: Path, commit: str, most: int | None) -> Network:
-    """The network of that name.
+def network(name: str, data: Path | None, work: Path, commit: str, most: int | None, trained: bool = False) -> Network:
+    """The network of that name; with all data that it may be `trained` on, or only what calibrates it.
 
     Raises:
         SystemExit: If it needs the data folder and none is named.
@@ -202,7 +202,7 @@ def network(name: str, data: Path | None, work: Path, commit: str, most: int | N
         return stories(data, most)
     if name == "vdsr":
         return vdsr(data, most)
-    return cifar({"resnet20": "cifar10_resnet20_jpeg", "resnet56": "cifar10_resnet56"}[name], data, most)
+    return cifar({"resnet20": "cifar10_resnet20_jpeg", "resnet56": "cifar10_resnet56"}[name], data, most, trained)
 
 
 def _first(test: TensorDataset, most: int | None) -> TensorDataset:

@@ -34,7 +34,8 @@ def arguments_of(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--inputs", type=_names, default=None, help="the same of activations (default: all)")
     sub.add_argument("--skip", type=_names, default=(), help="layers to leave float, with commas")
     sub.add_argument("--loss", default="kl", help="kl (default: of the answers) or l1 (of images)")
-    sub.add_argument("--steps", type=int, default=100, help="of the mixture (default: 100)")
+    sub.add_argument("--steps", type=int, default=None, help="of the mixture (default: 100)")
+    sub.add_argument("--train", type=int, default=None, metavar="STEPS", help="train a task with strategies that learn")
     sub.add_argument("--samples", type=int, default=1024, help="of calibration (default: 1024)")
     sub.add_argument("--integer-bias", action="store_true", help="biases in whole steps of int32 sums")
     sub.add_argument("--correct-bias", action="store_true", help="biases make up for mean errors of rounding; slower")
@@ -43,24 +44,28 @@ def arguments_of(sub: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Search, write the derived network and the report; 0.
+    """Search or train, write the derived network and the report; 0.
 
     Raises:
         ValueError: If neither or both of a task and a model are named, or a file is not what is asked for.
     """
     if (options.task is None) == (options.model is None) or (options.model is None) != (options.calibration is None):
         raise ValueError("name a task, or --model with --calibration; `sgsc strategies --help` says what they are")
+    if options.train is not None:
+        _check_trained(options)
     from . import report as reports
-    from .demos.strategies import draw, search, search_any
+    from .demos.strategies import draw, search, search_any, train
     from .environment import environment
     from .files import write_atomically
 
     settings: dict[str, Any] = {
-        **{key: vars(options)[key] for key in ("bits_weights", "weights", "inputs", "skip", "loss", "steps", "seed")},
+        **{key: vars(options)[key] for key in ("bits_weights", "weights", "inputs", "skip", "seed")},
         **{"bits_activations": options.bits_activations or None, "edge_bits": options.edge_bits or None},
-        **{"per_channel": not options.per_tensor, "integer_bias": options.integer_bias},
-        "correct_bias": options.correct_bias,
+        "per_channel": not options.per_tensor,
     }
+    if options.train is None:
+        settings |= {key: vars(options)[key] for key in ("loss", "integer_bias", "correct_bias")}
+        settings["steps"] = 100 if options.steps is None else options.steps
     folder = options.out or Path("runs") / f"strategies-{options.task or 'model'}"
     with Progress(quiet=options.json) as progress:
         if options.model:
@@ -70,7 +75,11 @@ def run(options: argparse.Namespace) -> int:
         else:
             task = task_of(options)
             folder.mkdir(parents=True, exist_ok=True)
-            report = search(task, folder, samples=options.samples, progress=progress, **settings)
+            settings |= {"samples": options.samples, "progress": progress}
+            if options.train is None:
+                report = search(task, folder, **settings)
+            else:
+                report = train(task, folder, steps=options.train, **settings)
     report |= {"limit": options.limit, **environment()}
     write_atomically(folder / "report.json", reports.to_json(report).encode())
     reports.write_strategies_html(report, folder / "report.html")
@@ -83,6 +92,25 @@ def run(options: argparse.Namespace) -> int:
     if report["not_packed"]:
         print(f"no model.sgsc: {report['not_packed']}", file=sys.stderr)
     return 0
+
+
+def _check_trained(options: argparse.Namespace) -> None:
+    """Refuse what a training has no use for.
+
+    Raises:
+        ValueError: If a network of one's own is to be trained, or an option of the search was given.
+    """
+    if options.model:
+        raise ValueError(
+            "--train needs the data and the loss of a task; of a network of your own StrategyTraining does"
+        )
+    of_search = {
+        **{"--steps": options.steps is not None, "--loss": options.loss != "kl"},
+        **{"--integer-bias": options.integer_bias, "--correct-bias": options.correct_bias},
+    }
+    for flag, given in of_search.items():
+        if given:
+            raise ValueError(f"{flag} is of the search without training; leave it out, or --train")
 
 
 def _names(text: str) -> list[str]:

@@ -8,8 +8,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from sgsc import load_into
 from sgsc.cli import main
 from sgsc.demos.strategies import answers_alike
+from sgsc.demos.tasks import load
+from sgsc.demos.training import evaluate
 from sgsc.report import strategies_summary
 from sgsc.report.strategies_page import render_strategies
 
@@ -78,6 +81,29 @@ def test_the_terminal_shows_choices(run, tmp_path, capsys):
     assert "float" in said.out
     assert f"wrote {tmp_path}/: derived.safetensors, model.sgsc, report.json" in said.out
     assert "greedy pass from the mixture" in said.err
+
+
+def test_a_task_is_trained_with_strategies_that_learn(tmp_path, capsys):
+    how = ["--train", "30", "--samples", "32", "--weights", "lsq,dorefa", "--inputs", "pact", "--bits-activations", "4"]
+    assert main(["strategies", "char-lm", "--limit", "64", "--float-steps", "5", *how, "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert "training: search" in said.err
+    assert "best uniform" not in said.out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["trained_steps"] == len(report["course"]) == 30
+    assert report["course"][5]["entropy"] > report["course"][11]["entropy"]
+    for row in report["layers"]:
+        assert row["weight"] == max(row["weight_shares"], key=row["weight_shares"].get)
+        assert row["weight_shares"].keys() == {"lsq", "dorefa"}
+        assert sum(row["weight_shares"].values()) == pytest.approx(1)
+        assert row["input"] == (None if row["bits_input"] is None else "pact")
+    page = (tmp_path / "report.html").read_text()
+    assert "trained with its strategies for 30 steps" in page
+    assert "Uniform choices" not in page
+    assert page.count("<svg") == 1
+    task = load("char-lm", limit=64)
+    packed = load_into(task.build(), tmp_path / "model.sgsc")  # batch norms, where there are, stay: the network's own
+    assert evaluate(packed, task.test())["accuracy"] == pytest.approx(report["derived_accuracy"], abs=0.01)
 
 
 def test_a_network_of_one_s_own(tmp_path):
@@ -167,6 +193,12 @@ def test_a_packed_network_that_is_far_off_is_refused():
         (["digits", "--inputs", "pact", "--limit", "32", "--float-steps", "1"], "'pact' is not known without training"),
         (["digits", "--samples", "0", "--limit", "32", "--float-steps", "1"], "samples=0 calibrates nothing"),
         (["nothing"], "no task is called 'nothing'"),
+        (["digits", "--train", "0", "--limit", "32", "--float-steps", "1"], "steps=0 trains nothing"),
+        (["digits", "--train", "5", "--steps", "9"], "--steps is of the search without training"),
+        (["digits", "--train", "5", "--loss", "l1"], "--loss is of the search without training"),
+        (["digits", "--train", "5", "--correct-bias"], "--correct-bias is of the search without training"),
+        (["digits", "--train", "5", "--weights", "mse", "--limit", "32", "--float-steps", "1"], "'mse' is not known"),
+        (["--model", "torch.nn:Identity", "--calibration", "x.npy", "--train", "5"], "StrategyTraining does"),
     ],
 )
 def test_wrong_use_is_answered(wrong, said, tmp_path, capsys):

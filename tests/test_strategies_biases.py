@@ -95,7 +95,7 @@ def test_a_candidate_comes_with_the_bias_of_its_own_error():
     given = problem.given_to("7")
     problem.set({"7": ("max-abs", "min-max")})
     before = answers(problem.model, ["7"], problem.fit)["7"].mean(0)
-    problem.correct("7", given)
+    problem.correct("7", ("max-abs", "min-max"), given)
     after = answers(problem.model, ["7"], problem.fit)["7"].mean(0)
     torch.testing.assert_close(after, problem.means["7"], rtol=1e-4, atol=1e-5)
     assert (before - after).abs().max() > 1e-2

@@ -1,4 +1,4 @@
-"""The strategy search on a demo task, or on any network: derive, pack, judge. The test split is read once, at the end.
+"""Strategies on a demo task, or on any network: search or train, pack, judge. The test split is read once, at the end.
 
 The run folder holds derived.safetensors, the state of the derived network with all grids, and model.sgsc, the file that
 runs, unless the network cannot be packed; then the report says why.
@@ -7,6 +7,7 @@ runs, unless the network cannot be packed; then the report says why.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,18 @@ from torch import Tensor, nn
 
 from sgsc.artefact import save
 from sgsc.files import write_atomically
+from sgsc.layers import quant_layers
 from sgsc.packed import pack
 from sgsc.samples import device_of
 from sgsc.size import float_bytes
-from sgsc.strategies.problem import samples_of
-from sgsc.strategies.search import Strategies, search_strategies
+from sgsc.strategies.problem import divergence, samples_of
+from sgsc.strategies.qat import StrategyTraining
+from sgsc.strategies.search import KEPT, layer_rows, search_strategies
 
 from .job import MODEL, Progress, float_model
 from .task import Task
 from .training import evaluate
+from .training import samples_of as batches_of
 
 DERIVED = "derived.safetensors"
 SAMPLES = 1024  # of calibration
@@ -69,13 +73,84 @@ def search(
     found = search_strategies(network, inputs, seed=seed, progress=progress, **settings)
     report = {
         **{"kind": "strategies", "task": task.name, "sources": task.sources, "samples": len(inputs)},
-        **{"float_bytes": float_bytes(network), **found.report, **store(found, inputs, folder, {"task": task.name})},
-        "validation": {"float": evaluate(network, task.validation), "derived": evaluate(found.model, task.validation)},
+        **{"float_bytes": float_bytes(network), **found.report},
+        **store(found.model, inputs, folder, {"task": task.name}),
+        **judged(task, network, found.model),
     }
-    test = task.test()
-    for name, model in (("float", network), ("derived", found.model)):
-        report |= {f"{name}_{key}": value for key, value in evaluate(model, test).items()}
     return report | {"seconds": time.perf_counter() - started}
+
+
+def train(
+    task: Task,
+    folder: Path,
+    *,
+    steps: int,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    progress: Progress = lambda phase, step, steps, values: None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """The same by `StrategyTraining`, of `steps` steps on the training split, batch norms in place.
+
+    Args:
+        task: Data, network and schedule; its batch size and peak learning rate are those of this training too.
+        folder: The run folder; it exists.
+        steps: Of the training.
+        samples: That learned grids start from, drawn from the training split.
+        seed: Of every random choice.
+        progress: Called as progress(phase, step, steps, values).
+        **settings: As `StrategyTraining` takes them.
+    """
+    started = time.perf_counter()
+    network = float_model(task, seed, folder, progress).eval()
+    inputs = draw(task.train.tensors[0], samples, seed)
+    run = StrategyTraining(network, inputs, steps=steps, rate=task.learning_rate, seed=seed, **settings)
+    course = learn(run, network, batches_of(task, torch.Generator().manual_seed(seed)), task.loss, progress)
+    run.model.eval()
+    settled = {key: getattr(run.settings, key) for key in KEPT if key != "correct_bias"}
+    report = {
+        **{"kind": "strategies", "task": task.name, "sources": task.sources, "samples": len(inputs)},
+        **{"float_bytes": float_bytes(network), **settled, "trained_steps": steps, "left": run.left},
+        **{"course": course, "layers": layer_rows(quant_layers(run.model), run.choice, run.bits, run.shares)},
+        **store(run.model, inputs, folder, {"task": task.name}),
+        **judged(task, network, run.model),
+    }
+    return report | {"seconds": time.perf_counter() - started}
+
+
+def learn(
+    run: StrategyTraining,
+    network: nn.Module,
+    data: Iterable[tuple[Tensor, Tensor]],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    progress: Progress = lambda phase, step, steps, values: None,
+) -> list[dict[str, float]]:
+    """All steps of a training; returns what each was made of.
+
+    Half of the loss is that of the answers of the float network, logits, classes last: the labels alone forget what few
+    steps do not show.
+    """
+    course: list[dict[str, float]] = []
+    for x, y in data:
+        with torch.no_grad():
+            wanted = network(x)
+        outputs, stage = run.model(x), run.stage
+        said = run.step(0.5 * loss(outputs, y) + 0.5 * divergence(outputs, wanted))
+        course.append({"step": len(course), **said})
+        progress(f"training: {stage}", len(course), run.steps, said)
+        if run.done:
+            break
+    return course
+
+
+def judged(task: Task, network: nn.Module, derived: nn.Module) -> dict[str, Any]:
+    """How float and derived network answer the validation split, and the test split, which is read."""
+    both = {"float": network, "derived": derived}
+    report: dict[str, Any] = {"validation": {name: evaluate(model, task.validation) for name, model in both.items()}}
+    test = task.test()
+    for name, model in both.items():
+        report |= {f"{name}_{key}": value for key, value in evaluate(model, test).items()}
+    return report
 
 
 def search_any(
@@ -90,17 +165,17 @@ def search_any(
     """The same for a network and data of the user's own, without labels; returns the report."""
     found = search_strategies(network, calibration, seed=seed, progress=progress, **settings)
     kept = {"kind": "strategies", "task": type(network).__name__, "samples": len(calibration)}
-    return {**kept, "float_bytes": float_bytes(network), **found.report, **store(found, calibration, folder, {})}
+    return {**kept, "float_bytes": float_bytes(network), **found.report, **store(found.model, calibration, folder, {})}
 
 
-def store(found: Strategies, inputs: Tensor, folder: Path, notes: dict[str, Any]) -> dict[str, Any]:
+def store(derived: nn.Module, inputs: Tensor, folder: Path, notes: dict[str, Any]) -> dict[str, Any]:
     """Write the derived network; returns what the report says of its files."""
     # a module in two places is stored in both
-    state = {name: value.contiguous().clone() for name, value in found.model.state_dict().items()}
+    state = {name: value.contiguous().clone() for name, value in derived.state_dict().items()}
     write_atomically(folder / DERIVED, safetensors.torch.save(state))
     try:
-        packed = pack(found.model, remove=False)
-        answers_alike(packed, found.model, inputs[:CHECKED].to(device_of(found.model)))
+        packed = pack(derived, remove=False)
+        answers_alike(packed, derived, inputs[:CHECKED].to(device_of(derived)))
         size = save(packed, folder / MODEL, notes={**notes, "strategies": True})
     except ValueError as error:
         (folder / MODEL).unlink(missing_ok=True)  # that of an older run must not stay

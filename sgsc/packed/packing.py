@@ -61,7 +61,7 @@ def _input_grid(quantizer: nn.Module, cls: type[PackedLayer]) -> Tensor:
             f"an input_quantizer of {type(quantizer).__name__} has no packed form on a {cls.type_name}; "
             "want an InputQuantizer, on a layer that multiplies, or None"
         )
-    scale, low, high, shift = (float(value) for value in quantizer.grid())
+    scale, low, high, shift = (float(value.detach()) for value in quantizer.grid())
     if shift:
         raise ValueError(f"the input's grid has a shift of {shift}; want 0, so that it holds 0")
     return input_grid(scale, low, high)

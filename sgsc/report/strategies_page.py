@@ -21,7 +21,8 @@ MOST_LAYERS = 60
 
 def render_strategies(report: Mapping[str, Any]) -> str:
     """Return the page as text."""
-    names = {side: _names(report, f"{side}_losses") for side in ("weight", "input")}
+    of = "shares" if report.get("trained_steps") else "losses"
+    names = {side: _names(report, f"{side}_{of}") for side in ("weight", "input")}
     return (
         templates()
         .get_template("strategies.html")
@@ -30,6 +31,7 @@ def render_strategies(report: Mapping[str, Any]) -> str:
             plots=draw_strategies(report),
             layers=rows(report, "layers"),
             names=names,
+            of=of,
             uniform=sorted(rows(report, "uniform"), key=lambda row: _or_infinity(row.get("loss"))),
         )
     )
@@ -61,11 +63,11 @@ def strategies_summary(report: Mapping[str, Any]) -> RenderableType:
     if report.get("derived_accuracy") is not None:
         accuracies = percent(report.get("derived_accuracy")), percent(report.get("float_accuracy"))
         ends = [Text(""), Text("test accuracy {} (float {})".format(*accuracies))]
-    return Group(layers, Text(""), compared, *ends)
+    return Group(layers, *(() if report.get("trained_steps") else (Text(""), compared)), *ends)
 
 
 def draw_strategies(report: Mapping[str, Any]) -> dict[str, Markup]:
-    """Draw the losses of uniform choices and the course of the mixture, as far as there is something to draw."""
+    """Draw the losses of uniform choices and the course of a mixture or training, as far as there is something."""
     found: dict[str, Any] = {}
     import matplotlib.style
     from matplotlib.figure import Figure
@@ -80,7 +82,8 @@ def draw_strategies(report: Mapping[str, Any]) -> dict[str, Markup]:
             steps = [drawable(row.get("step")) for row in course]
             axes.plot(steps, [drawable(row.get("loss")) for row in course], color=MAIN, linewidth=1, label="loss")
             axes.plot(steps, [drawable(row.get("entropy")) for row in course], color=SECOND, label="entropy")
-            axes.set(xlabel="step", ylabel="of the mixture", yscale="log")
+            of = "training" if report.get("trained_steps") else "mixture"
+            axes.set(xlabel="step", ylabel=f"of the {of}", yscale="log")
             axes.legend()
         return {name: as_svg(figure, name) for name, figure in found.items()}
 

@@ -22,6 +22,8 @@ from sgsc.samples import evaluating
 
 from .calibration import Calls, Stop, given
 
+MeanInput = list[tuple[Tensor, int]]  # (1, ...) and how many samples it is the mean of, for each shape that there is
+
 
 class _Mean:
     """Of each channel, over all answers of a layer that are added."""
@@ -29,10 +31,10 @@ class _Mean:
     def __init__(self) -> None:
         self.total, self.count = torch.zeros(()), 0
 
-    def add(self, layer: QuantLayer, output: Tensor) -> None:
+    def add(self, layer: QuantLayer, output: Tensor, times: int = 1) -> None:
         rows = output.movedim(-1 - _places(layer), -1).reshape(-1, layer.weight.shape[0])
-        self.total = self.total.to(rows.device) + rows.sum(0, dtype=torch.float64)
-        self.count += len(rows)
+        self.total = self.total.to(rows.device) + times * rows.sum(0, dtype=torch.float64)
+        self.count += times * len(rows)
 
 
 def _places(layer: nn.Module) -> int:
@@ -71,7 +73,7 @@ def float_means(
 def means(model: nn.Module, layers: Mapping[str, QuantLayer], batches: Sequence[Tensor]) -> dict[str, Tensor]:
     """Layer -> (C,) mean answers, float64, of the network as it stands; of layers that are called on something."""
     seen = {name: _Mean() for name in layers}
-    with _watched(model, layers, lambda name, layer, output: seen[name].add(layer, output)):
+    with _watched(model, layers, lambda name, layer, _x, y: seen[name].add(layer, y)):
         for batch in batches:
             model(batch)
     return {name: mean.total / mean.count for name, mean in seen.items() if mean.count}
@@ -100,53 +102,58 @@ def correct_biases(
     names = [name for name in calls.last if name in wanted]
     if len(batches) == 1 and all(calls.counts[0].get(name) == 1 for name in names):
 
-        def correct(name: str, layer: QuantLayer, output: Tensor) -> Tensor:
+        def correct(name: str, layer: QuantLayer, _x: Tensor, y: Tensor) -> Tensor:
             seen = _Mean()
-            seen.add(layer, output)
-            return output + _shift(layer, wanted[name], seen).view(-1, *[1] * _places(layer))
+            seen.add(layer, y)
+            return y + _shift(layer, wanted[name], seen).view(-1, *[1] * _places(layer))
 
         with _watched(model, {name: layers[name] for name in names}, correct):
             model(batches[0])
         return
     for name in names:
         seen = _Mean()
-        for batch, count in zip(batches, calls.counts, strict=True):
-            left = [count.get(name, 0)]
-
-            def look(_name: str, layer: QuantLayer, output: Tensor, seen: _Mean = seen, left: list[int] = left) -> None:
-                seen.add(layer, output)
-                left[0] -= 1
-                if not left[0]:
-                    raise Stop
-
-            if left[0]:
-                with suppress(Stop), _watched(model, {name: layers[name]}, look):
-                    model(batch)
+        _until_last_call(model, name, layers[name], batches, calls, lambda layer, _x, y, seen=seen: seen.add(layer, y))
         _shift(layers[name], wanted[name], seen)
 
 
 @torch.no_grad()
-def inputs_of(model: nn.Module, layer: QuantLayer, batches: Sequence[Tensor]) -> list[Tensor]:
-    """What a layer is called with, before rounding."""
-    found: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(
-        lambda _, args, kwargs: found.append(given(args, kwargs).clone()), with_kwargs=True
-    )
-    try:
-        with evaluating(model):
-            for batch in batches:
-                model(batch)
-    finally:
-        handle.remove()
-    return found
+def mean_inputs(
+    model: nn.Module,
+    name: str,
+    layer: QuantLayer,
+    quantizers: Mapping[Any, nn.Module | None],
+    batches: Sequence[Tensor],
+    calls: Calls,
+) -> dict[Any, MeanInput]:
+    """What a layer is called with on average, rounded by each of these quantizers, or as it is.
+
+    A layer is linear in its input: its answer to the mean is its mean answer, and no candidate has to see the samples.
+    Of a convolution the mean is over samples alone, for edges of an image are not like its middle.
+    """
+    totals: dict[Any, dict[Any, tuple[Tensor, int]]] = {key: {} for key in quantizers}
+
+    def look(layer: QuantLayer, x: Tensor, _y: Tensor) -> None:
+        x = x.reshape(-1, *x.shape[-1 - _places(layer) :])
+        for key, quantizer in quantizers.items() if len(x) else ():
+            rounded = x if quantizer is None else quantizer(x)
+            total, count = totals[key].get(x.shape[1:], (0.0, 0))
+            totals[key][x.shape[1:]] = total + rounded.sum(0, dtype=torch.float64), count + len(x)
+
+    _until_last_call(model, name, layer, batches, calls, look)
+    return {
+        key: [((total / count).to(layer.weight.dtype)[None], count) for total, count in of.values()]
+        for key, of in totals.items()
+    }
 
 
 @torch.no_grad()
-def correct_bias(layer: QuantLayer, wanted: Tensor, inputs: Sequence[Tensor]) -> None:
-    """Change a bias in place, so that the layer's mean answer to these inputs is the one that is wanted."""
+def correct_bias(layer: QuantLayer, wanted: Tensor, inputs: MeanInput) -> None:
+    """Change a bias in place, so that the layer's mean answer is the one that is wanted; its inputs are rounded."""
+    quantizer, layer.input_quantizer = layer.input_quantizer, None
     seen = _Mean()
-    for x in inputs:
-        seen.add(layer, layer(x))
+    for x, count in inputs:
+        seen.add(layer, layer(x), count)
+    layer.input_quantizer = quantizer
     _shift(layer, wanted, seen)
 
 
@@ -160,16 +167,39 @@ def _shift(layer: QuantLayer, wanted: Tensor, seen: _Mean) -> Tensor:
     return bias - before
 
 
+def _until_last_call(
+    model: nn.Module,
+    name: str,
+    layer: QuantLayer,
+    batches: Sequence[Tensor],
+    calls: Calls,
+    look: Callable[[QuantLayer, Tensor, Tensor], None],
+) -> None:
+    """Show `look` all that one layer is given and answers; each pass ends behind its last call."""
+    for batch, count in zip(batches, calls.counts, strict=True):
+        left = [count.get(name, 0)]
+
+        def counted(_name: str, layer: QuantLayer, x: Tensor, y: Tensor, left: list[int] = left) -> None:
+            look(layer, x, y)
+            left[0] -= 1
+            if not left[0]:
+                raise Stop
+
+        if left[0]:
+            with suppress(Stop), _watched(model, {name: layer}, counted):
+                model(batch)
+
+
 @contextmanager
 def _watched(
-    model: nn.Module, layers: Mapping[str, QuantLayer], look: Callable[[str, QuantLayer, Tensor], Tensor | None]
+    model: nn.Module, layers: Mapping[str, QuantLayer], look: Callable[[str, QuantLayer, Tensor, Tensor], Tensor | None]
 ) -> Iterator[None]:
-    """In evaluation mode, with `look` at every answer of these layers; what it returns takes the answer's place."""
+    """In evaluation mode, with `look` at all that layers are given and answer; what it returns is answered instead."""
 
-    def hook(name: str) -> Callable[[Any, Any, Tensor], Tensor | None]:
-        return lambda layer, _args, output: look(name, layer, output)
+    def hook(name: str) -> Callable[[Any, tuple, dict, Tensor], Tensor | None]:
+        return lambda layer, args, kwargs, output: look(name, layer, given(args, kwargs), output)
 
-    hooks = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with evaluating(model):
             yield

@@ -16,7 +16,7 @@ from sgsc.preparation import prepare
 from sgsc.quantizers import InputQuantizer, Quantizer
 from sgsc.samples import device_of, evaluating
 
-from .biases import correct_bias, correct_biases, float_means, inputs_of, own_biases
+from .biases import MeanInput, correct_bias, correct_biases, float_means, mean_inputs, own_biases
 from .calibration import Calls, calibrate, count_calls, room
 from .folding import Folded, fold_batch_norms
 from .registry import INPUTS, WEIGHTS, strategies
@@ -175,14 +175,20 @@ class Problem:
         """A copy of a layer's bias, where that may be corrected."""
         return self.layers[name].bias.clone() if name in self.means else None  # pyright: ignore
 
-    def given_to(self, name: str) -> list[Tensor]:
-        """What a layer is called with on `fit`, before rounding; nothing where its bias is not corrected."""
-        return inputs_of(self.model, self.layers[name], self.together) if name in self.means else []
+    def given_to(self, name: str) -> dict[str | None, MeanInput]:
+        """What a layer is called with on `fit`, on average, as each of its candidates rounds it.
 
-    def correct(self, name: str, given: Sequence[Tensor]) -> None:
-        """Correct the bias of one layer that is `given_to` this."""
+        Nothing where its bias is not corrected.
+        """
+        if name not in self.means:
+            return {}
+        quantizers = self.inputs.get(name) or {None: None}
+        return mean_inputs(self.model, name, self.layers[name], quantizers, self.together, self.calls)
+
+    def correct(self, name: str, choice: tuple[str, str | None], given: Mapping[str | None, MeanInput]) -> None:
+        """Correct the bias of one layer that has these candidates and is `given_to` this."""
         if given:
-            correct_bias(self.layers[name], self.means[name], given)
+            correct_bias(self.layers[name], self.means[name], given[choice[1]])
 
 
 def make_problem(

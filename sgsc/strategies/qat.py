@@ -20,7 +20,7 @@ from sgsc.layers import quant_layers
 
 from .mixture import MixedInput, MixedWeights, entropy, mixtures, set_temperature, settle
 from .problem import Choice, make_problem
-from .search import COLDEST, RATE
+from .search import COLDEST, RATE, Shares, shares_in
 from .settings import StrategySettings
 
 WARM, SEARCH = 0.1, 0.3  # shares of the steps; the rest is settled
@@ -46,6 +46,15 @@ class StrategyTraining:
         bits_activations: As of StrategySettings, but 4 unless it is named.
         settings: Other fields of StrategySettings; with one name each of `weights` and `inputs` nothing is searched.
 
+    Attributes:
+        settings: As they were given.
+        model: What is trained.
+        stage, done: Where the training is.
+        choice: Layer -> (strategy of its weight, of its input or None), once settled.
+        shares: Layer -> what the candidates of its weight, of its input had come to by then.
+        bits: Layer -> bits of its weight, of its input or None.
+        left: Layers that stay float -> why.
+
     Raises:
         ValueError: If `steps` is below 1, or as `search_strategies` does.
     """
@@ -64,14 +73,16 @@ class StrategyTraining:
     ) -> None:
         if steps < 1:
             raise ValueError(f"steps={steps} trains nothing; give 1 or more")
-        wanted = StrategySettings(bits_activations=bits_activations, trained=True, **settings)
-        problem = make_problem(network, calibration, wanted, fold)
+        self.settings = StrategySettings(bits_activations=bits_activations, trained=True, **settings)
+        problem = make_problem(network, calibration, self.settings, fold)
         self.model = problem.model
         frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
         for name, p in self.model.named_parameters():  # the search had them all frozen
             p.requires_grad_(name not in frozen)
         self.steps, self.done_steps, self.rate = steps, 0, rate
+        self.bits, self.left = problem.bits, problem.left
         self.choice: Choice = {}
+        self.shares: Shares = {}
         self.first: float | None = None
         self._make = optimiser or (lambda groups: torch.optim.AdamW(groups, lr=rate, weight_decay=0.01))
         for name, layer in problem.layers.items():
@@ -135,6 +146,7 @@ class StrategyTraining:
         return said | {"learning_rate": self.rate * factor}
 
     def _settle(self) -> None:
+        self.shares = shares_in(quant_layers(self.model))
         self.choice = settle(self.model)
         self.logits, self.of_shares = [], None
         self._start()

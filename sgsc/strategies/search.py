@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ from .settings import StrategySettings
 from .settled import Settled
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
+Shares = dict[str, tuple[dict[str, float], dict[str, float]]]  # layer -> candidate -> share, of weight, of input
 
 RATE = 0.1  # of Adam, on logits
 COLDEST = 0.1  # temperature of the last step; the first has 1
@@ -118,14 +119,8 @@ def search_strategies(
         left_biases = round_biases(problem.model)
         result = problem.judge()
     layers = [
-        {
-            **{"name": name, "weight": end.choice[name][0], "input": end.choice[name][1]},
-            **dict(zip(("bits_weight", "bits_input"), problem.bits[name], strict=True)),
-            **{"weight_losses": end.losses[name][0], "input_losses": end.losses[name][1]},
-            **{"weight_shares": shares[name][0], "input_shares": shares[name][1]},
-            **{"rows": layer.weight.shape[0], "width": layer.weight[0].numel()},
-        }
-        for name, layer in problem.layers.items()
+        row | {"weight_losses": end.losses[row["name"]][0], "input_losses": end.losses[row["name"]][1]}
+        for row in layer_rows(problem.layers, end.choice, problem.bits, shares)
     ]
     report = {
         **{key: getattr(wanted, key) for key in KEPT},
@@ -144,6 +139,21 @@ def search_strategies(
     return Strategies(problem.model, end.choice, result, origin, report, ends["greedy"].choice, best)
 
 
+def layer_rows(
+    layers: Mapping[str, QuantLayer], choice: Choice, bits: Mapping[str, tuple[int, int | None]], shares: Shares
+) -> list[dict[str, Any]]:
+    """What a report says of each layer: its strategies, their bits, what the candidates came to, and its size."""
+    return [
+        {
+            **{"name": name, "weight": choice[name][0], "input": choice[name][1]},
+            **{"bits_weight": bits[name][0], "bits_input": bits[name][1]},
+            **{"weight_shares": shares[name][0], "input_shares": shares[name][1]},
+            **{"rows": layer.weight.shape[0], "width": layer.weight[0].numel()},
+        }
+        for name, layer in layers.items()
+    ]
+
+
 def try_uniforms(problem: Problem, progress: Progress) -> dict[tuple[str, str | None], float]:
     """Each pair of strategies in all layers -> loss."""
     of_weights = list(next(iter(problem.weights.values())))
@@ -158,8 +168,8 @@ def try_uniforms(problem: Problem, progress: Progress) -> dict[tuple[str, str | 
 
 def train_mixture(
     problem: Problem, steps: int, seed: int, progress: Progress
-) -> tuple[Choice, dict[str, tuple[dict[str, float], dict[str, float]]], list[dict[str, float]]]:
-    """Adam on the shares alone: (best argmax on its way, layer -> last shares of weights and inputs, losses)."""
+) -> tuple[Choice, Shares, list[dict[str, float]]]:
+    """Adam on the shares alone: (best argmax on its way, last shares, losses)."""
     model = copy.deepcopy(problem.model)
     layers = quant_layers(model)
     for name, layer in layers.items():
@@ -186,12 +196,8 @@ def train_mixture(
             if choice not in [c for _, c in judged]:
                 judged.append((problem.derive(choice, recalibrate=False).loss, choice))
         progress("mixture", step + 1, steps, {"loss": loss.item(), "entropy": sharp.item()})
-    shares = {
-        name: (shares_of(layers[name].weight_quantizer), shares_of(layers[name].input_quantizer))
-        for name in problem.layers
-    }
     choice = min(judged, key=lambda pair: pair[0])[1] if judged else leading(layers)
-    return {name: choice[name] for name in problem.layers}, shares, course
+    return {name: choice[name] for name in problem.layers}, shares_in(layers), course
 
 
 def leading(layers: dict[str, QuantLayer]) -> Choice:
@@ -203,6 +209,13 @@ def leading(layers: dict[str, QuantLayer]) -> Choice:
         other = given.names[given.leading()] if isinstance(given, MixedInput) else None
         found[name] = weight.names[weight.leading()], other
     return found
+
+
+def shares_in(layers: dict[str, QuantLayer]) -> Shares:
+    """Of all layers."""
+    return {
+        name: (shares_of(layer.weight_quantizer), shares_of(layer.input_quantizer)) for name, layer in layers.items()
+    }
 
 
 def shares_of(mixed: Any) -> dict[str, float]:
@@ -238,7 +251,7 @@ def greedy(problem: Problem, start: Choice, progress: Progress, phase: str) -> P
                 given = problem.given_to(name)
             bias = problem.bias(name)
             if given:  # what the layers before now give it asks for another bias
-                problem.correct(name, given)
+                problem.correct(name, choice[name], given)
                 loss = problem.judge()
                 if loss < best:
                     best, bias = loss, problem.bias(name)
@@ -250,7 +263,7 @@ def greedy(problem: Problem, start: Choice, progress: Progress, phase: str) -> P
                     if loss is None:
                         pair = (strategy, choice[name][1]) if side == 0 else (choice[name][0], strategy)
                         problem.set({name: pair})
-                        problem.correct(name, given)
+                        problem.correct(name, pair, given)
                         loss = problem.judge()
                         known.append((grid, loss))
                         if loss < best:
