@@ -38,7 +38,7 @@ def arguments_of(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--train", type=int, default=None, metavar="STEPS", help="train a task with strategies that learn")
     sub.add_argument("--samples", type=int, default=1024, help="of calibration (default: 1024)")
     sub.add_argument("--integer-bias", action="store_true", help="biases in whole steps of int32 sums")
-    sub.add_argument("--correct-bias", action="store_true", help="biases make up for mean errors of rounding; slower")
+    sub.add_argument("--no-correct-bias", action="store_true", help="biases do not make up for mean errors; faster")
     sub.add_argument("--out", type=Path, default=None, help="run folder (default: runs/strategies-TASK)")
     sub.add_argument("--seed", type=int, default=0, help="seed of every random choice (default: 0)")
 
@@ -64,7 +64,8 @@ def run(options: argparse.Namespace) -> int:
         "per_channel": not options.per_tensor,
     }
     if options.train is None:
-        settings |= {key: vars(options)[key] for key in ("loss", "integer_bias", "correct_bias")}
+        settings |= {key: vars(options)[key] for key in ("loss", "integer_bias")}
+        settings["correct_bias"] = not options.no_correct_bias
         settings["steps"] = 100 if options.steps is None else options.steps
     folder = options.out or Path("runs") / f"strategies-{options.task or 'model'}"
     with Progress(quiet=options.json) as progress:
@@ -106,7 +107,7 @@ def _check_trained(options: argparse.Namespace) -> None:
         )
     of_search = {
         **{"--steps": options.steps is not None, "--loss": options.loss != "kl"},
-        **{"--integer-bias": options.integer_bias, "--correct-bias": options.correct_bias},
+        **{"--integer-bias": options.integer_bias, "--no-correct-bias": options.no_correct_bias},
     }
     for flag, given in of_search.items():
         if given:

@@ -196,7 +196,7 @@ def test_a_packed_network_that_is_far_off_is_refused():
         (["digits", "--train", "0", "--limit", "32", "--float-steps", "1"], "steps=0 trains nothing"),
         (["digits", "--train", "5", "--steps", "9"], "--steps is of the search without training"),
         (["digits", "--train", "5", "--loss", "l1"], "--loss is of the search without training"),
-        (["digits", "--train", "5", "--correct-bias"], "--correct-bias is of the search without training"),
+        (["digits", "--train", "5", "--no-correct-bias"], "--no-correct-bias is of the search without training"),
         (["digits", "--train", "5", "--weights", "mse", "--limit", "32", "--float-steps", "1"], "'mse' is not known"),
         (["--model", "torch.nn:Identity", "--calibration", "x.npy", "--train", "5"], "StrategyTraining does"),
     ],

@@ -1,7 +1,5 @@
 """Bias correction: means are those of the float network, and no network that is derived is worse for it."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import nn
@@ -13,12 +11,7 @@ from sgsc.strategies import StrategySettings, make_problem
 from sgsc.strategies.biases import correct_biases, own_biases
 from sgsc.strategies.problem import Problem
 
-from .test_strategies_search import QUICK as PLAIN
-from .test_strategies_search import SETTINGS as NEITHER
-from .test_strategies_search import Expert, Loops, Twice, data, network
-
-QUICK = {**PLAIN, "correct_bias": True}
-SETTINGS = replace(NEITHER, correct_bias=True)
+from .test_strategies_search import QUICK, SETTINGS, Expert, Loops, Twice, data, network
 
 
 def answers(model, names, batches):
@@ -177,7 +170,7 @@ def test_weights_alone_are_corrected_too():
 
 
 def test_biases_are_those_of_the_float_network_where_it_is_asked_for():
-    found = search_strategies(network(), data(), **PLAIN)
+    found = search_strategies(network(), data(), **QUICK, correct_bias=False)
     folded = fold_batch_norms(network()).model
     assert all(torch.equal(layer.bias, folded[int(name)].bias) for name, layer in quant_layers(found.model).items())
     assert (found.report["correct_bias"], found.report["biases_corrected"]) == (False, False)
@@ -188,7 +181,7 @@ def test_the_command_has_a_switch(monkeypatch, tmp_path):
 
     asked = []
     monkeypatch.setattr(demo, "search", lambda *_, **how: asked.append(how["correct_bias"]) or 1 / 0)
-    for more in ([], ["--correct-bias"]):
+    for more in ([], ["--no-correct-bias"]):
         with pytest.raises(ZeroDivisionError):
             main(["strategies", "digits", "--out", str(tmp_path), *more])
-    assert asked == [False, True]
+    assert asked == [True, False]

@@ -50,7 +50,7 @@ def test_the_result_is_no_worse_than_any_uniform_choice_and_than_greed_alone(fou
     losses = [row["loss"] for row in report["uniform"]]
     assert len(losses) == len(report["layers"][0]["weight_losses"]) * len(report["layers"][0]["input_losses"])
     assert found.loss <= report["greedy_loss"] <= min(losses) == report["best_uniform_loss"]
-    assert found.loss < 0.8 * min(losses)  # there is something to choose
+    assert found.loss < 0.95 * min(losses)  # there is something to choose
     assert max(losses) > 2 * min(losses)
     assert report["mixture_greedy_loss"] <= report["mixture_argmax_loss"]
 

@@ -32,9 +32,11 @@ class _Mean:
         self.total, self.count = torch.zeros(()), 0
 
     def add(self, layer: QuantLayer, output: Tensor, times: int = 1) -> None:
-        rows = output.movedim(-1 - _places(layer), -1).reshape(-1, layer.weight.shape[0])
-        self.total = self.total.to(rows.device) + times * rows.sum(0, dtype=torch.float64)
-        self.count += times * len(rows)
+        rows = output.movedim(-1 - _places(layer), -1)
+        rows = rows.flatten(1, -2) if rows.dim() > 2 else rows.reshape(1, -1, rows.shape[-1])
+        of_samples = rows.sum(1, dtype=torch.float32)  # few enough for it, and several times as fast
+        self.total = self.total.to(rows.device) + times * of_samples.sum(0, dtype=torch.float64)
+        self.count += times * rows.shape[:2].numel()
 
 
 def _places(layer: nn.Module) -> int:
@@ -137,7 +139,7 @@ def mean_inputs(
         for key, quantizer in quantizers.items() if len(x) else ():
             rounded = x if quantizer is None else quantizer(x)
             total, count = totals[key].get(x.shape[1:], (0.0, 0))
-            totals[key][x.shape[1:]] = total + rounded.sum(0, dtype=torch.float64), count + len(x)
+            totals[key][x.shape[1:]] = total + rounded.sum(0, dtype=torch.float32).double(), count + len(x)
 
     _until_last_call(model, name, layer, batches, calls, look)
     return {

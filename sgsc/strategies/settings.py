@@ -28,7 +28,8 @@ class StrategySettings:
             numbers), or a function (outputs, wanted) -> scalar.
         select_share: Of the samples, by which discrete choices are judged; the others find grids and train mixtures.
         batch_size: Samples of a step.
-        correct_bias: Without training: whether biases may make up for what rounding does to mean answers of layers.
+        correct_bias: Without training: whether biases may make up for what rounding does to mean answers of layers; it
+            doubles the time of a search.
         seed: Of every random choice.
 
     Raises:
@@ -45,7 +46,7 @@ class StrategySettings:
     loss: str | Loss = "kl"
     select_share: float = 0.25
     batch_size: int = 64
-    correct_bias: bool = False
+    correct_bias: bool = True
     seed: int = 0
     trained: bool = False  # whether strategies are those that learn with the weights
 
