@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -47,11 +48,6 @@ from .strategy_peers import BREVITAS, PT2E, by_others, calibrated, exported, rou
 NETWORKS = ("digits", "char-lm", "resnet20", "resnet56", "stories260k", "vdsr")
 SETTINGS: dict[str, tuple[int, int | None]] = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W3": (3, None)}
 CANDIDATES = (1, 2, 4, 8, 16)
-# method -> strategies of weights and of inputs in all layers, None: searched; PACT rounds weights as DoReFa does
-TRAINED: dict[str, tuple[str, str] | None] = {
-    **{"DQSS": None, "lsq": ("lsq", "lsq"), "lsq+": ("lsq+", "lsq+"), "pact": ("dorefa", "pact")},
-    "straight-through": ("straight-through", "straight-through"),
-}
 START = "mse"  # of the other side, where strategies of one side are compared
 
 
@@ -204,6 +200,17 @@ def _mixture(count: int, together: bool) -> Row:
 # ---- training ----
 
 
+def pairs_trained() -> dict[str, tuple[str, str] | None]:
+    """Method -> strategies of weights and of inputs in all layers; None: searched.
+
+    What is of one side only is paired in order, DoReFa with PACT as in the paper of the latter.
+    """
+    of_weights, of_inputs = (list(strategies(registry, None, True)) for registry in (WEIGHTS, INPUTS))
+    rest = [w for w in of_weights if w not in of_inputs], [i for i in of_inputs if i not in of_weights]
+    found: dict[str, tuple[str, str] | None] = {"DQSS": None, **{n: (n, n) for n in of_weights if n in of_inputs}}
+    return found | {f"{w} + {i}": (w, i) for w, i in zip_longest(*rest, fillvalue="lsq")}
+
+
 def measure_qat(section: Section, of: Network, steps: int, draws: int, rate: float) -> None:
     """ResNet-20 at 4 bits: strategies that are searched, and each pair in all layers, equally long."""
     assert of.train is not None
@@ -212,7 +219,7 @@ def measure_qat(section: Section, of: Network, steps: int, draws: int, rate: flo
     common["train_samples"] = len(of.train)
     section.row({**float_row, "method": "float"}, lambda: timed(lambda: of.judge(of.model)))
     for seed in range(draws):
-        for method, names in TRAINED.items():
+        for method, names in pairs_trained().items():
             section.row(
                 {**common, "seed": seed, "method": method},
                 lambda s=seed, n=names: timed(lambda: _train(of, steps, s, n, rate)),

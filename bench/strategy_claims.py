@@ -108,7 +108,8 @@ def qat_claims(rows: list[Row]) -> list[Row]:
                 mean, (seeds, enough) = statistics.fmean(values), counted(len(values), "seeds")
                 error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
                 what = "lost against float" if values is losses else f"ahead of {method} in all layers"
-                text = f"resnet20, {DATA['resnet20']}, W4A4, {of[0]['steps']:,} steps, {seeds}: test accuracy {what}"
+                how = f"{of[0]['steps']:,} steps at {of[0]['rate']:g} on {of[0].get('train_samples', 0):,} images"
+                text = f"resnet20, {DATA['resnet20']}, W4A4, {how}, {seeds}: test accuracy {what}"
                 holds = mean <= 0.5 if values is losses else mean >= -2 * error
                 target = 0.5 if values is losses else 0
                 made.append(claim(f"{text} (standard error {error:.2g})", target, mean, "points", enough and holds))
@@ -192,9 +193,9 @@ def qat_table(rows: Rows) -> str:
     for group in ([r for r in rows if "setting" not in r], *alike(rows, ("steps", "rate", "train_samples"))):
         for method in _methods(group):
             of = [r for r in group if r["method"] == method]
-            trained = [f"{of[0][key]:,}" if of[0].get(key) else "" for key in ("steps", "train_samples")]
+            trained = [f"{of[0][key]:,}" if of[0].get(key) else "" for key in ("steps", "rate", "train_samples")]
             lines.append([method, *trained, str(len(of)), spread([100 * r["accuracy"] for r in of], ".2f")])
-    return table(["method", "steps", "training samples", "seeds", "test accuracy, %"], lines)
+    return table(["method", "steps", "rate", "training samples", "seeds", "test accuracy, %"], lines)
 
 
 LAYOUTS: dict[str, Callable[[Rows], str]] = {

@@ -2,7 +2,7 @@
 
     sgsc compress TASK   train, compress, pack, save, certify in a fresh process, report
     sgsc search TASK     bits and channels of each layer under a budget, pack, report
-    sgsc strategies TASK  the quantization strategy of each layer, without retraining, report
+    sgsc strategies TASK  the quantization strategy of each layer, searched or trained, report
     sgsc certify RUN     load RUN/model.sgsc and compare it with the float network of the run
     sgsc inspect FILE    what a file holds
     sgsc verify FILE     whether a file is whole
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
     cli_search.arguments_of(command("search", cli_search.run, "search bits and channels of each layer under a budget"))
 
-    strategies = "find the quantization strategy of each layer, without retraining"
+    strategies = "find the quantization strategy of each layer, without retraining or with it"
     cli_strategies.arguments_of(command("strategies", cli_strategies.run, strategies))
 
     compare = "compare a run's packed network with its float network"

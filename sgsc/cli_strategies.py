@@ -33,13 +33,14 @@ def arguments_of(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--inputs", type=_names, default=None, help="the same of activations (default: all)")
     sub.add_argument("--skip", type=_names, default=(), help="layers to leave float, with commas")
-    sub.add_argument("--loss", default="kl", help="kl (default: of the answers) or l1 (of images)")
+    sub.add_argument("--loss", default=None, help="kl (default: of the answers) or l1 (of images)")
     sub.add_argument("--steps", type=int, default=None, help="of the mixture (default: 100)")
     sub.add_argument("--train", type=int, default=None, metavar="STEPS", help="train a task with strategies that learn")
+    sub.add_argument("--rate", type=float, default=None, help="peak learning rate of --train (default: the task's)")
     sub.add_argument("--samples", type=int, default=1024, help="of calibration (default: 1024)")
     sub.add_argument("--integer-bias", action="store_true", help="biases in whole steps of int32 sums")
     sub.add_argument("--no-correct-bias", action="store_true", help="biases do not make up for mean errors; faster")
-    sub.add_argument("--out", type=Path, default=None, help="run folder (default: runs/strategies-TASK)")
+    sub.add_argument("--out", type=Path, default=None, help="run folder (default: runs/strategies-TASK, or -trained)")
     sub.add_argument("--seed", type=int, default=0, help="seed of every random choice (default: 0)")
 
 
@@ -51,8 +52,7 @@ def run(options: argparse.Namespace) -> int:
     """
     if (options.task is None) == (options.model is None) or (options.model is None) != (options.calibration is None):
         raise ValueError("name a task, or --model with --calibration; `sgsc strategies --help` says what they are")
-    if options.train is not None:
-        _check_trained(options)
+    _check_purpose(options)
     from . import report as reports
     from .demos.strategies import draw, search, search_any, train
     from .environment import environment
@@ -64,10 +64,10 @@ def run(options: argparse.Namespace) -> int:
         "per_channel": not options.per_tensor,
     }
     if options.train is None:
-        settings |= {key: vars(options)[key] for key in ("loss", "integer_bias")}
-        settings["correct_bias"] = not options.no_correct_bias
-        settings["steps"] = 100 if options.steps is None else options.steps
-    folder = options.out or Path("runs") / f"strategies-{options.task or 'model'}"
+        settings |= {"integer_bias": options.integer_bias, "correct_bias": not options.no_correct_bias}
+        settings |= {key: vars(options)[key] for key in ("loss", "steps") if vars(options)[key] is not None}
+    of = options.task or "model"
+    folder = options.out or Path("runs") / f"strategies-{of}{'' if options.train is None else '-trained'}"
     with Progress(quiet=options.json) as progress:
         if options.model:
             network, inputs = _named(options.model), draw(_read(options.calibration), options.samples, options.seed)
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
             if options.train is None:
                 report = search(task, folder, **settings)
             else:
-                report = train(task, folder, steps=options.train, **settings)
+                report = train(task, folder, steps=options.train, rate=options.rate, **settings)
     report |= {"limit": options.limit, **environment()}
     write_atomically(folder / "report.json", reports.to_json(report).encode())
     reports.write_strategies_html(report, folder / "report.html")
@@ -95,18 +95,20 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_trained(options: argparse.Namespace) -> None:
-    """Refuse what a training has no use for.
+def _check_purpose(options: argparse.Namespace) -> None:
+    """Refuse flags of the other purpose.
 
     Raises:
-        ValueError: If a network of one's own is to be trained, or an option of the search was given.
+        ValueError: If there is one, or a network of one's own is to be trained.
     """
+    if options.train is None:
+        if options.rate is not None:
+            raise ValueError("--rate is of a training; name its steps too, with --train STEPS")
+        return
     if options.model:
-        raise ValueError(
-            "--train needs the data and the loss of a task; of a network of your own StrategyTraining does"
-        )
+        raise ValueError("--train needs a task, whose data has labels; train your own network by sgsc.StrategyTraining")
     of_search = {
-        **{"--steps": options.steps is not None, "--loss": options.loss != "kl"},
+        **{"--steps": options.steps is not None, "--loss": options.loss is not None},
         **{"--integer-bias": options.integer_bias, "--no-correct-bias": options.no_correct_bias},
     }
     for flag, given in of_search.items():

@@ -182,11 +182,11 @@ def test_training_rows(monkeypatch, short):
     monkeypatch.setattr(strategies, "network", lambda *_: of)
     assert strategies.main(["qat", "--steps", "5", "--draws", "1", "--results", str(short)]) == 0
     rows = json.loads((short / "strategies.json").read_text())["rows"]
-    assert [r["method"] for r in rows] == ["float", "DQSS", "lsq", "lsq+", "pact", "straight-through"]
+    assert [r["method"] for r in rows] == ["float", "DQSS", "lsq", "lsq+", "straight-through", "dorefa + pact"]
     assert all(0 <= r["accuracy"] <= 1 for r in rows)
     shown = strategy_claims.qat_table(rows)
-    assert "| lsq | 5 | 64 | 1 |" in shown
-    assert "| float | | | 1 |" in shown.replace("  ", " ")
+    assert "| lsq | 5 | 0.001 | 64 | 1 |" in shown
+    assert "| float | | | | 1 |" in shown.replace("  ", " ")
     assert len(strategy_claims.qat_claims(rows)) == 5
 
 
@@ -205,7 +205,10 @@ def test_claims_of_training_can_fail():
     assert claims([0.876, 0.878, 0.88], [0.878, 0.879, 0.879]) == [True, True]  # behind, within two standard errors
     shorter = [row("DQSS", 0.5, seed, steps=4, rate=0.1) for seed in range(3)]
     longer = [row("DQSS", 0.88, seed, steps=5, rate=0.1) for seed in range(3)]
-    assert [c["holds"] for c in strategy_claims.qat_claims([reference, *shorter, *longer])] == [False, True]
+    faster = [{**r, "rate": 0.2} for r in shorter]
+    made = strategy_claims.qat_claims([reference, *shorter, *longer, *faster])
+    assert [c["holds"] for c in made] == [False, True, False]
+    assert len({c["claim"] for c in made}) == 3
 
 
 def test_similarity_of_images():

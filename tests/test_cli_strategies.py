@@ -10,11 +10,14 @@ from torch import nn
 
 from sgsc import load_into
 from sgsc.cli import main
+from sgsc.demos import strategies as demo
 from sgsc.demos.strategies import answers_alike
 from sgsc.demos.tasks import load
 from sgsc.demos.training import evaluate
 from sgsc.report import strategies_summary
 from sgsc.report.strategies_page import render_strategies
+from sgsc.strategies import StrategyTraining
+from sgsc.strategies.settings import divergence
 
 QUICK = ["--samples", "48", "--steps", "3", "--weights", "max-abs,mse", "--inputs", "min-max,mse,kl"]
 TASK = ["strategies", "digits", "--limit", "64", "--float-steps", "20"]
@@ -83,27 +86,76 @@ def test_the_terminal_shows_choices(run, tmp_path, capsys):
     assert "greedy pass from the mixture" in said.err
 
 
-def test_a_task_is_trained_with_strategies_that_learn(tmp_path, capsys):
-    how = ["--train", "30", "--samples", "32", "--weights", "lsq,dorefa", "--inputs", "pact", "--bits-activations", "4"]
-    assert main(["strategies", "char-lm", "--limit", "64", "--float-steps", "5", *how, "--out", str(tmp_path)]) == 0
+def test_a_task_is_trained_with_strategies_that_learn(tmp_path, capsys, monkeypatch):
+    how = ["--train", "40", "--samples", "32", "--weights", "lsq,dorefa", "--inputs", "pact", "--bits-weights", "2"]
+    how += ["--bits-activations", "3", "--edge-bits", "0", "--rate", "0.002", "--precision", "bfloat16"]
+    seen = []
+    monkeypatch.setattr(demo, "divergence", lambda *both: seen.append(both[0].dtype) or divergence(*both))
+    assert main(["strategies", "digits", "--limit", "200", "--float-steps", "60", *how, "--out", str(tmp_path)]) == 0
+    assert set(seen) == {torch.bfloat16}
+    assert len(seen) == 40
     said = capsys.readouterr()
     assert "training: search" in said.err
     assert "best uniform" not in said.out
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["trained_steps"] == len(report["course"]) == 30
-    assert report["course"][5]["entropy"] > report["course"][11]["entropy"]
+    assert (report["trained_steps"], report["rate"]) == (len(report["course"]), 0.002) == (40, 0.002)
+    assert [row["stage"] for row in report["course"]] == ["warm-up"] * 4 + ["search"] * 12 + ["settled"] * 24
+    assert report["course"][5]["entropy"] > report["course"][15]["entropy"]
     for row in report["layers"]:
         assert row["weight"] == max(row["weight_shares"], key=row["weight_shares"].get)
         assert row["weight_shares"].keys() == {"lsq", "dorefa"}
         assert sum(row["weight_shares"].values()) == pytest.approx(1)
-        assert row["input"] == (None if row["bits_input"] is None else "pact")
+        assert row["input"] == "pact"
     page = (tmp_path / "report.html").read_text()
-    assert "trained with its strategies for 30 steps" in page
+    assert "trained with its strategies for 40 steps" in page
     assert "Uniform choices" not in page
     assert page.count("<svg") == 1
-    task = load("char-lm", limit=64)
-    packed = load_into(task.build(), tmp_path / "model.sgsc")  # batch norms, where there are, stay: the network's own
+    task = load("digits", limit=200)
+    packed = load_into(task.build(), tmp_path / "model.sgsc")  # batch norms stay: it loads into the network itself
     assert evaluate(packed, task.test())["accuracy"] == pytest.approx(report["derived_accuracy"], abs=0.01)
+    start = ["--start", str(tmp_path / "float.safetensors"), "--out", str(tmp_path / "untrained"), "--json"]
+    how[1] = "1"  # a step
+    assert main(["strategies", "digits", "--limit", "200", *how, *start]) == 0
+    untrained = json.loads((tmp_path / "untrained" / "report.json").read_text())
+    losses = [r["validation"]["derived"]["loss"] for r in (report, untrained)]
+    assert losses[0] < 0.7 * losses[1]
+
+
+def test_half_of_the_loss_of_a_training_is_that_of_the_float_answers():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    x, y = torch.randn(16, 4), torch.randint(3, (16,))
+    run = StrategyTraining(network, x, steps=2, weights=["lsq"], inputs=["lsq"])
+    with torch.no_grad():
+        outputs, wanted = run.model(x), network(x)
+    kl = (wanted.softmax(1) * (wanted.log_softmax(1) - outputs.log_softmax(1))).sum(1).mean()
+    first = 0.5 * nn.functional.cross_entropy(outputs, y) + 0.5 * kl
+    course = demo.learn(run, network, [(x, y)] * 3, nn.functional.cross_entropy)
+    assert course[0]["loss"] == pytest.approx(first.item(), rel=1e-5)
+    assert len(course) == 2
+    run = StrategyTraining(network, x, steps=2, weights=["lsq"], inputs=["lsq"])
+    with pytest.raises(ValueError, match="ended after 1 of 2 steps; pass one that begins again"):
+        demo.learn(run, network, [(x, y)], nn.functional.cross_entropy)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--train", "0"], "steps=0: want 1 or more"),
+        (["--train", "5", "--weights", "mse"], "'mse' is not known"),
+        (["--train", "5", "--bits-weights", "9"], "strategies serve 2 to 8"),
+        (["--train", "5", "--samples", "0"], "samples=0 calibrates nothing"),
+        (["--steps", "-1"], "steps=-1: want 0 or more"),
+        (["--bits-weights", "9"], "strategies serve 2 to 8"),
+        (["--inputs", "pact"], "'pact' is not known without training"),
+        (["--samples", "0"], "samples=0 calibrates nothing"),
+        (["--loss", "l3"], "loss='l3' is not known"),
+    ],
+)
+def test_settings_that_are_wrong_are_refused_before_anything_is_trained(wrong, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "float_model", lambda *_: pytest.fail("trained"))
+    assert main(["strategies", "digits", "--limit", "32", *wrong, "--out", str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_network_of_one_s_own(tmp_path):
@@ -189,16 +241,17 @@ def test_a_packed_network_that_is_far_off_is_refused():
         (["--model", "os:getcwd", "--calibration", "x.npy"], "is a str; want an nn.Module"),
         (["--model", "torch.nn:Linear", "--calibration", "x.npy"], "missing a required argument: 'in_features'; want"),
         (["--model", "os:sep", "--calibration", "x.npy"], "is not a callable object; want an nn.Module, or a function"),
-        (["digits", "--bits-weights", "9", "--limit", "32", "--float-steps", "1"], "strategies serve 2 to 8"),
-        (["digits", "--inputs", "pact", "--limit", "32", "--float-steps", "1"], "'pact' is not known without training"),
-        (["digits", "--samples", "0", "--limit", "32", "--float-steps", "1"], "samples=0 calibrates nothing"),
         (["nothing"], "no task is called 'nothing'"),
-        (["digits", "--train", "0", "--limit", "32", "--float-steps", "1"], "steps=0 trains nothing"),
+        (["digits", "--rate", "0.1"], "--rate is of a training; name its steps too"),
+        (["digits", "--train", "5", "--integer-bias"], "--integer-bias is of the search without training"),
+        (["digits", "--train", "5", "--loss", "kl"], "--loss is of the search without training"),
         (["digits", "--train", "5", "--steps", "9"], "--steps is of the search without training"),
         (["digits", "--train", "5", "--loss", "l1"], "--loss is of the search without training"),
         (["digits", "--train", "5", "--no-correct-bias"], "--no-correct-bias is of the search without training"),
-        (["digits", "--train", "5", "--weights", "mse", "--limit", "32", "--float-steps", "1"], "'mse' is not known"),
-        (["--model", "torch.nn:Identity", "--calibration", "x.npy", "--train", "5"], "StrategyTraining does"),
+        (
+            ["--model", "torch.nn:Identity", "--calibration", "x.npy", "--train", "5"],
+            "network by sgsc.StrategyTraining",
+        ),
     ],
 )
 def test_wrong_use_is_answered(wrong, said, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """Bias correction: means are those of the float network, and no network that is derived is worse for it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -7,8 +9,11 @@ from torch import nn
 from sgsc import fold_batch_norms, load_into, pack, save, search_strategies
 from sgsc.cli import main
 from sgsc.layers import quant_layers
-from sgsc.strategies import StrategySettings, make_problem
-from sgsc.strategies.biases import correct_biases, own_biases
+from sgsc.preparation import prepare
+from sgsc.quantizers import StaticInput
+from sgsc.strategies import make_problem
+from sgsc.strategies.biases import correct_bias, correct_biases, float_answers, mean_inputs, own_biases
+from sgsc.strategies.calibration import count_calls
 from sgsc.strategies.problem import Problem
 
 from .test_strategies_search import QUICK, SETTINGS, Expert, Loops, Twice, data, network
@@ -31,44 +36,56 @@ def answers(model, names, batches):
 
 
 def corrected(problem, batches=None):
+    """Means of before, of batches that are those of the problem cut or joined otherwise."""
     problem.set(problem.uniform("max-abs", "min-max"))
     before = answers(problem.model, problem.layers, problem.fit)
-    calls = problem.calls
+    wanted = problem.answers
     if batches is not None:
-        calls = calls._replace(counts=[calls.counts[0] for _ in batches])
-    correct_biases(problem.model, problem.layers, problem.means, batches or problem.together, calls)
+        fresh = make_problem(network(), data(), replace(SETTINGS, bits_activations=None))
+        wanted = float_answers(fresh.model, fresh.layers, list(fresh.biases), batches)
+    correct_biases(problem.model, problem.layers, wanted, batches or problem.together)
     return before
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-def test_mean_answers_are_those_of_the_float_network(parts):
+@pytest.mark.parametrize(("parts", "close"), [(1, 0.01), (3, 0.2)])
+def test_mean_answers_are_those_of_the_float_network(parts, close):
+    """In one pass: of several batches to first order."""
     problem = make_problem(network(), data(), SETTINGS)
     assert len(problem.together) == 1
-    batches = [batch.contiguous() for batch in problem.together[0].chunk(parts)]
-    before = corrected(problem, batches)
+    before = corrected(problem, None if parts == 1 else list(problem.together[0].chunk(parts)))
     after = answers(problem.model, problem.layers, problem.fit)
     wanted = answers(fold_batch_norms(network()).model, problem.layers, problem.fit)
     for name in problem.layers:
         off = (before[name].mean(0) - wanted[name].mean(0)).abs().max()
         left = (after[name].mean(0) - wanted[name].mean(0)).abs().max()
-        assert left < 1e-5 * wanted[name].abs().max(), name
-        assert off > 100 * left, name
+        assert left < close * off, name
+        if parts == 1:
+            assert left < 1e-5 * wanted[name].abs().max(), name
 
 
 def test_a_layer_called_twice_gets_the_mean_of_all_calls():
     problem = make_problem(Twice(), torch.randn(80, 5), SETTINGS)
-    before = {name: layer.bias.clone() for name, layer in problem.layers.items()}
-    corrected(problem)
-    layers, wanted = problem.layers, answers(Twice(), problem.layers, problem.fit)
+    before = corrected(problem)
+    after = answers(problem.model, problem.layers, problem.fit)
+    wanted = answers(Twice(), problem.layers, problem.fit)
     assert len(wanted["shared"]) == 2 * len(wanted["head"])
-    # nothing comes after the head; of the shared one, the answers with the bias that it had when it was its turn
-    head = answers(problem.model, ["head"], problem.fit)["head"]
-    torch.testing.assert_close(head.mean(0), wanted["head"].mean(0), rtol=0, atol=1e-5)
-    shift = layers["shared"].bias - before["shared"]
-    layers["shared"].bias.copy_(before["shared"])
-    seen = answers(problem.model, ["shared"], problem.fit)["shared"]
-    torch.testing.assert_close(shift.double(), wanted["shared"].mean(0) - seen.mean(0), rtol=0, atol=1e-5)
-    assert shift.abs().max() > 1e-3
+    for name in ("shared", "head"):
+        off = (before[name].mean(0) - wanted[name].mean(0)).abs().max()
+        assert off > 1e-3
+        assert (after[name].mean(0) - wanted[name].mean(0)).abs().max() < 0.3 * off, name
+
+
+def test_one_pass_serves_whatever_the_number_of_layers(monkeypatch):
+    """Of two image sizes, so that there are two batches: the cost must not grow with the square of the depth."""
+    problem = make_problem(
+        nn.Sequential(*(nn.Conv2d(2, 2, 3, padding=1) for _ in range(6))),
+        [torch.randn(6, 2, n, n) for n in (5, 8)],
+        replace(SETTINGS, loss="l1"),
+    )
+    calls = []
+    problem.model.register_forward_hook(lambda *_: calls.append(1))
+    correct_biases(problem.model, problem.layers, problem.answers, problem.together)
+    assert len(calls) == len(problem.together) == 2
 
 
 @pytest.mark.parametrize("make", [lambda: (Loops(), [torch.randn(8, n, 3) for n in (2, 4)]), lambda: (Expert(True), X)])
@@ -82,18 +99,64 @@ def test_networks_that_call_layers_as_data_says_are_served(make):
 X = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)) * 2
 
 
-def test_a_candidate_comes_with_the_bias_of_its_own_error():
-    problem = make_problem(network(), data(), SETTINGS)
-    problem.set(problem.uniform("mse", "mse"))
-    given = problem.given_to("7")
-    problem.set({"7": ("max-abs", "min-max")})
-    before = answers(problem.model, ["7"], problem.fit)["7"].mean(0)
-    problem.correct("7", ("max-abs", "min-max"), given)
-    after = answers(problem.model, ["7"], problem.fit)["7"].mean(0)
-    torch.testing.assert_close(after, problem.means["7"], rtol=1e-4, atol=1e-5)
-    assert (before - after).abs().max() > 1e-2
-    problem.set({"7": ("mse", "mse")})
-    assert torch.equal(problem.bias("7"), problem.biases["7"])
+LAYERS = {
+    "linear": (nn.Linear(6, 4), [(5, 6), (3, 6)]),
+    "linear on sequences": (nn.Linear(6, 4), [(5, 7, 6), (2, 3, 6)]),
+    "linear on one": (nn.Linear(6, 4), [(6,), (9, 6)]),
+    "padding": (nn.Conv2d(4, 6, 3, padding=(2, 1)), [(5, 4, 7, 6), (2, 4, 4, 9)]),
+    "stride": (nn.Conv2d(4, 6, (3, 2), stride=(2, 3), padding=1), [(5, 4, 7, 6), (2, 4, 8, 9)]),
+    "groups and dilation": (nn.Conv2d(4, 6, 3, groups=2, dilation=2, padding=1), [(5, 4, 7, 8), (2, 4, 6, 9)]),
+    "depthwise": (nn.Conv2d(4, 4, 3, groups=4, padding=1), [(5, 4, 7, 6)]),
+    "reflection": (nn.Conv2d(4, 6, 3, padding=(2, 1), padding_mode="reflect"), [(5, 4, 7, 6), (2, 4, 4, 9)]),
+    "same": (nn.Conv2d(4, 6, (2, 3), padding="same"), [(5, 4, 7, 6)]),
+    "signal": (nn.Conv1d(4, 6, 3, padding=2, stride=2), [(5, 4, 9), (7, 4, 6)]),
+    "unbatched": (nn.Conv2d(4, 6, 3), [(4, 7, 6), (4, 5, 5)]),
+}
+
+
+@pytest.mark.parametrize("rounded", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_candidate_s_bias_is_found_without_its_answers(name, rounded):
+    layer, shapes = LAYERS[name]
+    model = nn.Sequential(prepare(layer, quantizer="lsq3").model).eval()
+    torch.manual_seed(0)
+    batches = [torch.randn(shape) + 0.3 for shape in shapes]
+    quantizers = {"coarse": StaticInput(0.7, -2, 3), "fine": StaticInput(0.1, -4, 200)} if rounded else {None: None}
+    calls = count_calls(model, {"0": model[0]}, batches)
+    wanted = torch.randn(len(layer.weight), dtype=torch.float64)
+    given = mean_inputs(model, "0", model[0], quantizers, batches, calls)
+    for key, quantizer in quantizers.items():
+        model[0].input_quantizer = quantizer
+        correct_bias(model[0], wanted, given[key])
+        assert model[0].input_quantizer is quantizer
+        with torch.no_grad():
+            rows = [model(x).movedim(-1 if "linear" in name else -2 if "signal" in name else -3, 0) for x in batches]
+        means = torch.cat([row.reshape(len(row), -1) for row in rows], 1).double().mean(1)
+        torch.testing.assert_close(means, wanted, rtol=0, atol=1e-5)
+
+
+def test_a_candidate_s_bias_is_that_of_all_calls():
+    problem = make_problem(Twice(), torch.randn(80, 5), SETTINGS)
+    for choice in (("max-abs", "min-max"), ("mse", "mse")):
+        problem.set(problem.uniform("mse", "mse"))
+        given = problem.given_to("shared")
+        before = answers(problem.model, ["shared"], problem.fit)["shared"].mean(0)
+        problem.correct("shared", ("mse", "mse"), given)
+        shift = problem.bias("shared") - problem.biases["shared"]
+        wanted = answers(Twice(), ["shared"], problem.fit)["shared"].mean(0)
+        torch.testing.assert_close(shift.double(), wanted - before, rtol=0, atol=1e-5)
+        problem.set({"shared": choice})
+        assert torch.equal(problem.bias("shared"), problem.biases["shared"])
+
+
+def test_a_layer_that_is_called_on_nothing_keeps_its_bias():
+    layer = prepare(nn.Linear(3, 2), quantizer="lsq3").model
+    before = layer.bias.clone()
+    calls = count_calls(nn.Sequential(layer), {"0": layer}, [torch.zeros(0, 3)])
+    given = mean_inputs(nn.Sequential(layer), "0", layer, {None: None}, [torch.zeros(0, 3)], calls)
+    assert given == {None: None}
+    correct_bias(layer, torch.ones(2, dtype=torch.float64), given[None])
+    assert torch.equal(layer.bias, before)
 
 
 class Odd(nn.Module):
@@ -112,7 +175,7 @@ class Odd(nn.Module):
 
 def test_layers_without_a_bias_of_their_own_stay():
     problem = make_problem(Odd(), torch.arange(72).view(24, 3) % 9, SETTINGS)
-    assert own_biases(problem.model, problem.layers) == ["head"] == list(problem.means)
+    assert own_biases(problem.model, problem.layers) == ["head"] == list(problem.biases)
     before = problem.layers["one"].bias.clone()
     corrected(problem)
     assert torch.equal(problem.layers["one"].bias, before)
@@ -126,7 +189,7 @@ def test_a_correction_is_taken_where_the_loss_is_less(monkeypatch, better):
     choice = problem.uniform("max-abs", "min-max")
 
     def judge(p):
-        is_corrected = any(not torch.equal(p.bias(name), p.biases[name]) for name in p.means)
+        is_corrected = any(not torch.equal(p.bias(name), p.biases[name]) for name in p.biases)
         now.setdefault(is_corrected, []).append(real(p))
         return 0.5 if is_corrected == better else 1.0
 
@@ -134,7 +197,7 @@ def test_a_correction_is_taken_where_the_loss_is_less(monkeypatch, better):
     derived = problem.derive(choice)
     assert {key: len(losses) for key, losses in now.items()} == {False: 2, True: 2}
     assert derived.loss == 0.5
-    assert any(not torch.equal(problem.bias(name), problem.biases[name]) for name in problem.means) is better
+    assert any(not torch.equal(problem.bias(name), problem.biases[name]) for name in problem.biases) is better
     problem.set(choice)
     assert all(torch.equal(problem.bias(name), bias) for name, bias in problem.biases.items())
 
@@ -142,9 +205,8 @@ def test_a_correction_is_taken_where_the_loss_is_less(monkeypatch, better):
 @pytest.mark.parametrize("choice", [("max-abs", "min-max"), ("mse", "mse"), ("percentile", "kl")])
 def test_no_derived_network_is_worse_than_without(choice):
     losses = []
-    for correct_bias in (True, False):
-        settings = StrategySettings(bits_weights=3, bits_activations=4, edge_bits=None, correct_bias=correct_bias)
-        problem = make_problem(network(), data(), settings)
+    for corrects in (True, False):
+        problem = make_problem(network(), data(), replace(SETTINGS, correct_bias=corrects))
         losses.append(problem.derive(problem.uniform(*choice)).loss)
         assert problem.judge() == losses[-1]
     assert losses[0] <= losses[1]

@@ -11,8 +11,8 @@ from sgsc import fold_batch_norms, load_into, pack, save, search_strategies
 from sgsc.layers import quant_layers
 from sgsc.quantizers import StaticInput
 from sgsc.strategies import INPUTS, WEIGHTS, StrategySettings, make_problem
-from sgsc.strategies.problem import distance, divergence
 from sgsc.strategies.search import greedy
+from sgsc.strategies.settings import distance, divergence
 from sgsc.strategies.settled import Settled
 
 

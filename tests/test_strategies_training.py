@@ -133,7 +133,7 @@ def test_norms_train_on_unless_they_are_folded():
 
 def test_bad_input_is_refused():
     net, x, _ = problem()
-    with pytest.raises(ValueError, match="steps=0 trains nothing"):
+    with pytest.raises(ValueError, match="steps=0: want 1 or more"):
         run_of(net, x, steps=0)
     with pytest.raises(
         ValueError, match=r"'mse' is not known to training; choose of lsq, lsq\+, pact, straight-through"

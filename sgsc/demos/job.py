@@ -36,7 +36,7 @@ from sgsc.preservation import PreservationSet
 from sgsc.size import float_bytes, nominal_bits
 
 from .tasks import Task
-from .training import decayed, evaluate, samples_of, train
+from .training import decayed, drawn_by, evaluate, samples_of, train
 
 MODEL, FLOAT, KEPT, CHECKPOINT = "model.sgsc", "float.safetensors", "preservation.safetensors", "checkpoint.safetensors"
 REPORTS = ("report.json", "certificate.json", "report.html")  # written last: those of an older run must not stay
@@ -249,7 +249,7 @@ def _train_compressed(
             group["lr"] = rate
         model.train()
         x, y = next(data)
-        with task.autocast():
+        with drawn_by(config.seed, run.steps, x.device), task.autocast():
             loss = run.loss(task.loss(model(x), y))
         optimiser.zero_grad()
         loss.backward()

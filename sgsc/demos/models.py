@@ -72,18 +72,19 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """One pre-norm layer of a transformer, feed-forward 4 x width with ReLU: (N, T, width) -> (N, T, width)."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
         self.attention = Attention(width, heads)
         self.feed_norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, T, width) -> (N, T, width)."""
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.down(F.relu(self.up(self.feed_norm(x))))
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        return x + self.dropout(self.down(F.relu(self.up(self.feed_norm(x)))))
 
 
 class CharLM(nn.Module):
@@ -93,13 +94,21 @@ class CharLM(nn.Module):
         ValueError: If `width` is not a multiple of `heads`.
     """
 
-    def __init__(self, vocabulary: int, context: int = 64, width: int = 96, layers: int = 3, heads: int = 4) -> None:
+    def __init__(
+        self,
+        vocabulary: int,
+        context: int = 64,
+        width: int = 96,
+        layers: int = 3,
+        heads: int = 4,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"width={width} does not divide into heads={heads}; choose a multiple of the heads")
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.blocks = nn.Sequential(*(Block(width, heads, dropout) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary)
         for embedding in (self.token, self.position):  # torch's N(0, 1) would drown what the blocks add
@@ -140,11 +149,11 @@ class NamesLM(CharLM):
     """The language model of SGSC's repository: (N, T) int64, T at most 32 -> (N, T, 27).
 
     198,336 weights are quantized: those of every Linear, 4 layers * 12 * 64 * 64 and the head's 27 * 64. Biases,
-    norms and both embeddings stay float.
+    norms and both embeddings stay float. Dropout is ours: there are fewer characters of training than weights.
     """
 
     def __init__(self) -> None:
-        super().__init__(vocabulary=27, context=32, width=64, layers=4, heads=4)
+        super().__init__(vocabulary=27, context=32, width=64, layers=4, heads=4, dropout=0.1)
 
 
 class ConvNorm(nn.Module):

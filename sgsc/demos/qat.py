@@ -22,7 +22,7 @@ from sgsc.size import float_bytes
 
 from .job import schedule
 from .task import Task
-from .training import decayed, evaluate, samples_of
+from .training import decayed, drawn_by, evaluate, samples_of
 
 EDGES = 8  # bits of the first and the last layer
 
@@ -69,7 +69,7 @@ def tune(task: Task, model: nn.Module, steps: int, seed: int, watch: Callable[[i
         for group in optimiser.param_groups:
             group["lr"] = rate * group["of"]
         x, y = next(data)
-        with task.autocast():
+        with drawn_by(seed, done, x.device), task.autocast():
             loss = task.loss(model(x), y)
         optimiser.zero_grad()
         loss.backward()

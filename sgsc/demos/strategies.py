@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from sgsc.layers import quant_layers
 from sgsc.packed import pack
 from sgsc.samples import device_of
 from sgsc.size import float_bytes
-from sgsc.strategies.problem import divergence, samples_of
-from sgsc.strategies.qat import StrategyTraining
+from sgsc.strategies.problem import samples_of
+from sgsc.strategies.qat import StrategyTraining, trained_settings
 from sgsc.strategies.search import KEPT, layer_rows, search_strategies
+from sgsc.strategies.settings import StrategySettings, check_steps, divergence
 
 from .job import MODEL, Progress, float_model
 from .task import Task
-from .training import evaluate
+from .training import drawn_by, evaluate
 from .training import samples_of as batches_of
 
 DERIVED = "derived.safetensors"
@@ -54,6 +56,8 @@ def search(
     *,
     samples: int = SAMPLES,
     seed: int = 0,
+    steps: int = 100,
+    integer_bias: bool = False,
     progress: Progress = lambda phase, step, steps, values: None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -64,20 +68,23 @@ def search(
         folder: The run folder; it exists.
         samples: Of calibration, drawn from the training split.
         seed: Of every random choice.
+        steps: Of the mixture.
+        integer_bias: As `search_strategies` takes it.
         progress: Called as progress(phase, step, steps, values).
-        **settings: As `search_strategies` takes them.
+        **settings: Fields of StrategySettings.
+
+    Raises:
+        ValueError: Before anything is trained, if a setting is out of its range.
     """
     started = time.perf_counter()
-    network = float_model(task, seed, folder, progress).eval()
+    check_steps(steps, 0)
+    StrategySettings(seed=seed, **settings)
     inputs = draw(task.train.tensors[0], samples, seed)
-    found = search_strategies(network, inputs, seed=seed, progress=progress, **settings)
-    report = {
-        **{"kind": "strategies", "task": task.name, "sources": task.sources, "samples": len(inputs)},
-        **{"float_bytes": float_bytes(network), **found.report},
-        **store(found.model, inputs, folder, {"task": task.name}),
-        **judged(task, network, found.model),
-    }
-    return report | {"seconds": time.perf_counter() - started}
+    network = float_model(task, seed, folder, progress).eval()
+    how = {"steps": steps, "integer_bias": integer_bias, "seed": seed, "progress": progress}
+    found = search_strategies(network, inputs, **how, **settings)
+    report = _report(task, network, found.model, inputs, folder)
+    return {**report, **found.report, "seconds": time.perf_counter() - started}
 
 
 def train(
@@ -85,6 +92,7 @@ def train(
     folder: Path,
     *,
     steps: int,
+    rate: float | None = None,
     samples: int = SAMPLES,
     seed: int = 0,
     progress: Progress = lambda phase, step, steps, values: None,
@@ -93,29 +101,34 @@ def train(
     """The same by `StrategyTraining`, of `steps` steps on the training split, batch norms in place.
 
     Args:
-        task: Data, network and schedule; its batch size and peak learning rate are those of this training too.
+        task: Data, network, batch size and precision.
         folder: The run folder; it exists.
         steps: Of the training.
+        rate: Peak of the learning rate; the task's own if None.
         samples: That learned grids start from, drawn from the training split.
         seed: Of every random choice.
         progress: Called as progress(phase, step, steps, values).
-        **settings: As `StrategyTraining` takes them.
+        **settings: Fields of StrategySettings, as `StrategyTraining` takes them.
+
+    Raises:
+        ValueError: Before anything is trained, if a setting is out of its range.
     """
     started = time.perf_counter()
-    network = float_model(task, seed, folder, progress).eval()
+    check_steps(steps, 1)
+    trained_settings(seed=seed, **settings)
     inputs = draw(task.train.tensors[0], samples, seed)
-    run = StrategyTraining(network, inputs, steps=steps, rate=task.learning_rate, seed=seed, **settings)
-    course = learn(run, network, batches_of(task, torch.Generator().manual_seed(seed)), task.loss, progress)
-    run.model.eval()
-    settled = {key: getattr(run.settings, key) for key in KEPT if key != "correct_bias"}
-    report = {
-        **{"kind": "strategies", "task": task.name, "sources": task.sources, "samples": len(inputs)},
-        **{"float_bytes": float_bytes(network), **settled, "trained_steps": steps, "left": run.left},
-        **{"course": course, "layers": layer_rows(quant_layers(run.model), run.choice, run.bits, run.shares)},
-        **store(run.model, inputs, folder, {"task": task.name}),
-        **judged(task, network, run.model),
+    network = float_model(task, seed, folder, progress).eval()
+    rate = task.learning_rate if rate is None else rate
+    run = StrategyTraining(network, inputs, steps=steps, rate=rate, seed=seed, **settings)
+    data = batches_of(task, torch.Generator().manual_seed(seed))
+    course = learn(run, network, data, task.loss, seed=seed, autocast=task.autocast, progress=progress)
+    report = _report(task, network, run.model.eval(), inputs, folder)
+    return report | {
+        **{key: getattr(run.settings, key) for key in KEPT},
+        **{"trained_steps": steps, "rate": rate, "left": run.left, "course": course},
+        "layers": layer_rows(quant_layers(run.model), run.choice, run.bits, run.shares),
+        "seconds": time.perf_counter() - started,
     }
-    return report | {"seconds": time.perf_counter() - started}
 
 
 def learn(
@@ -123,32 +136,53 @@ def learn(
     network: nn.Module,
     data: Iterable[tuple[Tensor, Tensor]],
     loss: Callable[[Tensor, Tensor], Tensor],
+    *,
+    seed: int = 0,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
     progress: Progress = lambda phase, step, steps, values: None,
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """All steps of a training; returns what each was made of.
 
     Half of the loss is that of the answers of the float network, logits, classes last: the labels alone forget what few
     steps do not show.
+
+    Args:
+        run: The training.
+        network: The float network, in evaluation mode.
+        data: Batches of inputs and targets, as many as there are steps or more.
+        loss: (outputs, targets) -> scalar.
+        seed: Of dropout.
+        autocast: Context of the forward passes.
+        progress: Called as progress(phase, step, steps, values).
+
+    Raises:
+        ValueError: If the data ends before the training.
     """
-    course: list[dict[str, float]] = []
+    course: list[dict[str, Any]] = []
     for x, y in data:
-        with torch.no_grad():
-            wanted = network(x)
-        outputs, stage = run.model(x), run.stage
-        said = run.step(0.5 * loss(outputs, y) + 0.5 * divergence(outputs, wanted))
-        course.append({"step": len(course), **said})
+        with drawn_by(seed, len(course), x.device), autocast():
+            with torch.no_grad():
+                wanted = network(x)
+            outputs = run.model(x)
+            value = 0.5 * loss(outputs, y) + 0.5 * divergence(outputs, wanted)
+        stage = run.stage
+        said = run.step(value)
+        course.append({"step": len(course), "stage": stage, **said})
         progress(f"training: {stage}", len(course), run.steps, said)
         if run.done:
-            break
-    return course
+            return course
+    raise ValueError(f"the data ended after {len(course)} of {run.steps} steps; pass one that begins again")
 
 
-def judged(task: Task, network: nn.Module, derived: nn.Module) -> dict[str, Any]:
-    """How float and derived network answer the validation split, and the test split, which is read."""
-    both = {"float": network, "derived": derived}
-    report: dict[str, Any] = {"validation": {name: evaluate(model, task.validation) for name, model in both.items()}}
+def _report(task: Task, network: nn.Module, derived: nn.Module, inputs: Tensor, folder: Path) -> dict[str, Any]:
+    """What both ways have to say; writes the files and reads the test split."""
+    report = {
+        **{"kind": "strategies", "task": task.name, "sources": task.sources, "samples": len(inputs)},
+        **{"float_bytes": float_bytes(network), **store(derived, inputs, folder, {"task": task.name})},
+        "validation": {"float": evaluate(network, task.validation), "derived": evaluate(derived, task.validation)},
+    }
     test = task.test()
-    for name, model in both.items():
+    for name, model in (("float", network), ("derived", derived)):
         report |= {f"{name}_{key}": value for key, value in evaluate(model, test).items()}
     return report
 

@@ -117,7 +117,8 @@ def names(data: Path | None, seed: int, limit: int | None) -> Task:
     splits = windows(text, NAME_LETTERS, 32, (0.80, 0.05, 0.05, 0.10), starts)
     sources = "first names, names.txt of makemore, MIT; the list repeats names, so the splits share some, as published"
     task = make_task("names", ("names-lm", {}), splits, limit, alphabet=NAME_LETTERS, sources=sources)
-    return replace(task, remark="the weight decay of this task was chosen on these samples and those of validation")
+    chosen = "decay, dropout and steps of this task were chosen on these samples and those of validation"
+    return replace(task, remark=chosen)
 
 
 def shakespeare(data: Path | None, seed: int, limit: int | None) -> Task:

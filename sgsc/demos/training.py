@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def train(task: Task, seed: int, steps: int | None = None, progress: Progress | 
         for group in optimiser.param_groups:
             group["lr"] = rate
         x, y = next(samples)
-        with task.autocast():
+        with drawn_by(seed, step, x.device), task.autocast():
             loss = task.loss(model(x), y)
         optimiser.zero_grad()
         loss.backward()
@@ -93,6 +94,17 @@ def train(task: Task, seed: int, steps: int | None = None, progress: Progress | 
         if progress is not None:
             progress(step + 1, steps, {"loss": loss.item(), "learning_rate": rate})
     return model.eval()
+
+
+@contextmanager
+def drawn_by(seed: int, step: int, device: torch.device) -> Iterator[None]:
+    """What a step draws from torch's own generators, for dropout, depends on seed and step alone.
+
+    A run that goes on from a checkpoint then draws what it would have drawn, and others' draws go on undisturbed.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed((seed * 1_000_003 + step) % 2**63)
+        yield
 
 
 def decayed(parameters: Iterable[nn.Parameter], decay: float, **more: Any) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,11 @@ def draw_strategies(report: Mapping[str, Any]) -> dict[str, Markup]:
             axes = found.setdefault("course", Figure()).subplots()
             steps = [drawable(row.get("step")) for row in course]
             axes.plot(steps, [drawable(row.get("loss")) for row in course], color=MAIN, linewidth=1, label="loss")
-            axes.plot(steps, [drawable(row.get("entropy")) for row in course], color=SECOND, label="entropy")
+            if any("entropy" in row for row in course):
+                axes.plot(steps, [drawable(row.get("entropy")) for row in course], color=SECOND, label="entropy")
+            for before, row in pairwise(course):  # stages of a training
+                if row.get("stage") != before.get("stage"):
+                    axes.axvline(drawable(row.get("step")), **{**DASHED, "color": ALARM})
             of = "training" if report.get("trained_steps") else "mixture"
             axes.set(xlabel="step", ylabel=f"of the {of}", yscale="log")
             axes.legend()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from . import inputs, training, weights
 from .calibration import calibrate
 from .folding import fold_batch_norms
-from .problem import LOSSES, make_problem
+from .problem import make_problem
 from .qat import StrategyTraining
 from .registry import INPUTS, WEIGHTS, InputStrategy, WeightStrategy
 from .search import Strategies, search_strategies
-from .settings import StrategySettings
+from .settings import LOSSES, StrategySettings
 from .statistics import InputStatistics
 
 __all__ = [

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgsc.layers import QuantLayer
@@ -22,26 +23,14 @@ from sgsc.samples import evaluating
 
 from .calibration import Calls, Stop, given
 
-MeanInput = list[tuple[Tensor, int]]  # (1, ...) and how many samples it is the mean of, for each shape that there is
+Sum = tuple[Tensor, int]  # float64, and of how many
+Answers = dict[str, list[Sum]]  # to one batch: layer -> for each of its calls, (C,) over samples and places
 
 
-class _Mean:
-    """Of each channel, over all answers of a layer that are added."""
-
-    def __init__(self) -> None:
-        self.total, self.count = torch.zeros(()), 0
-
-    def add(self, layer: QuantLayer, output: Tensor, times: int = 1) -> None:
-        rows = output.movedim(-1 - _places(layer), -1)
-        rows = rows.flatten(1, -2) if rows.dim() > 2 else rows.reshape(1, -1, rows.shape[-1])
-        of_samples = rows.sum(1, dtype=torch.float32)  # few enough for it, and several times as fast
-        self.total = self.total.to(rows.device) + times * of_samples.sum(0, dtype=torch.float64)
-        self.count += times * rows.shape[:2].numel()
-
-
-def _places(layer: nn.Module) -> int:
-    """Axes of an answer behind that of its channels."""
-    return len(getattr(layer, "kernel_size", ()))
+def mean(sums: Sequence[Sum]) -> Tensor | None:
+    """Of all together; None of nothing."""
+    count = sum(count for _, count in sums)
+    return torch.stack([total for total, _ in sums]).sum(0) / count if count else None
 
 
 def own_biases(model: nn.Module, layers: Mapping[str, QuantLayer]) -> list[str]:
@@ -51,10 +40,10 @@ def own_biases(model: nn.Module, layers: Mapping[str, QuantLayer]) -> list[str]:
 
 
 @torch.no_grad()
-def float_means(
+def float_answers(
     model: nn.Module, layers: Mapping[str, QuantLayer], names: Sequence[str], batches: Sequence[Tensor]
-) -> dict[str, Tensor]:
-    """Layer -> (C,) mean answers, float64, of the network whose inputs and weights are not rounded yet.
+) -> list[Answers]:
+    """What the network answers whose inputs and weights are not rounded yet, for each batch.
 
     Args:
         model: From `prepare`, no input quantized.
@@ -64,58 +53,57 @@ def float_means(
     """
     for layer in layers.values():
         layer.__dict__["handed"] = lambda layer: layer.weight  # in place of a quantized one
+    found: list[Answers] = []
     try:
-        return means(model, {name: layers[name] for name in names}, batches)
+        for batch in batches:
+            answers: Answers = {name: [] for name in names}
+            found.append(answers)
+            with _watched(
+                model,
+                {name: layers[name] for name in names},
+                lambda name, layer, _x, y, answers=answers: answers[name].append(_summed(layer, y)),
+            ):
+                model(batch)
     finally:
         for layer in layers.values():
             layer.__dict__.pop("handed")
-
-
-@torch.no_grad()
-def means(model: nn.Module, layers: Mapping[str, QuantLayer], batches: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Layer -> (C,) mean answers, float64, of the network as it stands; of layers that are called on something."""
-    seen = {name: _Mean() for name in layers}
-    with _watched(model, layers, lambda name, layer, _x, y: seen[name].add(layer, y)):
-        for batch in batches:
-            model(batch)
-    return {name: mean.total / mean.count for name, mean in seen.items() if mean.count}
+    return found
 
 
 @torch.no_grad()
 def correct_biases(
-    model: nn.Module,
-    layers: Mapping[str, QuantLayer],
-    wanted: Mapping[str, Tensor],
-    batches: Sequence[Tensor],
-    calls: Calls,
+    model: nn.Module, layers: Mapping[str, QuantLayer], wanted: Sequence[Answers], batches: Sequence[Tensor]
 ) -> None:
-    """Change biases in place, in the order of last calls, until mean answers are those that are wanted.
+    """Change biases in place, in one pass, until mean answers are those that are wanted.
 
-    One pass where all data is one batch and layers are called once; else one a layer, which ends at its last call. Of
-    a layer whose answers come back to it as input, the mean moves on with the bias and is then near what is wanted.
+    Every answer of a call is moved on its way to the mean that the float network has there, so that later layers are
+    given what corrected ones give; a bias then moves by the mean over all calls of all batches. Of a layer that is
+    called once, on one batch, that makes the means equal; of others it does so to first order.
 
     Args:
         model: From `prepare`, weights and inputs quantized as they will be.
         layers: Of the model, by name.
-        wanted: Layer -> (C,) mean of the float network's answers; other layers keep their bias.
+        wanted: For each batch, the float network's answers; layers that are not among them keep their bias.
         batches: Inputs of the model.
-        calls: Of the layers, for each of these batches.
     """
-    names = [name for name in calls.last if name in wanted]
-    if len(batches) == 1 and all(calls.counts[0].get(name) == 1 for name in names):
+    shifts: dict[str, list[Sum]] = {}
+    for batch, answers in zip(batches, wanted, strict=True):
+        calls = {name: iter(sums) for name, sums in answers.items()}
 
-        def correct(name: str, layer: QuantLayer, _x: Tensor, y: Tensor) -> Tensor:
-            seen = _Mean()
-            seen.add(layer, y)
-            return y + _shift(layer, wanted[name], seen).view(-1, *[1] * _places(layer))
+        def correct(
+            name: str, layer: QuantLayer, _x: Tensor, y: Tensor, calls: dict[str, Iterator[Sum]] = calls
+        ) -> Tensor | None:
+            of_float, (total, count) = next(calls[name], None), _summed(layer, y)
+            if of_float is None or not of_float[1] or not count:  # rounding led samples another way
+                return None
+            shift = of_float[0] / of_float[1] - total / count
+            shifts.setdefault(name, []).append((shift * count, count))
+            return y + shift.to(y.dtype).view(-1, *[1] * _places(layer))
 
-        with _watched(model, {name: layers[name] for name in names}, correct):
-            model(batches[0])
-        return
-    for name in names:
-        seen = _Mean()
-        _until_last_call(model, name, layers[name], batches, calls, lambda layer, _x, y, seen=seen: seen.add(layer, y))
-        _shift(layers[name], wanted[name], seen)
+        with _watched(model, {name: layers[name] for name in answers}, correct):
+            model(batch)
+    for name, of in shifts.items():
+        _bias(layers[name]).add_(mean(of))  # pyright: ignore  there is one, of some answers
 
 
 @torch.no_grad()
@@ -126,63 +114,24 @@ def mean_inputs(
     quantizers: Mapping[Any, nn.Module | None],
     batches: Sequence[Tensor],
     calls: Calls,
-) -> dict[Any, MeanInput]:
-    """What a layer is called with on average, rounded by each of these quantizers, or as it is.
+) -> dict[Any, Tensor | None]:
+    """What a row of a layer's weight is multiplied with on average, rounded by each of these quantizers, or as it is.
 
-    A layer is linear in its input: its answer to the mean is its mean answer, and no candidate has to see the samples.
-    Of a convolution the mean is over samples alone, for edges of an image are not like its middle.
+    A layer is linear in its input: of its mean answer it needs to know no more, whatever weight it will have. Of a
+    convolution this is the mean patch, (I, *kernel), edges and padding among them; of a Linear (K,). None where the
+    layer is called on nothing.
     """
-    totals: dict[Any, dict[Any, tuple[Tensor, int]]] = {key: {} for key in quantizers}
+    sums: dict[Any, list[Sum]] = {key: [] for key in quantizers}
 
-    def look(layer: QuantLayer, x: Tensor, _y: Tensor) -> None:
-        x = x.reshape(-1, *x.shape[-1 - _places(layer) :])
-        for key, quantizer in quantizers.items() if len(x) else ():
-            rounded = x if quantizer is None else quantizer(x)
-            total, count = totals[key].get(x.shape[1:], (0.0, 0))
-            totals[key][x.shape[1:]] = total + rounded.sum(0, dtype=torch.float32).double(), count + len(x)
+    def look(_name: str, layer: QuantLayer, x: Tensor, _y: Tensor) -> None:
+        for key, quantizer in quantizers.items() if x.numel() else ():
+            sums[key].append(_patches(layer, x if quantizer is None else quantizer(x)))
 
-    _until_last_call(model, name, layer, batches, calls, look)
-    return {
-        key: [((total / count).to(layer.weight.dtype)[None], count) for total, count in of.values()]
-        for key, of in totals.items()
-    }
-
-
-@torch.no_grad()
-def correct_bias(layer: QuantLayer, wanted: Tensor, inputs: MeanInput) -> None:
-    """Change a bias in place, so that the layer's mean answer is the one that is wanted; its inputs are rounded."""
-    quantizer, layer.input_quantizer = layer.input_quantizer, None
-    seen = _Mean()
-    for x, count in inputs:
-        seen.add(layer, layer(x), count)
-    layer.input_quantizer = quantizer
-    _shift(layer, wanted, seen)
-
-
-def _shift(layer: QuantLayer, wanted: Tensor, seen: _Mean) -> Tensor:
-    """Correct a bias; returns by how much, (C,): nothing where rounding led all samples past the layer."""
-    bias = layer.bias
-    assert bias is not None  # its mean would not be wanted
-    before = bias.clone()
-    if seen.count:
-        bias.add_((wanted - seen.total / seen.count).to(bias.dtype))
-    return bias - before
-
-
-def _until_last_call(
-    model: nn.Module,
-    name: str,
-    layer: QuantLayer,
-    batches: Sequence[Tensor],
-    calls: Calls,
-    look: Callable[[QuantLayer, Tensor, Tensor], None],
-) -> None:
-    """Show `look` all that one layer is given and answers; each pass ends behind its last call."""
     for batch, count in zip(batches, calls.counts, strict=True):
         left = [count.get(name, 0)]
 
-        def counted(_name: str, layer: QuantLayer, x: Tensor, y: Tensor, left: list[int] = left) -> None:
-            look(layer, x, y)
+        def counted(*seen: Any, left: list[int] = left) -> None:
+            look(*seen)
             left[0] -= 1
             if not left[0]:
                 raise Stop
@@ -190,6 +139,57 @@ def _until_last_call(
         if left[0]:
             with suppress(Stop), _watched(model, {name: layer}, counted):
                 model(batch)
+    return {key: mean(of) for key, of in sums.items()}
+
+
+@torch.no_grad()
+def correct_bias(layer: QuantLayer, wanted: Tensor, given: Tensor | None) -> None:
+    """Set a bias, so that the layer's mean answer is the one that is wanted.
+
+    Args:
+        layer: Its weight quantized as it will be.
+        wanted: (C,) float64.
+        given: Of `mean_inputs`, rounded as the layer's inputs will be; with None the bias stays.
+    """
+    if given is None:
+        return
+    groups = getattr(layer, "groups", 1)
+    weight = layer.quantized_weight().double()
+    answers = weight.view(groups, len(weight) // groups, -1) @ given.view(groups, -1, 1)
+    _bias(layer).copy_(wanted - answers.flatten())
+
+
+def _bias(layer: QuantLayer) -> Tensor:
+    bias = layer.bias
+    assert bias is not None  # its means would not be wanted
+    return bias
+
+
+def _places(layer: nn.Module) -> int:
+    """Axes of an answer behind that of its channels."""
+    return len(getattr(layer, "kernel_size", ()))
+
+
+def _summed(layer: QuantLayer, output: Tensor) -> Sum:
+    """(C,) over samples and places."""
+    rows = output.movedim(-1 - _places(layer), -1)
+    rows = rows.flatten(1, -2) if rows.dim() > 2 else rows.reshape(1, -1, rows.shape[-1])
+    of_samples = rows.sum(1, dtype=torch.float32)  # several times as fast as float64, and cascaded
+    return of_samples.sum(0, dtype=torch.float64), rows.shape[:2].numel()
+
+
+def _patches(layer: Any, x: Tensor) -> Sum:
+    """What the rows of a layer's weight are multiplied with, over samples and places: (I, *kernel), or (K,)."""
+    places = _places(layer)
+    x = x.reshape(-1, *x.shape[-1 - places :])
+    total, count = x.sum(0, dtype=torch.float32), len(x)
+    if not places:
+        return total.double(), count
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    total = F.pad(total[None], layer._reversed_padding_repeated_twice, mode=mode)[0].double()
+    for axis, (size, stride, step) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), 1):
+        total = total.unfold(axis, step * (size - 1) + 1, stride)[..., ::step]
+    return total.sum(tuple(range(1, places + 1))), count * total.shape[1 : places + 1].numel()
 
 
 @contextmanager

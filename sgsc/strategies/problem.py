@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgsc.layers import QuantEmbedding, QuantLayer, quant_layers
@@ -16,28 +15,14 @@ from sgsc.preparation import prepare
 from sgsc.quantizers import InputQuantizer, Quantizer
 from sgsc.samples import device_of, evaluating
 
-from .biases import MeanInput, correct_bias, correct_biases, float_means, mean_inputs, own_biases
+from .biases import Answers, correct_bias, correct_biases, float_answers, mean, mean_inputs, own_biases
 from .calibration import Calls, calibrate, count_calls, room
 from .folding import Folded, fold_batch_norms
 from .registry import INPUTS, WEIGHTS, strategies
-from .settings import Loss, StrategySettings
+from .settings import LOSSES, Loss, StrategySettings
 from .statistics import InputStatistics
 
 Choice = dict[str, tuple[str, str | None]]  # layer -> strategy of its weight, of its input
-
-
-def divergence(outputs: Tensor, wanted: Tensor) -> Tensor:
-    """Mean KL divergence, in nats, of the answers of `outputs` from those of `wanted`, logits (..., classes) both."""
-    got, of = (t.flatten(0, -2).float().log_softmax(-1) for t in (outputs, wanted))
-    return F.kl_div(got, of, reduction="batchmean", log_target=True)
-
-
-def distance(outputs: Tensor, wanted: Tensor) -> Tensor:
-    """Mean absolute difference, for outputs that are images or other real numbers."""
-    return (outputs - wanted).abs().mean()
-
-
-LOSSES: dict[str, Loss] = {"kl": divergence, "l1": distance}
 
 
 class Derived(NamedTuple):
@@ -74,7 +59,7 @@ class Problem:
         calls: Of the layers, for each of those.
         weights: Layer -> strategy -> fitted quantizer.
         inputs: Layer -> strategy -> quantizer; empty for embeddings, and where inputs stay float.
-        means: Layer -> mean answers of the float network on `fit`, for biases that may be corrected.
+        answers: Of the float network, for each batch of `together`; of layers whose biases may be corrected.
         biases: The same layers -> their biases as they were.
         place: Of the batch that `judge` is at.
     """
@@ -92,7 +77,7 @@ class Problem:
     calls: Calls
     weights: dict[str, dict[str, Quantizer]] = field(default_factory=dict)
     inputs: dict[str, dict[str, InputQuantizer]] = field(default_factory=dict)
-    means: dict[str, Tensor] = field(default_factory=dict)
+    answers: list[Answers] = field(default_factory=list)
     biases: dict[str, Tensor] = field(default_factory=dict)
     place: int = 0
 
@@ -151,8 +136,8 @@ class Problem:
             else:
                 self.set(choice)
             found.append(self.as_it_stands(self.judge(), again))
-            if self.means:
-                correct_biases(self.model, self.layers, self.means, self.together, self.calls)
+            if self.biases:
+                correct_biases(self.model, self.layers, self.answers, self.together)
                 found.append(self.as_it_stands(self.judge(), again))
         best = min(found, key=lambda derived: derived.loss)
         self.take(best)
@@ -161,7 +146,7 @@ class Problem:
     def as_it_stands(self, loss: float, recalibrated: bool = False) -> Derived:
         """The network that the model now is."""
         held = {name: (layer.weight_quantizer, layer.input_quantizer) for name, layer in self.layers.items()}
-        biases = {name: bias for name in self.means if (bias := self.bias(name)) is not None}
+        biases = {name: bias for name in self.biases if (bias := self.bias(name)) is not None}
         return Derived(loss, recalibrated, held, biases)
 
     def take(self, derived: Derived) -> None:
@@ -173,22 +158,20 @@ class Problem:
 
     def bias(self, name: str) -> Tensor | None:
         """A copy of a layer's bias, where that may be corrected."""
-        return self.layers[name].bias.clone() if name in self.means else None  # pyright: ignore
+        return self.layers[name].bias.clone() if name in self.biases else None  # pyright: ignore
 
-    def given_to(self, name: str) -> dict[str | None, MeanInput]:
-        """What a layer is called with on `fit`, on average, as each of its candidates rounds it.
-
-        Nothing where its bias is not corrected.
-        """
-        if name not in self.means:
+    def given_to(self, name: str) -> dict[str | None, Tensor | None]:
+        """The `mean_inputs` of a layer on `fit`, by candidate; nothing where its bias is not corrected."""
+        if name not in self.biases:
             return {}
         quantizers = self.inputs.get(name) or {None: None}
         return mean_inputs(self.model, name, self.layers[name], quantizers, self.together, self.calls)
 
-    def correct(self, name: str, choice: tuple[str, str | None], given: Mapping[str | None, MeanInput]) -> None:
+    def correct(self, name: str, choice: tuple[str, str | None], given: Mapping[str | None, Tensor | None]) -> None:
         """Correct the bias of one layer that has these candidates and is `given_to` this."""
-        if given:
-            correct_bias(self.layers[name], self.means[name], given[choice[1]])
+        wanted = mean([of for answers in self.answers for of in answers[name]]) if given else None
+        if wanted is not None:
+            correct_bias(self.layers[name], wanted, given[choice[1]])
 
 
 def make_problem(
@@ -202,9 +185,7 @@ def make_problem(
     Raises:
         ValueError: If the calibration data, the model or a setting cannot be served.
     """
-    judge = LOSSES.get(settings.loss) if isinstance(settings.loss, str) else settings.loss
-    if judge is None:
-        raise ValueError(f"loss={settings.loss!r} is not known; choose one of {', '.join(LOSSES)}, or pass a function")
+    judge = LOSSES[settings.loss] if isinstance(settings.loss, str) else settings.loss
     of_weights = strategies(WEIGHTS, settings.weights, settings.trained)
     of_inputs = strategies(INPUTS, settings.inputs, settings.trained)
     fit, select = split(calibration, network, settings)
@@ -225,8 +206,8 @@ def make_problem(
     left = {**folded.left, **{k: v for k, v in prepared.left.items() if k not in folded.left}}
     problem = Problem(model, layers, bits, of_inputs, fit, select, wanted, judge, left, together, calls)
     if settings.correct_bias and not settings.trained:
-        problem.means = float_means(model, layers, own_biases(model, layers), together)
-        problem.biases = {name: layers[name].bias.clone() for name in problem.means}  # pyright: ignore
+        problem.biases = {name: layers[name].bias.clone() for name in own_biases(model, layers)}  # pyright: ignore
+        problem.answers = float_answers(model, layers, list(problem.biases), together)
     for name, layer in layers.items():
         problem.weights[name] = {}
         for strategy, cls in of_weights.items():
@@ -319,6 +300,8 @@ def split(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Batches to fit to and batches to select by, on the network's device; a single sample serves both.
 
+    Of a training all are fitted to.
+
     Raises:
         ValueError: If there is no sample, or one holds NaN or infinity or is of another dtype than the network.
     """
@@ -332,7 +315,10 @@ def split(
                 f"calibration data is {sample.dtype}, the model {dtype}; convert it with .to({dtype}), or the model"
             )
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-    device, count = device_of(network), min(max(round(settings.select_share * len(samples)), 1), len(samples) - 1)
+    device = device_of(network)
     moved = [samples[i].to(device) for i in order]
+    if settings.trained:  # the data that trains chooses
+        return joined(moved, settings.batch_size), []
+    count = min(max(round(settings.select_share * len(samples)), 1), len(samples) - 1)
     parts = (moved[count:], moved[:count]) if len(moved) > 1 else (moved, moved)
     return joined(parts[0], settings.batch_size), joined(parts[1], settings.batch_size)

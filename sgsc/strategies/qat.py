@@ -21,11 +21,23 @@ from sgsc.layers import quant_layers
 from .mixture import MixedInput, MixedWeights, entropy, mixtures, set_temperature, settle
 from .problem import Choice, make_problem
 from .search import COLDEST, RATE, Shares, shares_in
-from .settings import StrategySettings
+from .settings import StrategySettings, check_steps
 
 WARM, SEARCH = 0.1, 0.3  # shares of the steps; the rest is settled
 SHARP = 1.0  # weight of the entropy at the end of the search, in units of the loss at its start
 CLIP = 1.0  # norm of all gradients of weights and grids
+
+
+def trained_settings(**settings: Any) -> StrategySettings:
+    """Settings of a training.
+
+    Raises:
+        ValueError: If one of them is of the search without training, or out of its range.
+    """
+    for name in ("loss", "select_share", "correct_bias"):
+        if name in settings:
+            raise ValueError(f"{name}={settings[name]!r} is of the search without training; leave it out")
+    return StrategySettings(trained=True, **settings)
 
 
 class StrategyTraining:
@@ -44,7 +56,8 @@ class StrategyTraining:
         rate: Peak of the learning rate of the weights; shares have their own.
         optimiser: Called with groups of parameters; AdamW if None.
         bits_activations: As of StrategySettings, but 4 unless it is named.
-        settings: Other fields of StrategySettings; with one name each of `weights` and `inputs` nothing is searched.
+        settings: Fields of StrategySettings, but not loss, select_share and correct_bias; with one name each of
+            `weights` and `inputs` nothing is searched.
 
     Attributes:
         settings: As they were given.
@@ -71,9 +84,8 @@ class StrategyTraining:
         bits_activations: int | None = 4,
         **settings: Any,
     ) -> None:
-        if steps < 1:
-            raise ValueError(f"steps={steps} trains nothing; give 1 or more")
-        self.settings = StrategySettings(bits_activations=bits_activations, trained=True, **settings)
+        check_steps(steps, 1)
+        self.settings = trained_settings(bits_activations=bits_activations, **settings)
         problem = make_problem(network, calibration, self.settings, fold)
         self.model = problem.model
         frozen = {name for name, p in network.named_parameters() if not p.requires_grad}

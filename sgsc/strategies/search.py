@@ -27,7 +27,7 @@ from sgsc.layers import QuantLayer, quant_layers
 from .calibration import round_biases
 from .mixture import MixedInput, MixedWeights, entropy, mixtures, set_temperature
 from .problem import Choice, Derived, Problem, make_problem
-from .settings import StrategySettings
+from .settings import StrategySettings, check_steps
 from .settled import Settled
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
@@ -39,7 +39,7 @@ LOOKS = 8  # times that the argmax is judged
 SHARP = 0.1  # weight of the entropy at the last step, in units of the loss at the first; the first has 0
 
 # settings that the report repeats
-KEPT = ("bits_weights", "bits_activations", "edge_bits", "per_channel", "correct_bias", "seed")
+KEPT = ("bits_weights", "bits_activations", "edge_bits", "per_channel", "seed")
 
 
 @dataclass
@@ -91,8 +91,7 @@ def search_strategies(
         ValueError: If the calibration data is empty, not finite or of another dtype than the model, a layer is never
             called or cannot be quantized, or an argument is out of its range.
     """
-    if steps < 0:
-        raise ValueError(f"steps={steps}: want 0 or more")
+    check_steps(steps, 0)
     wanted = StrategySettings(**settings)
     started = time.perf_counter()
     problem = make_problem(model, calibration, wanted)
@@ -124,7 +123,7 @@ def search_strategies(
     ]
     report = {
         **{key: getattr(wanted, key) for key in KEPT},
-        **{"steps": steps, "samples_fit": sum(map(len, problem.fit))},
+        **{"correct_bias": wanted.correct_bias, "steps": steps, "samples_fit": sum(map(len, problem.fit))},
         **{"samples_select": sum(map(len, problem.select)), "origin": origin, "loss": result, "left": problem.left},
         **{"uniform": [{"weight": w, "input": a, "loss": v} for (w, a), v in uniforms.items()]},
         **{"best_uniform": list(best), "best_uniform_loss": uniforms[best], "greedy_loss": ends["greedy"].loss},

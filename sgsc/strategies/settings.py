@@ -5,11 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from .registry import INPUTS, WEIGHTS, check_bits, strategies
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def divergence(outputs: Tensor, wanted: Tensor) -> Tensor:
+    """Mean KL divergence, in nats, of the answers of `outputs` from those of `wanted`, logits (..., classes) both."""
+    got, of = (t.flatten(0, -2).float().log_softmax(-1) for t in (outputs, wanted))
+    return F.kl_div(got, of, reduction="batchmean", log_target=True)
+
+
+def distance(outputs: Tensor, wanted: Tensor) -> Tensor:
+    """Mean absolute difference, for outputs that are images or other real numbers."""
+    return (outputs - wanted).abs().mean()
+
+
+LOSSES: dict[str, Loss] = {"kl": divergence, "l1": distance}
+
+
+def check_steps(steps: int, least: int) -> None:
+    """Refuse a number of steps that makes no search or training.
+
+    Raises:
+        ValueError: If there are fewer than that.
+    """
+    if steps < least:
+        raise ValueError(f"steps={steps}: want {least} or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +88,8 @@ class StrategySettings:
                 f"select_share={self.select_share}, batch_size={self.batch_size}: want a share of 1, and 1 sample or "
                 "more"
             )
+        if isinstance(self.loss, str) and self.loss not in LOSSES:
+            raise ValueError(f"loss={self.loss!r} is not known; choose one of {', '.join(LOSSES)}, or pass a function")
         strategies(WEIGHTS, self.weights, self.trained)
         strategies(INPUTS, self.inputs, self.trained)
 
