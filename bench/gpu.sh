@@ -8,6 +8,7 @@
 #     bench/gpu.sh choices            both sides of each threshold of the dispatch; or variants (int8, other dtypes and
 #                                     convolutions), tokens (the other shapes at every M): by name alone, a call each
 #     bench/gpu.sh cifar10            or any other section of bench.sgsc but quantizers, steps: by name alone, a call each
+#     bench/gpu.sh strategies-vdsr    or any network of bench.strategies, or strategies-qat: likewise
 #
 # A call for a task measures what fits into it; repeated, it goes on with what bench/results or $OUT holds of the same
 # commit. $DATA is the folder of the data, else ../shared/data.
@@ -19,11 +20,12 @@ all=530 each=190 # seconds at most, should something hang; the sections' own bud
 status=0
 shopt -s extglob
 tasks='@(mnist|names|cifar10|resnet20|shakespeare|ablation)' # sections of bench.sgsc
+searched='strategies-@(digits|char-lm|resnet20|resnet56|stories260k|vdsr|qat)' # of bench.strategies
 [ $# -gt 0 ] || set -- checks ceilings linear fake_quantize training conv2d
 for section; do
   left=$((all - SECONDS))
   case $section in
-    $tasks | choices | variants | tokens) ;;
+    $tasks | $searched | choices | variants | tokens) ;;
     *) [ $# -eq 1 ] || [ $left -lt $each ] || left=$each ;;
   esac
   if [ $left -lt 5 ]; then
@@ -36,10 +38,12 @@ for section; do
       job=(bench.gpu_check)
       [ $# -gt 1 ] || job+=(--seconds $((left - 15)))
       ;;
-    $tasks)
-      [ -e "$results/sgsc.json" ] || [ ! -e bench/results/sgsc.json ] ||
-        { mkdir -p "$results" && cp bench/results/sgsc.json "$results/"; }
-      job=(bench.sgsc "$section" --device cuda --seconds $((left - 15)) --data "${DATA:-../shared/data}")
+    $tasks | $searched)
+      file=sgsc
+      [[ $section != strategies-* ]] || file=strategies
+      [ -e "$results/$file.json" ] || [ ! -e "bench/results/$file.json" ] ||
+        { mkdir -p "$results" && cp "bench/results/$file.json" "$results/"; }
+      job=("bench.$file" "$section" --device cuda --seconds $((left - 15)) --data "${DATA:-../shared/data}")
       ;;
     *) job=(bench.gpu --only "$section") ;;
   esac

@@ -2,6 +2,7 @@
 
     python -m bench.strategies [digits] [char-lm] [resnet20] [resnet56] [stories260k] [vdsr] [mixture] [qat]
                                [--settings W8A8,W4A8,W4A4,W3] [--draws N] [--test N] [--data PATH] [--seconds N]
+                               [--device cuda]
 
 A row is one network, setting and draw of calibration data by one method. Test data judges what was chosen; it chooses
 nothing. What is in the results at this commit is not measured again, so that a call cut off goes on when repeated.
@@ -24,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from sgsc.demos.strategies import learn
-from sgsc.demos.training import batches, mirror_and_shift, shift
+from sgsc.demos.training import batches, mirror_and_shift, shift, usable
+from sgsc.samples import device_of
 from sgsc.strategies import (
     INPUTS,
     WEIGHTS,
@@ -112,12 +114,11 @@ def _one(section: Section, of: Network, setting: str, seed: int, randoms: int, r
 
     def theirs(library: str) -> Row:
         # what is ours is made first: only what fails in the library is its
+        inputs = of.calibration(seed).to(device_of(of.model))
         if library == PT2E:
-            inputs = of.calibration(seed)
             return by_others(lambda: exported(of, inputs), beside)
         model, widths = fold_batch_norms(of.model).model, problem().bits
         if library in BREVITAS:
-            inputs = of.calibration(seed)
             return by_others(lambda: calibrated(model, inputs, widths, BREVITAS[library]), beside)
         return by_others(lambda: rounded(model, library, widths), beside)
 
@@ -233,7 +234,8 @@ def _train(of: Network, steps: int, seed: int, names: tuple[str, str] | None, ra
     run = StrategyTraining(of.model, of.calibration(seed), steps=steps, seed=seed, rate=rate, **how)
     colour = of.train.tensors[0].shape[1] == 3
     data = batches(of.train, 64, torch.Generator().manual_seed(seed), mirror_and_shift if colour else shift)
-    course = learn(run, of.model, data, nn.functional.cross_entropy)
+    moved = (tuple(t.to(device_of(of.model)) for t in batch) for batch in data)
+    course = learn(run, of.model, moved, nn.functional.cross_entropy, seed=seed)
     kinds = {
         f"different_{side}s": len({pair[i] for pair in run.choice.values()})
         for i, side in enumerate(("weight", "input"))
@@ -256,18 +258,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit(2)
     deadline = float("inf") if chosen.seconds is None else started + chosen.seconds
     work = Path("runs/bench")
-    shared = Settings("full", {}, chosen.data, "cpu", None, chosen.results, work, deadline=deadline)
+    device = usable(chosen.device)
+    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+    shared = Settings("full", {}, chosen.data, device, gpu, chosen.results, work, deadline=deadline)
     draws = 1 if chosen.quick else chosen.draws
 
     def drawn_from(name: str, trained: bool = False) -> Network:
         of = network(name, chosen.data, work, shared.commit, chosen.test, trained)
         of.samples = min(of.samples, chosen.samples)
+        of.model.to(device)
         return of
 
     for name in chosen.sections or known:
         claims = {"mixture": mixture_claims, "qat": qat_claims}.get(name, network_claims)
         section = Section(f"strategies-{name}", shared, claims, file="strategies")
-        if name == "mixture":
+        if name == "mixture":  # of the CPU, whatever the device
             measure = functools.partial(measure_mixture, section)
         elif name == "qat":
             measure = functools.partial(
@@ -292,6 +297,7 @@ def _more(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=2000, help="of the section qat (default: 2000)")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of the section qat (default: 1e-3)")
     parser.add_argument("--data", type=Path, default=None, help="folder of load.py, for pretrained networks")
+    parser.add_argument("--device", default="cpu", help="where networks are searched and trained (default: cpu)")
     parser.add_argument("--seconds", type=float, default=None, help="stop before, with what is measured by then")
 
 

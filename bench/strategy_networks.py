@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from sgsc.demos.tasks import load
+from sgsc.samples import device_of
 
 from .uniform import float_network
 
@@ -72,7 +73,7 @@ def answered(model: nn.Module, test: TensorDataset, batch_size: int) -> dict[str
     found: dict[str, list[Tensor]] = {"loss": [], "accuracy": []}
     for start in range(0, len(test), batch_size):
         x, y = test[start : start + batch_size]
-        logits = model(x).flatten(0, -2)
+        logits = model(x.to(device_of(model))).flatten(0, -2).cpu()
         loss = F.cross_entropy(logits, y.flatten(), reduction="none")
         for name, values in (("loss", loss), ("accuracy", (logits.argmax(1) == y.flatten()).double())):
             found[name].append(values.view(len(x), -1).mean(1))
@@ -155,7 +156,7 @@ def vdsr(data: Path, most: int | None) -> Network:
         inside = slice(SCALE, -SCALE)
         found = []
         for x, real in pairs:
-            y = model(x)[0, 0].double().numpy()
+            y = model(x.to(device_of(model)))[0, 0].double().cpu().numpy()
             found.append((psnr(y[inside, inside], real[inside, inside]), ssim(y[inside, inside], real[inside, inside])))
         return dict(zip(("psnr", "ssim"), torch.tensor(found).T, strict=True))
 

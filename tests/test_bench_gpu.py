@@ -827,7 +827,7 @@ def test_the_checks_alone_have_nearly_all_of_the_time(tmp_path):
             assert first[6:] == ["--results", "/o"]
 
 
-@pytest.mark.parametrize("section", ["cifar10", "resnet20", "shakespeare"])
+@pytest.mark.parametrize("section", ["cifar10", "resnet20", "shakespeare", "strategies-vdsr", "strategies-qat"])
 def test_a_task_is_a_call_of_its_own_with_nearly_all_of_the_time(section, tmp_path):
     """It is among no other call's sections, and ends itself before it would be ended."""
     log, folder = tmp_path / "log", tmp_path / "bin"
@@ -840,8 +840,9 @@ def test_a_task_is_a_call_of_its_own_with_nearly_all_of_the_time(section, tmp_pa
     command = ["bash", str(ROOT / "bench/gpu.sh"), section]
     assert subprocess.run(command, check=False, env=found, cwd=tmp_path).returncode == 0
     limit, called = log.read_text().splitlines()
+    bench = "strategies" if section.startswith("strategies") else "sgsc"
     told = re.fullmatch(
-        rf"-m bench\.sgsc {section} --device cuda --seconds (\d+) --data /d --results {tmp_path}/out", called
+        rf"-m bench\.{bench} {section} --device cuda --seconds (\d+) --data /d --results {tmp_path}/out", called
     )
     assert told is not None
     assert 450 <= int(told[1]) <= int(limit.split()[1]) - 10 <= 530
