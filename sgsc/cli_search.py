@@ -74,5 +74,5 @@ def run(options: argparse.Namespace) -> int:
         Console().print(reports.search_summary(report))
         print(f"wrote {folder}/: model.sgsc, winner.safetensors, report.json, report.html")
     if not done.held:
-        print(f"sgsc search: the file has {report['stored_bytes']:,} bytes, over the budget", file=sys.stderr)
+        print(f"sgsc search: over the budget {report['budget_text']}; see {folder}/report.json", file=sys.stderr)
     return 0 if done.held else 1

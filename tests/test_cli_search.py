@@ -189,17 +189,45 @@ def test_a_study_of_other_settings_is_refused_before_anything_is_trained(run, tm
     there = ["search", "digits", *QUICK, "--out", str(tmp_path), "--storage", str(run[0] / "study.db")]
     for other, named in (
         (["--budget", "10%,5bits", "--steps", "4"], "steps"),
-        (["--budget", "9%", "--seed", "1"], "budget, seed"),
+        (["--budget", "9%", "--seed", "1"], "budget, data, seed"),
         (["--budget", "10%,5bits", "--precision", "bfloat16"], "precision"),
     ):
         assert main([*there, *other]) == 2
         assert f"study 'digits' is of another {named}: " in capsys.readouterr().err
 
 
-def test_a_budget_that_is_too_fast_is_named_once_it_was_measured(run, tmp_path, capsys):
-    start = ["--start", str(run[0] / "float.safetensors"), "--out", str(tmp_path)]
-    assert main(["search", "digits", *QUICK, *start, "--budget", "0.001us"]) == 2
+def test_a_budget_that_is_too_fast_is_named_before_anything_is_trained(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(search_demo, "float_model", lambda *_: pytest.fail("the float network is trained first"))
+    assert main(["search", "digits", *QUICK, "--out", str(tmp_path), "--budget", "0.001us"]) == 2
     assert re.search(r"the budget is below the smallest network .*seconds 1e-09 <", capsys.readouterr().err)
+
+
+def test_a_search_from_a_winner_counts_the_channels_that_it_has(run, tmp_path):
+    network = load("digits", limit=64).build()
+    model = prepare(network, quantizer="lsq8").model
+    structure = structure_of(model)
+    half = as_float(resized(model, structure, {g: n // 2 for g, n in structure.sizes.items()}, 0))
+    save_file(half.state_dict(), tmp_path / "half.safetensors")
+    total = 4 * sum(p.numel() for p in half.state_dict().values() if p.is_floating_point())
+    start = ["--start", str(tmp_path / "half.safetensors"), "--out", str(tmp_path)]
+    assert main(["search", "digits", *QUICK, *start, "--budget", "20000B"]) == 0  # below the smallest of a whole one
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["float_bytes"] < run[1]["float_bytes"] / 3
+    assert abs(report["float_bytes"] - total) < 0.02 * total
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("10%,5kB", "limits bytes twice; give one"),
+        ("3ms,4bits,1s", "limits seconds twice"),
+        ("1e999B", "budget '1e999B': want a number and a unit"),
+        ("nanB", "want a number"),
+    ],
+)
+def test_a_budget_that_says_two_things_or_nothing_is_refused(text, said):
+    with pytest.raises(ValueError, match=said):
+        parse_budget(text, 1000)
 
 
 def test_budgets_are_read_with_their_units():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from sgsc import pack, prepare, stored_size
 from sgsc.demos import models
@@ -43,6 +44,41 @@ def test_bytes_are_those_of_the_file(problem):
         chosen = random_configuration(structure, make)
         built = build(model, structure, chosen)
         assert cost(chosen)["bytes"] == stored_size(pack(built, remove=False), **kept)
+
+
+@pytest.mark.parametrize("note", range(8))
+def test_bytes_are_exact_at_every_alignment_of_the_header(note):
+    """A digit more, of a depthwise layer's groups too, is seen at one of eight lengths alone."""
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 60, 3), nn.ReLU(), nn.Conv2d(60, 60, 3, groups=60), nn.ReLU(), nn.Conv2d(60, 4, 1)),
+        *(nn.Flatten(), nn.Linear(64, 3)),
+    )
+    model.register_buffer("table", torch.zeros(5, dtype=torch.int8))
+    model.register_buffer("flags", torch.zeros(3, dtype=torch.bool))
+    model = prepare(model, quantizer="lsq8").model
+    structure, kept = structure_of(model), {"notes": {"said": "x" * note}}
+    cost = CostModel(model, structure, torch.zeros(1, 1, 8, 8), **kept)
+    (group,) = [g for g, n in structure.sizes.items() if n == 60]
+    for channels in (1, 9, 10, 60, 99, 100):
+        chosen = Configuration(dict.fromkeys(structure.layers, 3), {group: channels})
+        built = build(model, structure, chosen)
+        assert built[2].groups == channels
+        assert cost(chosen)["bytes"] == stored_size(pack(built, remove=False), **kept)
+
+
+def test_a_shared_layer_takes_its_time_at_every_call():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.one(self.one(x))
+
+    model = prepare(Twice(), quantizer="lsq8").model
+    cost = CostModel(model, structure_of(model), torch.zeros(1, 4))
+    cost.times["one", 4] = 0.5
+    assert cost(Configuration({"one": 4}), ["seconds"]) == {"seconds": 1.0}
 
 
 def test_costs_that_are_not_named_are_not_counted(problem, monkeypatch):

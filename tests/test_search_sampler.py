@@ -312,3 +312,35 @@ def test_the_sampler_knows_no_torch():
 def test_too_short_a_start_is_refused():
     with pytest.raises(ValueError, match="start=1: two clusters need at least 2 trials"):
         KMeansTPESampler(start=1)
+
+
+@pytest.mark.parametrize(("count", "finite"), [(100, 5), (200, 4), (40, 12)])
+def test_what_failed_is_never_good(count, finite):
+    losses = np.full(count, np.inf)
+    losses[:finite] = np.linspace(1, 2, finite)
+    good, bad = split(losses)
+    assert 1 <= good <= finite
+    assert bad >= count // 2
+
+
+def test_with_fewer_finite_losses_than_are_good_nothing_is_learned():
+    sampler = KMeansTPESampler()
+    losses = np.full(60, np.inf)
+    for finite, learns in ((3, False), (4, True)):
+        losses[:finite] = np.arange(finite)
+        assert sampler._can_learn(losses) is learns
+
+
+def test_clusters_become_more_and_kernels_narrower_with_trials(monkeypatch):
+    """The annealing: few trials tell good from bad roughly, and their neighbours with them."""
+    clusters, widths = [], []
+    real, kernel = kmeans_tpe.kmeans_1d, kmeans_tpe.Axis.kernel
+    monkeypatch.setattr(kmeans_tpe, "kmeans_1d", lambda marks, k: clusters.append(k) or real(marks, k))
+    monkeypatch.setattr(kmeans_tpe.Axis, "kernel", lambda axis, width: widths.append(width) or kernel(axis, width))
+    axis = kmeans_tpe.Axis(CategoricalDistribution(BITS), BITS)
+    make = np.random.default_rng(0)
+    for count in (20, 60, 200):
+        next(candidates(make.integers(5, size=(count, 1)).astype(np.int16), np.linspace(0, 1, count), [axis], make))
+    assert clusters[0] < clusters[1] < clusters[2] == kmeans_tpe.MOST_CLUSTERS
+    assert kmeans_tpe.WIDE > widths[0] > widths[1] > widths[2] > kmeans_tpe.NARROW
+    assert widths[2] < 0.6 * widths[0]

@@ -1,6 +1,7 @@
 """Sensitivity against exact Hessians of tiny networks, its stopping rule, and what it refuses."""
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sgsc.demos.models import CharLM
 from sgsc.search.grids import best_steps, rounding_error
 from sgsc.search.sensitivity import sensitivity, summary, worth
 
@@ -109,6 +111,24 @@ def test_it_takes_the_least_samples_and_says_when_they_were_not_enough(problem):
     assert few.converged
     hard = sensitivity(net, weights, loss, batches, method="hutchinson", error=1e-9, most=30)
     assert (hard.samples, hard.converged) == (30, False)
+
+
+@pytest.mark.parametrize("mends", [True, False])
+def test_attention_has_second_derivatives_or_that_is_said(mends, monkeypatch):
+    """Its fused kernels have none."""
+    torch.manual_seed(0)
+    model = CharLM(11, 8, 16, 1, 2).eval()
+    x = torch.randint(11, (4, 8))
+    weights = {"query": model.get_parameter("blocks.0.attention.q.weight")}
+    loss_of = lambda m, b: F.cross_entropy(m(b[0]).flatten(0, 1), b[1].flatten())  # noqa: E731
+    if mends:
+        found = sensitivity(model, weights, loss_of, [(x, x)], method="hutchinson")
+        assert found.trace["query"] != 0
+        assert found.method == "hutchinson"
+    else:
+        monkeypatch.setattr("sgsc.search.sensitivity.sdpa_kernel", lambda _: nullcontext())
+        with pytest.raises(ValueError, match=r"needs second derivatives, and torch lacks one here .*; take 'fisher'"):
+            sensitivity(model, weights, loss_of, [(x, x)], method="hutchinson")
 
 
 def test_the_model_is_left_as_it_was(problem):

@@ -54,6 +54,18 @@ def test_many_layers_share_sixty_parameters():
     assert len(space.windows) == 60
     assert sorted(n for names in space.layers.values() for n in names) == sorted(structure.layers)
     assert len(space.groups) == 20
+    for end in ("0", "79"):  # which have 8 bits in some baselines
+        assert space.layers[f"bits.{end}"] == (end,)
+    cost = CostModel(model, structure, torch.zeros(1, 32))
+    omega, budget = omega_of(structure), Budget(mean_bits=3.5)
+    sets = [*space.layers.values()]
+    found = {**uniform(list(structure.layers)), "greedy": greedy(cost, omega, budget, sets)}
+    found["integer program"] = integer_program(cost, omega, budget, sets)
+    for name, chosen in found.items():
+        assert space.configuration(space.params(chosen, structure.sizes)).bits == chosen.bits, name
+    for name in ("greedy", "integer program"):
+        assert budget.holds(cost(found[name]))
+    assert total(omega, found["integer program"]) <= total(omega, found["greedy"])
 
 
 def omega_of(structure):

@@ -122,12 +122,22 @@ def test_a_silent_host_loses_its_trials(study, monkeypatch):
     assert fail_stale(study) == [0]
 
 
-def test_a_worker_elsewhere_gives_signs_of_life(study, monkeypatch):
-    monkeypatch.setattr(storages, "is_sqlite", lambda storage: False)
+def test_a_process_of_another_container_on_a_host_of_the_same_name_is_not_looked_up_here(study, monkeypatch):
+    trial = study.ask(SPACE)
+    with monkeypatch.context() as patch:
+        patch.setattr(storages, "_where", lambda: "another")
+        note = {**storages._this_process(), "pid": 2**22 + 1}  # there is none here
+    trial.set_user_attr(storages.WORKER, {**note, "time": time.time()})
+    assert fail_stale(study) == []
+    trial.set_user_attr(storages.WORKER, {**note, "time": time.time() - storages.PATIENCE})
+    assert fail_stale(study) == [0]
+
+
+def test_a_worker_gives_signs_of_life(study, monkeypatch):
     monkeypatch.setattr(storages, "HEARTBEAT", 0.05)
     trial = study.ask()
     with working(trial):
-        time.sleep(0.1)
+        time.sleep(0.4)
         first = study.trials[0].user_attrs[storages.BEAT]
         time.sleep(0.3)
         assert study.trials[0].user_attrs[storages.BEAT] > first
@@ -137,9 +147,42 @@ def test_sqlite_on_a_second_host_is_refused(tmp_path, monkeypatch):
     close(opened(tmp_path / "s.db"))
     monkeypatch.setattr(storages.socket, "gethostname", lambda: "other")
     storage = open_storage(tmp_path / "s.db")
-    with pytest.raises(StorageError, match=r"was made on host .* and this is 'other'.* PostgreSQL or MySQL"):
+    with pytest.raises(StorageError, match=r"holds a study of host .* and this is 'other'.* PostgreSQL or MySQL"):
         open_study(storage, "study", KMeansTPESampler())
+    with pytest.raises(StorageError, match=r"holds a study of host"):  # it is the file that two may not share
+        open_study(storage, "another", KMeansTPESampler())
     storage._backend.engine.dispose() if hasattr(storage, "_backend") else storage.engine.dispose()
+
+
+def test_a_study_that_is_maximised_is_refused(tmp_path):
+    storage = open_storage(tmp_path / "s.db")
+    optuna.create_study(storage=storage, study_name="study", direction="maximize")
+    with pytest.raises(ValueError, match="study 'study' is none that one loss is minimised in"):
+        open_study(storage, "study", KMeansTPESampler())
+    storage.engine.dispose()
+
+
+@pytest.mark.parametrize("name", ["a?b.db", "a%20b.db", "a#b.db"])
+def test_a_path_that_an_url_reads_otherwise_is_refused(name, tmp_path):
+    with pytest.raises(StorageError, match=r"an URL's path holds no '[?%#]'; rename it"):
+        open_storage(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_whom_it_waits_for_is_told(study, monkeypatch):
+    monkeypatch.setattr(storages, "POLL", 0.01)
+    trial = study.ask()
+    note = {"host": "elsewhere", "pid": 7, "started": "1", "time": time.time()}
+    trial.set_user_attr(storages.WORKER, note)
+    told = []
+
+    def waiting(whom):
+        told.append(whom)
+        if len(told) == 3:
+            study.tell(trial, 1.0)
+
+    assert not storages.wait_for_others(study, waiting)
+    assert told == [f"trial {trial.number} of process 7 on elsewhere"] * 3
 
 
 def test_what_is_no_sqlite_file_is_refused(tmp_path):

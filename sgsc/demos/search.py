@@ -6,6 +6,7 @@ The run folder holds model.sgsc, float.safetensors, winner.safetensors (the winn
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from sgsc.search.storage import open_storage
 from sgsc.search.study import check_settings, check_study, search_network
 from sgsc.size import float_bytes
 
-from .job import LOOK, MODEL, Progress, float_model
+from .job import FLOAT, LOOK, MODEL, Progress, data_hash, float_model
 from .qat import tune
 from .task import Task
 from .training import evaluate
@@ -115,14 +116,19 @@ def parse_budget(text: str, floats: int) -> Budget:
     for part in text.split(","):
         digits = part.strip().rstrip("%abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
         unit = part.strip()[len(digits) :].strip()
+        name, factor = units.get(unit, ("", math.nan))
         try:
-            name, factor = units[unit]
-            limits[name] = float(digits) * factor
-        except (KeyError, ValueError):
+            limit = float(digits) * factor
+        except ValueError:
+            limit = math.nan
+        if not math.isfinite(limit):
             raise ValueError(
                 f"budget {part.strip()!r}: want a number and a unit of {', '.join(units)}, such as 4bits, 10% (of the "
                 "float32 bytes), 50kB, 2.5MMAC or 3ms; several with commas"
-            ) from None
+            )
+        if name in limits:
+            raise ValueError(f"budget {text!r} limits {name} twice; give one limit of each kind")
+        limits[name] = limit
     return Budget(**limits)
 
 
@@ -171,16 +177,19 @@ def search(
     # what cannot be searched is refused before the float network is trained
     check_settings(trials, seed, sampler, sensitivity)
     how = Schedule(task.to(device), device, seed, steps, finish_steps)
-    untrained = task.build()
-    floats = float_bytes(untrained)
+    there = task.start is not None or (folder / FLOAT).is_file()  # it may have other channels than the task's own
+    network = float_model(task.to(device), seed, folder, progress).cpu().eval() if there else None
+    shape = task.build() if network is None else network
+    floats = float_bytes(shape)
     limits = parse_budget(budget, floats)
-    check_budget(untrained, limits, task.train[:1][0], widths=widths, **file)
+    check_budget(shape, limits, task.train[:1][0], widths=widths, **file)
     opened = open_storage(folder / STUDY if storage is None else storage)
     name = study or task.name
-    settings = {"task": task.name, "steps": steps, "widths": widths, "samples": len(task.train)}
+    settings = {"task": task.name, "steps": steps, "widths": widths, "data": data_hash(task)}
     settings |= {"sensitivity": sensitivity, "weight_decay": task.weight_decay, "precision": task.precision}
     check_study(opened, name, sampler, seed, limits, settings)
-    network = float_model(task.to(device), seed, folder, progress).cpu().eval()
+    if network is None:
+        network = float_model(task.to(device), seed, folder, progress).cpu().eval()
     after = time.perf_counter() - started
     found = search_network(
         network,

@@ -16,6 +16,7 @@ from .words import drawable, rows
 INK, LINE, MAIN, SECOND, ALARM = "#010101", "#010102", "#010103", "#010104", "#010105"
 THEME = {INK: "currentColor", LINE: "var(--line)", MAIN: "var(--accent)", SECOND: "var(--second)", ALARM: "var(--bad)"}
 PLOT_STYLE = {
+    "text.parse_math": False,  # names may hold a $
     "svg.fonttype": "none",  # text stays text, in the font of the page
     "svg.hashsalt": "sgsc",  # the same report gives the same bytes
     "figure.figsize": (4.7, 3.2),

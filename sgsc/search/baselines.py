@@ -8,7 +8,7 @@ of the same study.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,45 +40,62 @@ def uniform(layers: list[str]) -> dict[str, Configuration]:
     return found
 
 
-def greedy(cost: CostModel, omega: Omega, budget: Budget) -> Configuration | None:
-    """Give up bits where a unit of the budget loses least, until the budget holds; None where it never does."""
-    bits = {name: max(by) for name, by in omega.items()}
-    while not budget.holds(now := cost(Configuration(bits))):
-        best: tuple[float, str, int] | None = None
-        for name, by in omega.items():
-            for fewer in sorted((b for b in by if b < bits[name]), reverse=True):
-                then = cost(Configuration({**bits, name: fewer}))
+def joined(omega: Omega, sets: Sequence[Sequence[str]] | None) -> dict[tuple[str, ...], dict[int, float]]:
+    """Omega of layers that have one width together: the sum."""
+    sets = [(name,) for name in omega] if sets is None else sets
+    return {tuple(names): {bits: sum(omega[n][bits] for n in names) for bits in omega[names[0]]} for names in sets}
+
+
+def greedy(
+    cost: CostModel, omega: Omega, budget: Budget, sets: Sequence[Sequence[str]] | None = None
+) -> Configuration | None:
+    """Give up bits where a unit of the budget loses least, until the budget holds; None where it never does.
+
+    `sets`: of layers that have one width together, each layer in one of them; each by itself if None.
+    """
+    limits, of_sets = budget.limits(), joined(omega, sets)
+    chosen = {names: max(by) for names, by in of_sets.items()}
+    bits = _of_layers(chosen)
+    while not budget.holds(now := cost(Configuration(bits), limits)):
+        best: tuple[float, tuple[str, ...], int] | None = None
+        for name, by in of_sets.items():
+            for fewer in sorted((b for b in by if b < chosen[name]), reverse=True):
+                then = cost(Configuration(bits | dict.fromkeys(name, fewer)), limits)
                 saved = sum(
-                    (now[of] - then[of]) / limit for of, limit in budget.limits().items() if now[of] > limit
+                    (now[of] - then[of]) / limit for of, limit in limits.items() if now[of] > limit
                 )  # of what is over, in shares of the limits
                 if saved > 0:
-                    rate = (by[fewer] - by[bits[name]]) / saved
+                    rate = (by[fewer] - by[chosen[name]]) / saved
                     best = min(best or (rate, name, fewer), (rate, name, fewer))
                     break  # the next width that saves anything: kernels are as fast at some widths as at others
         if best is None:
             return None
-        bits[best[1]] = best[2]
+        chosen[best[1]] = best[2]
+        bits = _of_layers(chosen)
     return Configuration(bits)
 
 
-def integer_program(cost: CostModel, omega: Omega, budget: Budget) -> Configuration | None:
+def integer_program(
+    cost: CostModel, omega: Omega, budget: Budget, sets: Sequence[Sequence[str]] | None = None
+) -> Configuration | None:
     """The allocation of least Omega within the budget; None where there is none.
 
-    One binary variable a layer and width, one width a layer; every cost is a sum over layers.
+    One binary variable a set and width, one width a set; every cost is a sum over layers. `sets`: as of `greedy`.
     """
-    names, base = list(omega), {name: max(by) for name, by in omega.items()}
-    at_base = cost(Configuration(base))
-    columns = [(name, bits) for name in names for bits in sorted(omega[name])]
-    objective = np.array([omega[name][bits] for name, bits in columns])
-    one_each = np.array([[float(name == n) for name, _ in columns] for n in names])
+    of_sets, wanted = joined(omega, sets), budget.limits()
+    base = _of_layers({names: max(by) for names, by in of_sets.items()})
+    at_base = cost(Configuration(base), wanted)
+    columns = [(names, bits) for names, by in of_sets.items() for bits in sorted(by)]
+    objective = np.array([of_sets[names][bits] for names, bits in columns])
+    one_each = np.array([[float(names == n) for names, _ in columns] for n in of_sets])
     constraints: list[Any] = [LinearConstraint(one_each, 1, 1)]
-    changes = [cost(Configuration({**base, name: bits})) for name, bits in columns]
+    changes = [cost(Configuration(base | dict.fromkeys(names, bits)), wanted) for names, bits in columns]
     for slack in (0.0, SLACK):
         limits = [
             LinearConstraint(
                 np.array([[change[of] - at_base[of] for change in changes]]), -np.inf, limit * (1 - slack) - at_base[of]
             )
-            for of, limit in budget.limits().items()
+            for of, limit in wanted.items()
         ]
         scale = objective.max() or 1.0
         solved = milp(
@@ -86,10 +103,15 @@ def integer_program(cost: CostModel, omega: Omega, budget: Budget) -> Configurat
         )
         if solved.x is None:
             return None
-        chosen = Configuration({name: bits for (name, bits), x in zip(columns, solved.x, strict=True) if x > 0.5})
-        if budget.holds(cost(chosen)):
+        taken = {names: bits for (names, bits), x in zip(columns, solved.x, strict=True) if x > 0.5}
+        chosen = Configuration(_of_layers(taken))
+        if budget.holds(cost(chosen, wanted)):
             return chosen
     return None
+
+
+def _of_layers(bits: Mapping[tuple[str, ...], int]) -> dict[str, int]:
+    return {name: width for names, width in bits.items() for name in names}
 
 
 class RandomSampler(KMeansTPESampler):

@@ -30,6 +30,9 @@ from .grids import attach
 from .structure import Count, Sizes, Structure
 
 PEAK, BANDWIDTH = 2e10, 1e10  # multiply-accumulates and bytes a second of one CPU core, where nothing was measured
+# as safetensors lays tensors out, the last first
+ORDER = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
+GROUPS = r",\"groups\":"  # a setting, as it stands in a manifest within the header
 COSTS = ("bytes", "mean_bits", "macs", "seconds")
 
 
@@ -94,8 +97,9 @@ class CostModel:
         notes: Mapping[str, Any] | None = None,
     ) -> None:
         self.structure, self.shapes = structure, structure.layers
-        self.places = _places(model, example)
+        self.places, self.calls = _places(model, example)
         self.times: dict[tuple[str, int], float] = {}
+        self._own = {name: math.prod(shape.weights(structure.sizes)) for name, shape in self.shapes.items()}
         packed = pack(model, remove=False)
         self._values: list[tuple[str, list[Count]]] = []
         listed: dict[str, list[list]] = {}
@@ -108,11 +112,14 @@ class CostModel:
                 dims = [self.shapes[owner].rows]
             self._values.append((_name_of(value.dtype), dims))
             listed.setdefault(_name_of(value.dtype), []).append([name, [""] * len(dims)])
-        layers = [
-            [name, m.type_name, ["", ""], 0, settings_of(m)]
-            for name, m in packed.named_modules()
-            if isinstance(m, PackedLayer)
-        ]
+        layers, self._depthwise = [], []
+        for name, m in packed.named_modules():
+            if isinstance(m, PackedLayer):
+                settings = settings_of(m)
+                if settings.get("groups") == self.shapes[name].rows.at(structure.sizes):  # and in other widths too
+                    settings["groups"] = ""
+                    self._depthwise.append(name)
+                layers.append([name, m.type_name, ["", ""], 0, settings])
         manifest = {
             "format": FORMAT,  # candidates have no grids of inputs
             "sha256": ZEROS,
@@ -121,7 +128,7 @@ class CostModel:
             "values": listed,
             "notes": dict(notes or {}),
         }
-        numbers = 2 * len(layers) + sum(len(dims) for _, dims in self._values)
+        numbers = 2 * len(layers) + len(self._depthwise) + sum(len(dims) for _, dims in self._values)
         text = json.dumps(json.dumps(manifest, separators=(",", ":")))
         self._manifest = len(text) - 2 - 4 * numbers  # but for the numbers of channels; each stands here as \"\"
 
@@ -148,11 +155,11 @@ class CostModel:
 
     def seconds(self, name: str, bits: int, rows: int, width: int) -> float:
         """Of one layer: measured in its own widths and scaled with its weights, or the roofline."""
+        calls = self.calls[name]
         if (name, bits) in self.times:
-            own_rows, own_width = self.shapes[name].weights(self.structure.sizes)
-            return self.times[name, bits] * (rows * width) / (own_rows * own_width)
+            return calls * self.times[name, bits] * (rows * width) / self._own[name]
         macs = self.places[name] * rows * width
-        return max(macs / PEAK, rows * width * bits / 8 / BANDWIDTH)
+        return max(macs / PEAK, calls * rows * width * bits / 8 / BANDWIDTH)
 
     def layer_bytes(self, name: str, bits: int, sizes: Mapping[str, int]) -> float:
         """Payload of one layer, its share of the width table included."""
@@ -166,6 +173,8 @@ class CostModel:
             rows += count
             codes += count * -(-width * of.bits[name] // 8)
             digits += len(str(count)) + len(str(width))
+            if name in self._depthwise:  # one group is the usual, and not written
+                digits += len(str(count)) if count > 1 else -len(GROUPS)
         lengths: dict[str, int] = {}
         for dtype, dims in self._values:
             shape = [dim.at(sizes) for dim in dims]
@@ -179,7 +188,7 @@ class CostModel:
         }
         header: dict[str, Any] = {"__metadata__": {"sgsc": ""}}
         end = 0
-        for name, (dtype, count) in sorted(tensors.items(), key=lambda t: (-DTYPES[t[1][0]].itemsize, t[0])):
+        for name, (dtype, count) in sorted(tensors.items(), key=lambda t: (-ORDER.index(t[1][0]), t[0])):
             if count:
                 start, end = end, end + count * DTYPES[dtype].itemsize
                 header[name] = {"dtype": dtype, "shape": [count], "data_offsets": [start, end]}
@@ -207,6 +216,8 @@ class CostModel:
                     for _ in range(repeats + 1):
                         started = time.perf_counter()
                         packed(x)
+                        if x.is_cuda:
+                            torch.cuda.synchronize(x.device)
                         times.append(time.perf_counter() - started)
                 slowest = max(slowest, sorted(times[1:])[repeats // 2])
                 self.times[name, width] = slowest
@@ -232,11 +243,12 @@ def _inputs(model: nn.Module, example: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def _places(model: nn.Module, example: Tensor) -> dict[str, int]:
-    """Layer -> rows of outputs a sample: pixels of a convolution, positions of a Linear; 0 for a table."""
-    places = dict.fromkeys(quant_layers(model), 0)
+def _places(model: nn.Module, example: Tensor) -> tuple[dict[str, int], dict[str, int]]:
+    """Layer -> rows of outputs a sample (pixels, positions of a Linear, 0 for a table), and calls."""
+    places, calls = (dict.fromkeys(quant_layers(model), 0) for _ in range(2))
 
     def count(name: str, layer: nn.Module, out: Any) -> None:
+        calls[name] += 1
         if not isinstance(layer, nn.Embedding):
             places[name] += out.numel() // len(out) // layer.get_parameter("weight").shape[0]
 
@@ -250,7 +262,7 @@ def _places(model: nn.Module, example: Tensor) -> dict[str, int]:
     finally:
         for hook in hooks:
             hook.remove()
-    return places
+    return places, calls
 
 
 def _name_of(dtype: torch.dtype) -> str:

@@ -21,7 +21,7 @@ from .cost import Configuration
 from .evidence import BASELINE
 from .problem import Problem
 from .sensitivity import Progress
-from .trials import Train, Validate, trained
+from .trials import Best, Train, Validate, trained
 
 FINALISTS = 3  # of the search, beside the best baseline
 
@@ -53,9 +53,12 @@ def last_trainings(
     validate: Validate,
     finish: Train | None,
     seed: int,
+    best: Best,
     progress: Progress = lambda phase, step, steps, values: None,
 ) -> list[End]:
     """The finalists, the best first; the best trial as it was in the study too, where none of them reaches its loss.
+
+    That is the network that was judged, where this process trained it; else it is trained again, the same way.
 
     Raises:
         ValueError: If no trial came to an end, or all diverge now.
@@ -87,7 +90,10 @@ def last_trainings(
     had = complete[0].value
     assert had is not None  # it is complete
     if had < min((e.loss for e in ends), default=math.inf):
-        end(complete[0], train)
+        if best.model is not None and best.number == complete[0].number:
+            ends.append(End(best.loss, complete[0], problem.space.configuration(complete[0].params), best.model, False))
+        else:
+            end(complete[0], train)
     if not ends:
         raise ValueError("the winner diverged in its last training; lower the learning rate of `finish`")
     return sorted(ends, key=lambda e: e.loss)

@@ -138,7 +138,8 @@ class KMeansTPESampler(BaseSampler):
 
     def _can_learn(self, losses: NDArray[np.float64]) -> bool:
         """Whether (N,) ascending losses, also of trials that were given, are enough and say anything."""
-        return len(losses) >= max(self._start, 2 * LEAST) and losses[0] != losses[-1]
+        enough = len(losses) >= max(self._start, 2 * LEAST) and np.isfinite(losses[:LEAST]).all()
+        return bool(enough and losses[0] != losses[-1])
 
     def _observations(
         self, study: Study, trial: FrozenTrial, axes: Mapping[str, Axis]
@@ -315,6 +316,7 @@ def split(losses: NDArray[np.float64]) -> tuple[int, int]:
         int(np.clip(round(share * count), max(LEAST, np.ceil(least * count)), max(LEAST, most * count)))
         for share, (least, most) in zip(shares, (GOOD, BAD), strict=True)
     )
+    good = min(good, len(finite))  # what failed is not good, however few did not
     return good, min(bad, count - good)
 
 

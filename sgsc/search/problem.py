@@ -65,6 +65,8 @@ def prepare_search(
     Raises:
         ValueError: If even the smallest network is over the budget.
     """
+    if not batches or not len(batches[0][0]):
+        raise ValueError("no batches of training data: want at least one, of a sample or more")
     parent = parent_of(network)
     structure = structure_of(parent)
     cost = CostModel(parent, structure, batches[0][0], architecture, notes)
@@ -82,6 +84,11 @@ def prepare_search(
         found = Sensitivity(**known["sensitivity"])
     elif originals.keys() == parameters.keys():  # layers that were taken out of an attention are not there in float
         found = sensitivity(network, originals, loss, batches, method=method, seed=seed, progress=progress)
+    elif method == "hutchinson":
+        missing = ", ".join(sorted(parameters.keys() - originals.keys()))
+        raise ValueError(
+            f"method='hutchinson' serves no layers taken out of an attention ({missing}); take fisher or auto"
+        )
     else:
         found = sensitivity(parent, parameters, loss, batches, method="fisher", seed=seed, progress=progress)
     space = make_space(structure, {n: t / found.weights[n] for n, t in found.trace.items()}, widths=widths)
@@ -94,7 +101,7 @@ def prepare_search(
     baselines = uniform(list(structure.layers))
     omega = found.omega({name: layer.rows() for name, layer in layers.items()}, BITS)
     for name, allocate in (("greedy", greedy), ("integer program", integer_program)):
-        allocation = allocate(cost, omega, budget)
+        allocation = allocate(cost, omega, budget, [*space.layers.values()])
         if allocation is not None:
             baselines[name] = allocation
     return Problem(parent, structure, cost, found, space, budget, baselines)
@@ -111,17 +118,16 @@ def check_budget(
 ) -> None:
     """Refuse a budget that no network of the space holds, whatever its weights: before any is trained.
 
-    A limit of seconds is left to `prepare_search`, which measures them. `example`: inputs, one sample at least.
+    Where seconds are limited they are measured, at the least bits. `example`: inputs, one sample at least.
 
     Raises:
         ValueError: If even the smallest network is over the budget.
     """
-    counted = {name: limit for name, limit in budget.limits().items() if name != "seconds"}
-    if counted:
-        parent = parent_of(network)
-        _refuse_too_small(
-            Budget(**counted), CostModel(parent, structure_of(parent), example, architecture, notes), widths
-        )
+    parent = parent_of(network)
+    cost = CostModel(parent, structure_of(parent), example, architecture, notes)
+    if budget.seconds is not None:
+        cost.measure(parent, example, (min(BITS),))
+    _refuse_too_small(budget, cost, widths)
 
 
 def _refuse_too_small(budget: Budget, cost: CostModel, widths: bool) -> None:

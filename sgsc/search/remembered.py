@@ -27,11 +27,11 @@ def digest(network: nn.Module, batches: Sequence[Sequence[Tensor]], *more: Any) 
     found = hashlib.sha256(repr(more).encode())
     for name, value in network.state_dict().items():
         found.update(f"{name} {tuple(value.shape)}".encode())
-        found.update(_bytes(value))
+        found.update(bytes_of(value))
     for batch in batches:
         for part in batch:
             found.update(str(tuple(part.shape)).encode())
-            found.update(_bytes(part))
+            found.update(bytes_of(part))
     return found.hexdigest()
 
 
@@ -51,5 +51,6 @@ def remember(study: Study, key: str, problem: Problem) -> None:
         study.set_user_attr(PREPARED, {"key": key, "sensitivity": asdict(problem.found), "times": times})
 
 
-def _bytes(value: Tensor) -> bytes:
+def bytes_of(value: Tensor) -> bytes:
+    """As they lie in memory."""
     return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()  # numpy has no bfloat16

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sgsc.samples import evaluating
 
@@ -203,21 +204,33 @@ def _hutchinson(model: nn.Module, weights: dict[str, nn.Parameter], loss: Loss, 
     """Yield v_l' (H v)_l of each layer for one v over all of them: terms between layers have mean 0.
 
     Batches come in a random order, all of them before one comes again.
+
+    Raises:
+        ValueError: If torch has no second derivative of what the model computes, or one is not finite.
+        RuntimeError: Of the model.
     """
     values = list(weights.values())
     while True:
         for number in torch.randperm(len(batches), generator=generator).tolist():
             probes = [(torch.randint(0, 2, w.shape, generator=generator) * 2 - 1).to(w) for w in values]
-            gradients = torch.autograd.grad(
-                loss(model, batches[number]), values, create_graph=True, materialize_grads=True
-            )
-            _check(weights, gradients, "gradient", number)
-            inner = torch.stack([(g * v).sum() for g, v in zip(gradients, probes, strict=True)]).sum()
-            products = (
-                torch.autograd.grad(inner, values, materialize_grads=True)
-                if inner.requires_grad
-                else [torch.zeros_like(w) for w in values]
-            )
+            try:
+                with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
+                    gradients = torch.autograd.grad(
+                        loss(model, batches[number]), values, create_graph=True, materialize_grads=True
+                    )
+                _check(weights, gradients, "gradient", number)
+                inner = torch.stack([(g * v).sum() for g, v in zip(gradients, probes, strict=True)]).sum()
+                products = (
+                    torch.autograd.grad(inner, values, materialize_grads=True)
+                    if inner.requires_grad
+                    else [torch.zeros_like(w) for w in values]
+                )
+            except RuntimeError as error:
+                if "derivative" not in str(error):
+                    raise
+                raise ValueError(
+                    f"method='hutchinson' needs second derivatives, and torch lacks one here ({error}); take 'fisher'"
+                ) from None
             _check(weights, products, "second derivative", number)
             yield [float((product * v).sum()) for product, v in zip(products, probes, strict=True)]
 

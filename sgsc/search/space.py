@@ -107,12 +107,16 @@ def _weights_of(structure: Structure, group: str) -> int:
     )
 
 
-def _shared(logs: Mapping[str, float], cluster: Mapping[str, int], most: int) -> list[tuple[str, ...]]:
-    """Layers in the model's order, each by itself, or joined with the nearest of its cluster until `most` are left."""
-    sets = [[name] for name in logs]
+def _shared(logs: dict[str, float], cluster: Mapping[str, int], most: int) -> list[tuple[str, ...]]:
+    """Layers in the model's order, each by itself, or joined with the nearest of its cluster until `most` are left.
+
+    First and last stay by themselves.
+    """
+    sets, ends = [[name] for name in logs], {next(iter(logs)), next(reversed(logs))}  # which baselines keep apart
     while len(sets) > most:
         mean = [sum(logs[n] for n in names) / len(names) for names in sets]
-        order = sorted(range(len(sets)), key=lambda i: (cluster[sets[i][0]], mean[i]))
+        inner = [i for i, names in enumerate(sets) if not ends.intersection(names)]
+        order = sorted(inner, key=lambda i: (cluster[sets[i][0]], mean[i]))
         pairs = [(mean[b] - mean[a], a, b) for a, b in pairwise(order) if cluster[sets[a][0]] == cluster[sets[b][0]]]
         if not pairs:
             break

@@ -6,7 +6,8 @@ rules out a write-ahead log on a network file system, so a study in SQLite belon
 hosts share a PostgreSQL or MySQL server through its URL.
 
 Every trial notes the host and process that runs it. Where that process is gone the trial is failed when the study is
-opened again; a trial of another host is failed once it was silent for `PATIENCE` seconds.
+opened again; a trial of another host, or of another container of this one, is failed once it was silent for `PATIENCE`
+seconds.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from typing import Any
 import optuna
 import sqlalchemy
 from optuna.storages import BaseStorage, RDBStorage
-from optuna.study import Study
+from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
@@ -53,6 +54,8 @@ def open_storage(where: str | Path) -> BaseStorage:
     text = str(where)
     url = text if "://" in text else f"sqlite:///{text}"
     try:
+        if "://" not in text and (odd := [c for c in "?%#" if c in text]):
+            raise StorageError(f"the storage {text} cannot be opened: an URL's path holds no {odd[0]!r}; rename it")
         made = sqlalchemy.make_url(url)
         if made.get_backend_name() == "sqlite" and made.database not in (None, "", ":memory:"):
             return _sqlite(url, Path(made.database))
@@ -116,19 +119,31 @@ def open_study(storage: BaseStorage, name: str, sampler: optuna.samplers.BaseSam
         study = optuna.create_study(
             storage=storage, study_name=name, sampler=sampler, pruner=pruner, load_if_exists=True
         )
-        here = socket.gethostname()
+        refuse_others(study)
         if is_sqlite(storage):
-            made_on = study.user_attrs.get(HOST)
-            if made_on is None:
-                study.set_user_attr(HOST, here)
-            elif made_on != here:
-                raise StorageError(
-                    f"study {name!r} in {describe(storage)} was made on host {made_on!r}, and this is {here!r}: SQLite "
-                    "does not serve several hosts; give the URL of a PostgreSQL or MySQL server "
-                    "(--storage postgresql+psycopg://…), or copy the file and search under another --study name"
-                )
+            study.set_user_attr(HOST, socket.gethostname())
         fail_stale(study)
         return study
+
+
+def refuse_others(study: Study) -> None:
+    """Refuse a study that is not minimised, or whose SQLite file another host has written to.
+
+    Raises:
+        ValueError: If it is not minimised.
+        StorageError: If another host has.
+    """
+    if study.directions != [StudyDirection.MINIMIZE]:
+        raise ValueError(f"study {study.study_name!r} is none that one loss is minimised in; give another --study name")
+    storage, here = study._storage, socket.gethostname()
+    hosts = [one.user_attrs.get(HOST, here) for one in storage.get_all_studies()] if is_sqlite(storage) else []
+    for host in hosts:
+        if host != here:
+            raise StorageError(
+                f"{describe(storage)} holds a study of host {host!r}, and this is {here!r}: SQLite does not serve "
+                "several hosts; give the URL of a PostgreSQL or MySQL server (--storage postgresql+psycopg://…), or "
+                "another file"
+            )
 
 
 def fail_stale(study: Study) -> list[int]:
@@ -156,16 +171,20 @@ def fail_stale(study: Study) -> list[int]:
     return failed
 
 
-def wait_for_others(study: Study) -> bool:
+def wait_for_others(study: Study, waiting: Callable[[str], None] = lambda whom: None) -> bool:
     """Wait until what other workers run now has ended; whether some of it came back into the queue.
 
-    What they begin meanwhile is not waited for: they may have been asked for more trials.
+    What they begin meanwhile is not waited for: they may have been asked for more trials. `waiting` is told whom it is
+    waited for, again and again: a worker that hangs is for its user to end.
     """
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     here = _this_process()
     left = {t._trial_id for t in running if not _of(t, here)}  # this process runs nothing while it waits
     came_back = False
     while left:
+        trial = study._storage.get_trial(min(left))
+        worker = trial.user_attrs.get(WORKER) or {}
+        waiting(f"trial {trial.number} of process {worker.get('pid')} on {worker.get('host')}")
         time.sleep(POLL)
         came_back |= bool(fail_stale(study))
         states = {trial_id: study._storage.get_trial(trial_id).state for trial_id in left}
@@ -175,7 +194,17 @@ def wait_for_others(study: Study) -> bool:
 
 
 def _this_process() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+    own = os.getpid()
+    return {"host": socket.gethostname(), "where": _where(), "pid": own, "started": _started(own)}
+
+
+def _where() -> str:
+    """What a process number is of: this start of this machine, and this container of it; empty where it is not told."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
 
 
 def _of(trial: FrozenTrial, process: dict[str, Any]) -> bool:
@@ -192,7 +221,7 @@ def _alive(trial: FrozenTrial) -> bool:
     worker = trial.user_attrs.get(WORKER)
     if worker is None:
         return False
-    if worker["host"] == socket.gethostname():
+    if worker["host"] == socket.gethostname() and worker.get("where", _where()) == _where():
         return _started(worker["pid"]) == worker["started"]
     return time.time() - max(worker["time"], trial.user_attrs.get(BEAT, 0.0)) < PATIENCE
 
@@ -220,15 +249,10 @@ def working(trial: optuna.Trial) -> Iterator[None]:
     over = threading.Event()
 
     def beat() -> None:
-        while True:
+        while not over.wait(HEARTBEAT):
             with suppress(Exception):  # a full disk is the main thread's to report, when it writes the result
                 trial.set_user_attr(BEAT, time.time())
-            if over.wait(HEARTBEAT):
-                return
 
-    if is_sqlite(trial.storage):  # one host: the process answers for itself
-        yield
-        return
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:

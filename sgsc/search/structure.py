@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ class Structure:
     groups: dict[str, Tensor]
     coupling: Coupling
 
-    @property
+    @cached_property
     def sizes(self) -> dict[str, int]:
         """Channels of each group as the model stands."""
         return {name: len(ids) for name, ids in self.groups.items()}

@@ -34,10 +34,10 @@ from .cost import Budget, Configuration
 from .evidence import importance, layer_rows, trial_row
 from .finals import End, last_trainings
 from .problem import Problem, prepare_search
-from .remembered import digest, recall, remember
+from .remembered import bytes_of, digest, recall, remember
 from .sensitivity import Loss, Progress, check_method
-from .storage import open_study, wait_for_others, writing
-from .trials import TAKEN, Train, Validate, enqueue_baselines, run_trial
+from .storage import open_study, refuse_others, wait_for_others, writing
+from .trials import TAKEN, Best, Train, Validate, enqueue_baselines, run_trial
 
 SETTINGS = "settings"  # attribute of a study
 REPETITIONS = 5  # in a row after which nothing new is left; one alone may be another worker's, proposed just before
@@ -115,28 +115,39 @@ def search_network(
     storage = optuna.storages.InMemoryStorage() if storage is None else storage
     key = digest(network, batches, seed, *(preparation.get(k) for k in ("method", "latency")))
     with writing(storage):
+
+        def prepare(known: Mapping[str, Any] | None) -> tuple[Problem, optuna.samplers.BaseSampler]:
+            problem = prepare_search(
+                network, budget, loss, batches, seed=seed, known=known, progress=progress, **preparation
+            )
+            space, windows = problem.space.distributions(), problem.space.windows
+            how = {"space": space, "windows": windows, "monotone": problem.monotone}
+            return problem, SAMPLERS[sampler](seed=seed, feasible=problem.feasible, **how)
+
         known = recall(storage, name, key)
-        problem = prepare_search(
-            network, budget, loss, batches, seed=seed, known=known, progress=progress, **preparation
-        )
-        prepared = time.perf_counter() - started
-        space, windows = problem.space.distributions(), problem.space.windows
-        how = {"space": space, "windows": windows, "monotone": problem.monotone}
-        made = SAMPLERS[sampler](seed=seed, feasible=problem.feasible, **how)
+        problem, made = prepare(known)
         study = open_study(storage, name, made, optuna.pruners.MedianPruner(n_startup_trials=STARTUP))
+        if known is None and (known := recall(storage, name, key)) is not None:
+            problem, study.sampler = prepare(known)  # another worker measured meanwhile: all judge by one table
+        prepared = time.perf_counter() - started
         _same_settings(study, problem, sampler, seed, settings or {})
         remember(study, key, problem)
         enqueue_baselines(study, problem)
-        came_back, repeated = True, 0
+        came_back, repeated, best = True, 0, Best()
         while came_back:  # what other workers are at counts too; and where one dies, its trial is left
             repeated = 0  # in a row, now that something may be left again
             while repeated < REPETITIONS and (done := _done(study)) < trials:
-                repeated = 0 if run_trial(study, problem, train, validate, seed, trials) else repeated + 1
+                new = run_trial(study, problem, train, validate, seed, trials, best)
+                repeated = 0 if new else repeated + 1
                 progress("search", min(done + 1, trials), trials, {"best loss": _best_so_far(study)})
-            came_back = wait_for_others(study)
+            came_back = wait_for_others(study, lambda whom: progress(f"waiting for {whom}", 0, 1, {}))
         reason = "nothing new within the budget was left to try" if repeated == REPETITIONS else ""
         searched = time.perf_counter() - started
-        ends = last_trainings(study, problem, train, validate, finish, seed, progress)
+        ends = last_trainings(study, problem, train, validate, finish, seed, best, progress)
+        had = _best_so_far(study)
+        if ends[0].loss > had:
+            reason = f"{reason}; " if reason else ""
+            reason += f"the best trial, of {had:.6g}, came out at {ends[0].loss:.6g} when it was trained again"
         phases = {"preparation": prepared, "search": searched - prepared}
         phases["finish"] = time.perf_counter() - started - searched
         return _result(study, problem, ends, reason, phases)
@@ -177,9 +188,11 @@ def check_study(
     """
     with writing(storage):
         try:
-            found = optuna.load_study(study_name=name, storage=storage).user_attrs.get(SETTINGS)
+            study = optuna.load_study(study_name=name, storage=storage)
         except KeyError:  # there is no such study yet
             return
+        refuse_others(study)
+        found = study.user_attrs.get(SETTINGS)
     if found is not None:
         own = _said(sampler, seed, budget, settings)
         _refuse_others(name, {key: found.get(key) for key in own}, own)
@@ -207,12 +220,14 @@ def _same_settings(study: Study, problem: Problem, sampler: str, seed: int, sett
     """
     weights = hashlib.sha256()
     for layer in quant_layers(problem.parent).values():
-        weights.update(layer.weight.detach().cpu().contiguous().numpy().tobytes())
+        weights.update(bytes_of(layer.weight))
     space = {n: distribution_to_json(d) for n, d in problem.space.distributions().items()}
     searched = json.dumps([space, problem.space.windows], sort_keys=True)
     own = {"weights": weights.hexdigest(), "space": hashlib.sha256(searched.encode()).hexdigest()}
     own |= _said(sampler, seed, problem.budget, settings)
     found = study.user_attrs.get(SETTINGS)
+    if found is None and study.get_trials(deepcopy=False):
+        raise ValueError(f"study {study.study_name!r} holds trials of something else; give another name with --study")
     if found is None:
         study.set_user_attr(SETTINGS, own)
     else:

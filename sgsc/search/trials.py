@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 
 import optuna
 import torch
@@ -32,6 +33,20 @@ TAKEN = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)  # judged, 
 TRIES = 3  # of a baseline, until it counts as one that cannot be trained
 
 
+@dataclass
+class Best:
+    """The best network that this process trained in a trial, as it was judged: trained again it may come out worse."""
+
+    loss: float = math.inf
+    number: int = -1
+    model: nn.Module | None = None
+
+    def see(self, loss: float, number: int, model: nn.Module) -> None:
+        """Keep it where it is better."""
+        if loss < self.loss:
+            self.loss, self.number, self.model = loss, number, model
+
+
 def enqueue_baselines(study: Study, problem: Problem) -> None:
     """Put the baselines first that are within the budget and neither judged nor waiting nor running."""
     for name, configuration in problem.baselines.items():
@@ -42,7 +57,9 @@ def enqueue_baselines(study: Study, problem: Problem) -> None:
             study.enqueue_trial(params, user_attrs={BASELINE: name})
 
 
-def run_trial(study: Study, problem: Problem, train: Train, validate: Validate, seed: int, trials: int) -> bool:
+def run_trial(
+    study: Study, problem: Problem, train: Train, validate: Validate, seed: int, trials: int, best: Best
+) -> bool:
     """Run one, unless others took the last ones meanwhile; False where the sampler repeated one that there is."""
     trial = study.ask()
     others = [t for t in study.get_trials(deepcopy=False, states=TAKEN) if t.number != trial.number]
@@ -51,7 +68,7 @@ def run_trial(study: Study, problem: Problem, train: Train, validate: Validate, 
         return True
     try:
         with working(trial):
-            return _judge(study, trial, problem, train, validate, seed)
+            return _judge(study, trial, problem, train, validate, seed, best)
     except optuna.exceptions.UpdateFinishedTrialError:  # taken for lost and failed meanwhile: it is in the queue again
         return True
     except Exception:
@@ -62,7 +79,9 @@ def run_trial(study: Study, problem: Problem, train: Train, validate: Validate, 
         raise
 
 
-def _judge(study: Study, trial: optuna.Trial, problem: Problem, train: Train, validate: Validate, seed: int) -> bool:
+def _judge(
+    study: Study, trial: optuna.Trial, problem: Problem, train: Train, validate: Validate, seed: int, best: Best
+) -> bool:
     """Train and judge what a trial proposes; False where the sampler repeated one that there is.
 
     Raises:
@@ -88,6 +107,7 @@ def _judge(study: Study, trial: optuna.Trial, problem: Problem, train: Train, va
     try:
         model = trained(problem, configuration, train, report, seed)
         value = float(validate(model))
+        best.see(value, trial.number, model)
     except optuna.TrialPruned:
         study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
         return True
