@@ -216,6 +216,11 @@ def test_a_search_from_a_winner_counts_the_channels_that_it_has(run, tmp_path):
     assert abs(report["float_bytes"] - total) < 0.02 * total
 
 
+def test_a_layer_s_name_may_hold_what_formulas_are_written_with(run):
+    renamed = json.loads(json.dumps(run[1]).replace("stem.0", "$\\\\foo$"))
+    assert "foo$" in render_search(renamed)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
