@@ -196,6 +196,17 @@ def test_a_study_of_other_settings_is_refused_before_anything_is_trained(run, tm
         assert f"study 'digits' is of another {named}: " in capsys.readouterr().err
 
 
+def test_another_host_s_file_is_refused_before_anything_is_trained_whatever_the_study(
+    run, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(search_demo, "float_model", lambda *_: pytest.fail("the float network is trained first"))
+    monkeypatch.setattr("sgsc.search.storage.socket.gethostname", lambda: "other")
+    there = ["--budget", "10%", "--out", str(tmp_path), "--storage", str(run[0] / "study.db")]
+    for name in ("digits", "new"):
+        assert main(["search", "digits", *QUICK, *there, "--study", name]) == 2
+        assert "and this is 'other': SQLite does not serve several hosts" in capsys.readouterr().err
+
+
 def test_a_budget_that_is_too_fast_is_named_before_anything_is_trained(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(search_demo, "float_model", lambda *_: pytest.fail("the float network is trained first"))
     assert main(["search", "digits", *QUICK, "--out", str(tmp_path), "--budget", "0.001us"]) == 2

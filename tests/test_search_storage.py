@@ -151,6 +151,7 @@ def test_sqlite_on_a_second_host_is_refused(tmp_path, monkeypatch):
         open_study(storage, "study", KMeansTPESampler())
     with pytest.raises(StorageError, match=r"holds a study of host"):  # it is the file that two may not share
         open_study(storage, "another", KMeansTPESampler())
+    assert [study.study_name for study in storage.get_all_studies()] == ["study"]  # nothing was written
     storage._backend.engine.dispose() if hasattr(storage, "_backend") else storage.engine.dispose()
 
 

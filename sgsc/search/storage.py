@@ -116,29 +116,36 @@ def open_study(storage: BaseStorage, name: str, sampler: optuna.samplers.BaseSam
         StorageError: If an SQLite study was made on another host, or the storage cannot be written.
     """
     with writing(storage):
+        refuse_other_host(storage)
         study = optuna.create_study(
             storage=storage, study_name=name, sampler=sampler, pruner=pruner, load_if_exists=True
         )
-        refuse_others(study)
+        refuse_other_aim(study)
         if is_sqlite(storage):
             study.set_user_attr(HOST, socket.gethostname())
         fail_stale(study)
         return study
 
 
-def refuse_others(study: Study) -> None:
-    """Refuse a study that is not minimised, or whose SQLite file another host has written to.
+def refuse_other_aim(study: Study) -> None:
+    """Refuse a study that is not minimised.
 
     Raises:
-        ValueError: If it is not minimised.
-        StorageError: If another host has.
+        ValueError: If it is one.
     """
     if study.directions != [StudyDirection.MINIMIZE]:
         raise ValueError(f"study {study.study_name!r} is none that one loss is minimised in; give another --study name")
-    storage, here = study._storage, socket.gethostname()
-    hosts = [one.user_attrs.get(HOST, here) for one in storage.get_all_studies()] if is_sqlite(storage) else []
-    for host in hosts:
-        if host != here:
+
+
+def refuse_other_host(storage: BaseStorage) -> None:
+    """Refuse an SQLite file that another host has written to, whatever the study.
+
+    Raises:
+        StorageError: If it is one.
+    """
+    here = socket.gethostname()
+    for study in storage.get_all_studies() if is_sqlite(storage) else ():
+        if (host := study.user_attrs.get(HOST, here)) != here:
             raise StorageError(
                 f"{describe(storage)} holds a study of host {host!r}, and this is {here!r}: SQLite does not serve "
                 "several hosts; give the URL of a PostgreSQL or MySQL server (--storage postgresql+psycopg://…), or "
@@ -179,17 +186,17 @@ def wait_for_others(study: Study, waiting: Callable[[str], None] = lambda whom: 
     """
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     here = _this_process()
-    left = {t._trial_id for t in running if not _of(t, here)}  # this process runs nothing while it waits
+    left = [t for t in running if not _of(t, here)]  # this process runs nothing while it waits
     came_back = False
     while left:
-        trial = study._storage.get_trial(min(left))
+        trial = left[0]
         worker = trial.user_attrs.get(WORKER) or {}
         waiting(f"trial {trial.number} of process {worker.get('pid')} on {worker.get('host')}")
         time.sleep(POLL)
         came_back |= bool(fail_stale(study))
-        states = {trial_id: study._storage.get_trial(trial_id).state for trial_id in left}
-        came_back |= TrialState.WAITING in states.values()
-        left = {trial_id for trial_id, state in states.items() if state == TrialState.RUNNING}
+        left = [study._storage.get_trial(t._trial_id) for t in left]
+        came_back |= any(t.state == TrialState.WAITING for t in left)
+        left = [t for t in left if t.state == TrialState.RUNNING]
     return came_back
 
 
@@ -218,10 +225,10 @@ def given(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def _alive(trial: FrozenTrial) -> bool:
-    worker = trial.user_attrs.get(WORKER)
+    worker, where = trial.user_attrs.get(WORKER), _where()
     if worker is None:
         return False
-    if worker["host"] == socket.gethostname() and worker.get("where", _where()) == _where():
+    if worker["host"] == socket.gethostname() and worker.get("where", where) == where:
         return _started(worker["pid"]) == worker["started"]
     return time.time() - max(worker["time"], trial.user_attrs.get(BEAT, 0.0)) < PATIENCE
 

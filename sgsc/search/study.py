@@ -36,7 +36,7 @@ from .finals import End, last_trainings
 from .problem import Problem, prepare_search
 from .remembered import bytes_of, digest, recall, remember
 from .sensitivity import Loss, Progress, check_method
-from .storage import open_study, refuse_others, wait_for_others, writing
+from .storage import open_study, refuse_other_aim, refuse_other_host, wait_for_others, writing
 from .trials import TAKEN, Best, Train, Validate, enqueue_baselines, run_trial
 
 SETTINGS = "settings"  # attribute of a study
@@ -187,11 +187,12 @@ def check_study(
         StorageError: If the storage cannot be read.
     """
     with writing(storage):
+        refuse_other_host(storage)
         try:
             study = optuna.load_study(study_name=name, storage=storage)
         except KeyError:  # there is no such study yet
             return
-        refuse_others(study)
+        refuse_other_aim(study)
         found = study.user_attrs.get(SETTINGS)
     if found is not None:
         own = _said(sampler, seed, budget, settings)
@@ -226,12 +227,12 @@ def _same_settings(study: Study, problem: Problem, sampler: str, seed: int, sett
     own = {"weights": weights.hexdigest(), "space": hashlib.sha256(searched.encode()).hexdigest()}
     own |= _said(sampler, seed, problem.budget, settings)
     found = study.user_attrs.get(SETTINGS)
-    if found is None and study.get_trials(deepcopy=False):
-        raise ValueError(f"study {study.study_name!r} holds trials of something else; give another name with --study")
-    if found is None:
-        study.set_user_attr(SETTINGS, own)
-    else:
+    if found is not None:
         _refuse_others(study.study_name, found, own)
+    elif study.get_trials(deepcopy=False):
+        raise ValueError(f"study {study.study_name!r} holds trials of something else; give another name with --study")
+    else:
+        study.set_user_attr(SETTINGS, own)
 
 
 def _result(study: Study, problem: Problem, ends: list[End], reason: str, phases: Mapping[str, float]) -> Found:

@@ -123,21 +123,18 @@ def mean_inputs(
     """
     sums: dict[Any, list[Sum]] = {key: [] for key in quantizers}
 
-    def look(_name: str, layer: QuantLayer, x: Tensor, _y: Tensor) -> None:
-        for key, quantizer in quantizers.items() if x.numel() else ():
-            sums[key].append(_patches(layer, x if quantizer is None else quantizer(x)))
-
     for batch, count in zip(batches, calls.counts, strict=True):
         left = [count.get(name, 0)]
 
-        def counted(*seen: Any, left: list[int] = left) -> None:
-            look(*seen)
+        def look(_name: str, layer: QuantLayer, x: Tensor, _y: Tensor, left: list[int] = left) -> None:
+            for key, quantizer in quantizers.items() if x.numel() else ():
+                sums[key].append(_patches(layer, x if quantizer is None else quantizer(x)))
             left[0] -= 1
             if not left[0]:
                 raise Stop
 
         if left[0]:
-            with suppress(Stop), _watched(model, {name: layer}, counted):
+            with suppress(Stop), _watched(model, {name: layer}, look):
                 model(batch)
     return {key: mean(of) for key, of in sums.items()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -160,18 +161,23 @@ class Problem:
         """A copy of a layer's bias, where that may be corrected."""
         return self.layers[name].bias.clone() if name in self.biases else None  # pyright: ignore
 
+    @cached_property
+    def means(self) -> dict[str, Tensor]:
+        """Layer -> (C,) mean of its `answers`, where it has any."""
+        means = {name: mean([of for answers in self.answers for of in answers[name]]) for name in self.biases}
+        return {name: value for name, value in means.items() if value is not None}
+
     def given_to(self, name: str) -> dict[str | None, Tensor | None]:
         """The `mean_inputs` of a layer on `fit`, by candidate; nothing where its bias is not corrected."""
-        if name not in self.biases:
+        if name not in self.means:
             return {}
         quantizers = self.inputs.get(name) or {None: None}
         return mean_inputs(self.model, name, self.layers[name], quantizers, self.together, self.calls)
 
     def correct(self, name: str, choice: tuple[str, str | None], given: Mapping[str | None, Tensor | None]) -> None:
         """Correct the bias of one layer that has these candidates and is `given_to` this."""
-        wanted = mean([of for answers in self.answers for of in answers[name]]) if given else None
-        if wanted is not None:
-            correct_bias(self.layers[name], wanted, given[choice[1]])
+        if given:
+            correct_bias(self.layers[name], self.means[name], given[choice[1]])
 
 
 def make_problem(
