@@ -43,7 +43,7 @@ def corrected(problem, batches=None):
     if batches is not None:
         fresh = make_problem(network(), data(), replace(SETTINGS, bits_activations=None))
         wanted = float_answers(fresh.model, fresh.layers, list(fresh.biases), batches)
-    correct_biases(problem.model, problem.layers, wanted, batches or problem.together)
+    correct_biases(problem.model, problem.layers, wanted, batches or problem.fit)
     return before
 
 
@@ -51,8 +51,7 @@ def corrected(problem, batches=None):
 def test_mean_answers_are_those_of_the_float_network(parts, close):
     """In one pass: of several batches to first order."""
     problem = make_problem(network(), data(), SETTINGS)
-    assert len(problem.together) == 1
-    before = corrected(problem, None if parts == 1 else list(problem.together[0].chunk(parts)))
+    before = corrected(problem, list(torch.cat(problem.fit).chunk(parts)))
     after = answers(problem.model, problem.layers, problem.fit)
     wanted = answers(fold_batch_norms(network()).model, problem.layers, problem.fit)
     for name in problem.layers:
@@ -84,8 +83,8 @@ def test_one_pass_serves_whatever_the_number_of_layers(monkeypatch):
     )
     calls = []
     problem.model.register_forward_hook(lambda *_: calls.append(1))
-    correct_biases(problem.model, problem.layers, problem.answers, problem.together)
-    assert len(calls) == len(problem.together) == 2
+    correct_biases(problem.model, problem.layers, problem.answers, problem.fit)
+    assert len(calls) == len(problem.fit) == 2
 
 
 @pytest.mark.parametrize("make", [lambda: (Loops(), [torch.randn(8, n, 3) for n in (2, 4)]), lambda: (Expert(True), X)])
@@ -124,7 +123,7 @@ def test_a_candidate_s_bias_is_found_without_its_answers(name, rounded):
     quantizers = {"coarse": StaticInput(0.7, -2, 3), "fine": StaticInput(0.1, -4, 200)} if rounded else {None: None}
     calls = count_calls(model, {"0": model[0]}, batches)
     wanted = torch.randn(len(layer.weight), dtype=torch.float64)
-    given = mean_inputs(model, "0", model[0], quantizers, batches, calls)
+    given = mean_inputs(model, "0", model[0], quantizers, batches, calls.counts)
     for key, quantizer in quantizers.items():
         model[0].input_quantizer = quantizer
         correct_bias(model[0], wanted, given[key])
@@ -153,7 +152,7 @@ def test_a_layer_that_is_called_on_nothing_keeps_its_bias():
     layer = prepare(nn.Linear(3, 2), quantizer="lsq3").model
     before = layer.bias.clone()
     calls = count_calls(nn.Sequential(layer), {"0": layer}, [torch.zeros(0, 3)])
-    given = mean_inputs(nn.Sequential(layer), "0", layer, {None: None}, [torch.zeros(0, 3)], calls)
+    given = mean_inputs(nn.Sequential(layer), "0", layer, {None: None}, [torch.zeros(0, 3)], calls.counts)
     assert given == {None: None}
     correct_bias(layer, torch.ones(2, dtype=torch.float64), given[None])
     assert torch.equal(layer.bias, before)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sgsc.layers import QuantLayer
 from sgsc.samples import evaluating
 
-from .calibration import Calls, Stop, given
+from .calibration import Stop, given
 
 Sum = tuple[Tensor, int]  # float64, and of how many
 Answers = dict[str, list[Sum]]  # to one batch: layer -> for each of its calls, (C,) over samples and places
@@ -113,7 +113,7 @@ def mean_inputs(
     layer: QuantLayer,
     quantizers: Mapping[Any, nn.Module | None],
     batches: Sequence[Tensor],
-    calls: Calls,
+    counts: Sequence[Mapping[str, int]],
 ) -> dict[Any, Tensor | None]:
     """What a row of a layer's weight is multiplied with on average, rounded by each of these quantizers, or as it is.
 
@@ -123,7 +123,7 @@ def mean_inputs(
     """
     sums: dict[Any, list[Sum]] = {key: [] for key in quantizers}
 
-    for batch, count in zip(batches, calls.counts, strict=True):
+    for batch, count in zip(batches, counts, strict=True):
         left = [count.get(name, 0)]
 
         def look(_name: str, layer: QuantLayer, x: Tensor, _y: Tensor, left: list[int] = left) -> None:

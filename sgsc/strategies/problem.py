@@ -58,9 +58,10 @@ class Problem:
         left: Layers and norms that stay float -> why.
         together: The samples of `fit` in batches of as many as there is room for, which calibrate.
         calls: Of the layers, for each of those.
+        counts: For each batch of `fit`, layer -> number of its calls.
         weights: Layer -> strategy -> fitted quantizer.
         inputs: Layer -> strategy -> quantizer; empty for embeddings, and where inputs stay float.
-        answers: Of the float network, for each batch of `together`; of layers whose biases may be corrected.
+        answers: Of the float network, for each batch of `fit`; of layers whose biases may be corrected.
         biases: The same layers -> their biases as they were.
         place: Of the batch that `judge` is at.
     """
@@ -76,6 +77,7 @@ class Problem:
     left: dict[str, str]
     together: list[Tensor]
     calls: Calls
+    counts: list[dict[str, int]] = field(default_factory=list)
     weights: dict[str, dict[str, Quantizer]] = field(default_factory=dict)
     inputs: dict[str, dict[str, InputQuantizer]] = field(default_factory=dict)
     answers: list[Answers] = field(default_factory=list)
@@ -138,7 +140,7 @@ class Problem:
                 self.set(choice)
             found.append(self.as_it_stands(self.judge(), again))
             if self.biases:
-                correct_biases(self.model, self.layers, self.answers, self.together)
+                correct_biases(self.model, self.layers, self.answers, self.fit)
                 found.append(self.as_it_stands(self.judge(), again))
         best = min(found, key=lambda derived: derived.loss)
         self.take(best)
@@ -172,7 +174,7 @@ class Problem:
         if name not in self.means:
             return {}
         quantizers = self.inputs.get(name) or {None: None}
-        return mean_inputs(self.model, name, self.layers[name], quantizers, self.together, self.calls)
+        return mean_inputs(self.model, name, self.layers[name], quantizers, self.fit, self.counts)
 
     def correct(self, name: str, choice: tuple[str, str | None], given: Mapping[str | None, Tensor | None]) -> None:
         """Correct the bias of one layer that has these candidates and is `given_to` this."""
@@ -213,7 +215,8 @@ def make_problem(
     problem = Problem(model, layers, bits, of_inputs, fit, select, wanted, judge, left, together, calls)
     if settings.correct_bias and not settings.trained:
         problem.biases = {name: layers[name].bias.clone() for name in own_biases(model, layers)}  # pyright: ignore
-        problem.answers = float_answers(model, layers, list(problem.biases), together)
+        problem.answers = float_answers(model, layers, list(problem.biases), fit)
+        problem.counts = count_calls(model, layers, fit).counts
     for name, layer in layers.items():
         problem.weights[name] = {}
         for strategy, cls in of_weights.items():
