@@ -84,7 +84,8 @@ class BitOptimizer:
         depths: Layer name -> its (C,) learned widths.
         worth: (C,) of all channels: what a bit is worth, the mean over steps.
         weight: (C,) what stands behind it, 0 to 1.
-        reached, looked: (C,) steps in which the gradient was not 0, and all in which there was one.
+        reached, looked: (C,) steps in which the gradient was not 0, and all in which there was one. What nobody looked
+            at is not traded: that nothing is known of it does not make it worthless.
         least: (C,) bits that a channel keeps at any price, beside entries of embeddings, see `floor`.
     """
 
@@ -181,6 +182,10 @@ class BitOptimizer:
         """(C,) bits a weight that the size term charges, of all channels."""
         return torch.cat([layer.weight_quantizer.bit_cost() for layer in self.layers.values()])
 
+    def unreached(self) -> list[str]:
+        """Names of the layers that no loss has reached yet."""
+        return [name for name, looked in self.by_layer(self.looked).items() if len(looked) and not looked.any()]
+
     def floor(self) -> Tensor:
         """(C,) bits that each channel keeps at any price, as far as is known by now."""
         kept = self.entries & ((self.reached > 0) | (self.looked < PROBATION))
@@ -202,7 +207,7 @@ class BitOptimizer:
             ValueError: If a gradient is not finite (the message names the layer); nothing has moved then.
         """
         self._average()
-        if not self._gradients_are_finite():
+        if not self._counts():
             return price
         for group in self.grids.param_groups:
             for p in group["params"]:
@@ -219,7 +224,7 @@ class BitOptimizer:
         depth = self.flat(self.depths)
         # a removed channel has nothing left to sell, and only the guard brings it back; an answer is never sold
         least = self.floor()
-        speed = self.bit_rate * (depth > least)
+        speed = self.bit_rate * ((depth > least) & (self.looked > 0))
         if not speed.any():
             return price
         price = clearing_price(self.worth, speed * per, sell, (MAX_BITS - depth) * per)
@@ -241,18 +246,15 @@ class BitOptimizer:
         self.weight.lerp_(torch.ones_like(pace), pace)
         self.worth.lerp_(torch.where(known, worth, 0.0), pace / torch.where(self.weight > 0, self.weight, 1.0))
 
-    def _gradients_are_finite(self) -> bool:
-        """Whether this step counts; gradients of a scaled loss are brought to scale, and may be infinite.
+    def check_finite(self) -> bool:
+        """Whether all gradients that were collected are finite; those of a scaled loss may be infinite.
 
         Raises:
-            ValueError: If a gradient of an unscaled loss is not finite.
+            ValueError: If one of an unscaled loss is not; the message names the layer, and all are forgotten.
         """
         if not self.gradient or torch.isfinite(torch.cat([g.flatten() for g in self.gradient.values()])).all():
-            if self.loss_scale is not None and self.gradient:
-                torch._foreach_div_(list(self.gradient.values()), self.loss_scale)
             return True
         if self.loss_scale is not None:
-            self.gradient.clear()
             return False
         bad = next(
             name
@@ -265,6 +267,15 @@ class BitOptimizer:
             f"layer {bad!r}: the gradient of its quantizer is not finite; lower the learning rate, "
             "or load the last checkpoint"
         )
+
+    def _counts(self) -> bool:
+        """Whether this step counts; gradients of a scaled loss are brought to scale."""
+        finite = self.check_finite()
+        if not finite:
+            self.gradient.clear()
+        elif self.loss_scale is not None and self.gradient:
+            torch._foreach_div_(list(self.gradient.values()), self.loss_scale)
+        return finite
 
     def _set(self, old: Tensor, new: Tensor) -> None:
         """Move all depths from `old` to `new`, (C,), and fit the ranges of the channels whose width changes."""
@@ -280,7 +291,7 @@ class BitOptimizer:
         """Sell one bit each of the channels whose bits are worth least, until `size` is sold; whether any was."""
         depth = self.flat(self.depths)
         width = depth.round()
-        may = width > self.floor()
+        may = (width > self.floor()) & (self.looked > 0)
         order = torch.where(may, self.worth, float("inf")).argsort(stable=True)[: int(may.sum())]
         count = int((size_gradient[order].cumsum(0) < size).sum()) + 1
         new = depth.clone()
@@ -293,7 +304,7 @@ class BitOptimizer:
         """Buy one bit each for the channels whose bits are worth most, of no more than `size`; whether any was."""
         depth = self.flat(self.depths)
         width = depth.round()
-        may = (width > 0) & (width < MAX_BITS) & (size_gradient <= size)
+        may = (width > 0) & (width < MAX_BITS) & (size_gradient <= size) & (self.looked > 0)
         order = torch.where(may, self.worth, -float("inf")).argsort(descending=True, stable=True)[: int(may.sum())]
         order = order[size_gradient[order].cumsum(0) <= size]
         new = depth.clone()

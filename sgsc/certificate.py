@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from math import floor
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .comparison import Comparison, Part, answers, compare, margins, upper_bound
@@ -174,9 +175,10 @@ def certify(
         tolerance: Share of the preservation samples that may regress, 0 to 1.
         margin_tolerance: Share of the mean preservation margin that may be lost, 0 to 1; None for no such gate.
         seeds: Seed of each random choice, by name.
-        hashes: Digests of model, data and file, by name.
-        stored_bytes: Bytes of the artefact on disk.
+        hashes: Digests of model, data and file, by name; that of the data which the set was chosen from is added.
+        stored_bytes: Bytes of the artefact on disk, as `save` returned them.
         remark: What else a reader must know, such as what the guard split is not held out from; ends the statement.
+            That guard samples are in the preservation set, and which position of a sequence is judged, is added.
         batch_size: Samples a forward pass.
 
     Raises:
@@ -205,6 +207,17 @@ def certify(
             )
         kept = compare(recorded, outputs(packed, preservation.inputs, batch_size), preservation.targets)
     inputs, targets = fetch(guard, range(len(guard)))  # pyright: ignore[reportArgumentType]
+    remarks = [remark] if remark else []
+    if targets.dim() == 2:
+        remarks.append("sequences are judged at their last position")
+    if preservation is not None:
+        known = {_bytes_of(x) for x in preservation.inputs}
+        both = sum(_bytes_of(x) in known for x in inputs)
+        if both:
+            remarks.append(
+                f"{both} of the held-out samples are in the preservation set, too: the bound is not of those"
+            )
+        hashes = {"what the set was chosen from": preservation.data_hash} | dict(hashes or {})
     return Certificate(
         guard=compare(outputs(float_model, inputs, batch_size), outputs(packed, inputs, batch_size), targets),
         preservation=kept,
@@ -213,5 +226,9 @@ def certify(
         seeds=dict(seeds or {}),
         hashes=dict(hashes or {}),
         stored_bytes=stored_bytes,
-        remark=remark,
+        remark="; ".join(remarks),
     )
+
+
+def _bytes_of(sample: Tensor) -> bytes:
+    return sample.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

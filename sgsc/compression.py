@@ -18,7 +18,8 @@ later on evidence of harm that training does not mend. `finish` returns to the s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from .controller import Controller
 from .distributed import Ranks
 from .guard import Check, check, generosity, mends, owned, restore
 from .layers import quant_layers
+from .outcome import Outcome, judged
 from .preservation import PreservationSet
 from .samples import as_deployed, device_of
 from .sharding import is_sharded, shard_of, whole, whole_tensor, zero_rows
@@ -39,25 +41,13 @@ LATE = 0.85  # share of the steps after which any excess counts, not evidence al
 INSIST, RELAX, INSIST_MOST = 1.25, 0.8, 8.0  # how the preservation weight follows violations, and its limit
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a finished run reached; `reason` says why not, where something was not held."""
-
-    stored_ratio: float
-    regressions: int
-    allowed: int
-    target_held: bool
-    tolerance_held: bool
-    reason: str
-
-
 class SelfCompression:
     """Compresses a prepared model while the user trains it.
 
     Args:
         model: From `prepare`; its quantizers must learn a `bit_depth`.
         keep: The preservation set, chosen with the float model; None turns preservation and guard off.
-        optimizer: The user's optimiser, if its moments shall be reset for channels that the guard revives.
+        optimizer: The user's optimiser, or several, whose moments follow channels that are revived or cut out.
         file: Further arguments that `save` will get (architecture, notes): the target counts the whole file.
         scaler: The user's `torch.amp.GradScaler`, if losses are scaled before backward. A step whose gradients overflow
             then moves no width and no range, as the scaler has it for the weights.
@@ -72,22 +62,23 @@ class SelfCompression:
         model: nn.Module,
         keep: PreservationSet | None,
         *,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         file: dict[str, Any] | None = None,
         scaler: torch.amp.GradScaler | None = None,  # pyright: ignore[reportPrivateImportUsage]
         process_group: Any = None,
         **settings: Any,
     ) -> None:
         self.config = CompressionConfig(**settings)
-        self.model, self.keep, self.optimizer, self.scaler = model, keep, optimizer, scaler
+        self.model, self.keep, self.scaler = model, keep, scaler
+        self.optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer or ())
         if not quant_layers(model):
             raise ValueError("the model has no quantized layer; pass what prepare(model).model returned")
         self.ranks = Ranks(process_group)
         self._share_start()
         self.preservation_weight = self.config.preservation_weight
         self.generator = torch.Generator().manual_seed(self.config.seed)
-        self.steps = 0
-        self.calls = 0
+        self.steps = self.calls = 0
+        self.finished = False
         self.history: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
         self.good: dict[str, Tensor] = {}  # state dict of the last model that held the tolerance …
@@ -96,8 +87,7 @@ class SelfCompression:
         self.last: dict[str, float] = {}
         self.risk: Tensor | None = None
         self.drawn: Tensor | None = None  # of the preservation set, in this step
-        optimizers = [optimizer] if optimizer else []
-        self.control = Controller(model, self.config, file or {}, self._event, optimizers, self.ranks)
+        self.control = Controller(model, self.config, file or {}, self._event, self.optimizers, self.ranks)
         self.float_bytes = self.control.float_bytes
         self._check()
 
@@ -134,7 +124,8 @@ class SelfCompression:
         """The sum that the module's docstring states; call `.backward()` on it.
 
         Raises:
-            ValueError: If the task loss is not one finite number; the model is then still as it was before this step.
+            ValueError: If the task loss is not one finite number. No weight, width or range has moved in this step;
+                batch norms have seen the batch.
         """
         if task_loss.numel() != 1:
             raise ValueError(f"task loss of shape {tuple(task_loss.shape)}: want one number, such as its mean")
@@ -160,6 +151,8 @@ class SelfCompression:
         means = self.ranks.mean([torch.stack([v.detach().double().reshape(()) for v in shown.values()])])
         values = dict(zip(shown, means[0].tolist(), strict=True))
         task = values.get("task_loss", 0.0)
+        if not (math.isfinite(task) and math.isfinite(values["sum"])):
+            self.discard()
         if not math.isfinite(task):
             raise ValueError(f"task loss [{task}] at step {self.steps}: want one finite number; {WAY_OUT}")
         if not math.isfinite(values.pop("sum")):
@@ -185,8 +178,10 @@ class SelfCompression:
         """Move widths and ranges after the user's optimiser has moved the weights; checks every `guard_every` steps.
 
         Raises:
-            ValueError: If no loss was made since the last step.
+            ValueError: If no loss was made since the last step, or the run has finished.
         """
+        if self.finished:
+            raise ValueError("step() after finish(): the run has ended; make a new SelfCompression to go on")
         if self.calls == 0:
             raise ValueError("step() without a loss: call run.loss(task_loss).backward() before run.step()")
         self.control.step(self.steps)
@@ -195,25 +190,23 @@ class SelfCompression:
         if self.steps % self.config.guard_every == 0 or self.steps == self.config.steps:
             self._check()
 
+    def discard(self) -> None:
+        """Forget the losses since the last step, where a batch is given up: without it, their gradients would count."""
+        self.control.bits.gradient.clear()
+        self.calls, self.drawn = 0, None
+
     def finish(self) -> Outcome:
         """End the run: return the model to the best state that held, and say what was reached."""
+        unreached = self.control.bits.unreached()  # before channels come back that were cut out
         if self.best:
             self.control.take_shapes(self.best)
             self.model.load_state_dict(self.best)
             self.control.look_anew()
         self.control.bits.detach()
         self.control.measure()
-        found = self._look()
-        target_held = self.size <= self.config.target_size
-        reasons = []
-        if not found.held:
-            reasons.append(f"{found.violation()}: raise the tolerance, the target size or the steps")
-        if not target_held:
-            reasons.append(
-                f"the smallest model that held has {self.size:.2%} of the float32 bytes, not "
-                f"{self.config.target_size:.2%}: raise the target size, the tolerance or the steps"
-            )
-        return Outcome(self.size, found.regressions, found.allowed, target_held, found.held, "; ".join(reasons))
+        self.finished = True
+        steps = self.steps, self.config.steps
+        return judged(self._look(), self.size, self.config.target_size, steps, unreached)
 
     # ---- preservation ----
 
@@ -303,7 +296,7 @@ class SelfCompression:
         self._event("guard", f"{found.violation()}: gave bits back to {channels} channels")
 
     def _forget_moments(self, of: Tensor, rows: Tensor) -> None:
-        for value in self.optimizer.state.get(of, {}).values() if self.optimizer is not None else ():
+        for value in [value for optimizer in self.optimizers for value in optimizer.state.get(of, {}).values()]:
             if isinstance(value, Tensor) and value.shape == of.shape:
                 zero_rows(value, rows.to(value.device))
 

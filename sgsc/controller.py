@@ -13,6 +13,7 @@ Nothing depends on how many steps a bit takes to sell: the clearing price of bit
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,8 +24,9 @@ from .artefact import stored_size
 from .bits import BitOptimizer
 from .config import CompressionConfig
 from .coupling import couple
-from .cutting import cut_while_training, depthwise_layers, spare, take_shapes
+from .cutting import check_states, cut_while_training, depthwise_layers, spare, take_shapes
 from .distributed import Ranks
+from .layers import quant_layers
 from .packed import pack
 from .sharding import whole
 from .size import SizeModel, float_bytes
@@ -75,8 +77,26 @@ class Controller:
         self.look_anew()
         self.measure()
         self.start_size = self.size
+        self._refuse_unreachable()
         if self.start_size <= config.target_size:
             self._hold("the target is reached before the first step")
+
+    @torch.no_grad()
+    def _refuse_unreachable(self) -> None:
+        estimate = float(self.sizes(self.bits.least)[0]) / (8 * self.float_bytes) + self.overhead
+        if self.config.target_size >= estimate:
+            return
+        with whole(self.model):
+            smallest = copy.deepcopy(self.model)
+            for name, bits in self.bits.by_layer(self.bits.least).items():
+                quant_layers(smallest)[name].weight_quantizer.get_parameter("bit_depth").copy_(bits)
+            self.coupling.silence(smallest)
+            least = stored_size(pack(smallest), **self.file) / self.float_bytes
+        if self.config.target_size < least:
+            raise ValueError(
+                f"target_size={self.config.target_size}: with no bit left in any channel that may go, the file still "
+                f"has {least:.2%} of the float32 bytes, for what stays float and for its header; raise the target size"
+            )
 
     def look_anew(self) -> None:
         """Read the model's shapes again."""
@@ -179,7 +199,11 @@ class Controller:
         """Cut out the channels that were dead at the last call too, of `states`, state dicts of the model, alike.
 
         Only where the model holds its tolerance without them: the guard cannot bring them back.
+
+        Raises:
+            ValueError: If an optimiser keeps state that could not follow.
         """
+        check_states(self.optimizers)
         if self.coupling.why:
             return
         silent = self.coupling.silent(self.model).cpu()

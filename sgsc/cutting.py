@@ -101,6 +101,23 @@ def _put(module: nn.Module, name: str, old: Tensor, new: Tensor) -> None:
         module.register_buffer(name, new, persistent=name not in module._non_persistent_buffers_set)
 
 
+def check_states(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Refuse optimisers whose state could not be cut.
+
+    Raises:
+        ValueError: If one keeps state that is not a value a weight.
+    """
+    for optimizer in optimizers:
+        for parameter, held in optimizer.state.items():
+            for key, one in held.items():
+                if isinstance(one, Tensor) and one.numel() > 1 and one.shape != parameter.shape:
+                    raise ValueError(
+                        f"{type(optimizer).__name__} keeps {key!r} {tuple(one.shape)} for a parameter "
+                        f"{tuple(parameter.shape)}, which cannot be cut with it; leave `cut` off, or use an optimiser "
+                        "with a value a weight, such as Adam or SGD"
+                    )
+
+
 @torch.no_grad()
 def cut_while_training(
     model: nn.Module,
@@ -117,15 +134,7 @@ def cut_while_training(
     Raises:
         ValueError: If an optimiser keeps state that is not a value a weight; nothing is cut then.
     """
-    for optimizer in optimizers:
-        for parameter, held in optimizer.state.items():
-            for key, one in held.items():
-                if isinstance(one, Tensor) and one.numel() > 1 and one.shape != parameter.shape:
-                    raise ValueError(
-                        f"{type(optimizer).__name__} keeps {key!r} {tuple(one.shape)} for a parameter "
-                        f"{tuple(parameter.shape)}, which cannot be cut with it; leave `cut` off, or use an optimiser "
-                        "with a value a weight, such as Adam or SGD"
-                    )
+    check_states(optimizers)
     left: dict[str, Tensor] = {}
 
     def follow(name: str, value: Tensor, axis: int, index: Tensor) -> None:

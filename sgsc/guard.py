@@ -21,9 +21,10 @@ from .coupling import Coupling
 from .layers import QuantLayer, quant_layers
 from .preservation import PreservationSet
 from .samples import as_deployed, outputs
+from .size import SizeModel
 
 SAMPLES = 512  # of the preservation set that a cost estimate uses at most
-GIVE_BACK = 0.03  # share of the present bits that one restoration returns at least
+GIVE_BACK = 0.03  # share of the present size that one restoration returns at least
 HOPELESS = 0.5  # share of the mean margin; with more of it gone, training does not find its way back
 PATIENCE = 3  # checks over which the guard looks whether training mends by itself what was lost
 AT_ONCE = 2  # bits that a channel gets back at most: the estimate is one of first order
@@ -93,7 +94,7 @@ def mends(found: Check, history: Sequence[Mapping[str, Any]], checks_left: float
 
 
 def generosity(size: float, held: float, checks_left: float) -> float:
-    """Share of the present bits to give back, so that equal shares at all checks left lead up to a size that held.
+    """Share of the present size to give back, so that equal shares at all checks left lead up to a size that held.
 
     Args:
         size: Of the model, any unit.
@@ -191,7 +192,10 @@ def restore(
     before: dict[str, Tensor],
     share: float = GIVE_BACK,
 ) -> dict[str, Tensor]:
-    """Give bits back to the channels whose loss of them cost most a bit; in place.
+    """Give bits back to the channels whose loss of them cost most for what they add to the file; in place.
+
+    Past those whose loss seems to have cost something the rest follows, until the share is given: estimates are of
+    first order, and what is short at the present size is room, whoever has it.
 
     Args:
         model: The model that violates the tolerance.
@@ -199,7 +203,7 @@ def restore(
         keep: The preservation set.
         good: State dict of the last model that held the tolerance.
         before: Its widths, by layer name.
-        share: Of the present bits, to give back.
+        share: Of the present size, to give back.
 
     Returns:
         Layer name -> (C,) bool: the channels that got bits; empty if no channel lost any since.
@@ -216,20 +220,24 @@ def restore(
     revive(model, coupling, good, {name: (now[name] == 0) & (lost[name] > 0) for name in now})
     earlier = _weight_gradients(model, keep)
     model.load_state_dict(held)
+    # what a channel adds: its first bit as things stand, for that may bring back what its readers hold for it
+    size, more = SizeModel(model, coupling, file=True), torch.cat(list(lost.values()))
+    (total, first), (_, further) = (size(torch.cat(list(of.values()))) for of in (now, full))
+    added = first * more.clamp(max=1) + further * (more - 1).clamp_min(0)
+    prices = dict(zip(now, added.split([len(x) for x in now.values()]), strict=True))
     costs = []
     for name in after:
-        (q_now, g_now), (q_full, g_full) = after[name], earlier[name]
-        cost = ((g_now + g_full) / 2 * (q_now - q_full)).sum(1) / (lost[name] * q_now.shape[1]).clamp_min(1)
-        costs += [(float(cost[i]), name, int(i)) for i in (lost[name] > 0).nonzero().flatten()]
+        (q_now, g_now), (q_full, g_full), price = after[name], earlier[name], prices[name]
+        cost = ((g_now + g_full) / 2 * (q_now - q_full)).sum(1) / price.clamp_min(1)
+        costs += [(float(cost[i]), name, int(i), float(price[i])) for i in (lost[name] > 0).nonzero().flatten()]
     costs.sort(key=lambda c: (-c[0], c[1], c[2]))
-    width = {name: layer.rows().shape[1] for name, layer in layers.items()}
-    budget = share * sum(float(now[name].sum()) * width[name] for name in now)
+    budget = share * float(total)
     given = {name: torch.zeros_like(now[name], dtype=torch.bool) for name in now}
-    for cost, name, i in costs:
-        if (cost <= 0 and any(bool(g.any()) for g in given.values())) or budget <= 0:
+    for _, name, i, price in costs:
+        if budget <= 0:
             break
         given[name][i] = True
-        budget -= float(lost[name][i]) * width[name]
+        budget -= price
     set_widths(layers, {name: torch.where(given[name], full[name], now[name]) for name in now})
     revive(model, coupling, good, {name: given[name] & (now[name] == 0) for name in now})
     return given

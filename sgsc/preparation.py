@@ -95,7 +95,8 @@ def prepare(model: nn.Module, *, quantizer: str = "integer", skip: Iterable[str]
 def _why_not(module: nn.Module) -> str:
     """Why a module with parameters stays float, or '' when it shall be quantized."""
     if not isinstance(module, tuple(QUANTIZED)):
-        return f"{type(module).__name__} has no quantized form; its parameters are few"
+        count = sum(p.numel() for p in module.parameters(recurse=False))
+        return f"{type(module).__name__} has no quantized form ({count:,} parameters)"
     base = next(b for b in type(module).__mro__ if b in QUANTIZED)
     if type(module).forward is not base.forward:
         return f"{type(module).__name__} overrides {base.__name__}.forward"

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from .samples import check_outputs, device_of, fetch, outputs
+from .samples import check_outputs, device_of, fed, fetch, outputs
 from .selectors import SELECTORS, gather, probing, projection
 
 DEFAULT_SHARES = {"uncertain": 0.25, "salient": 0.25, "representative": 0.25, "hard": 0.25}
@@ -143,9 +143,8 @@ class PreservationSet:
             raise ValueError(
                 f"preservation loss {kind!r}: allowed are 'kl' (float outputs) and 'task' (labels), or both: 'answers'"
             )
-        device = device_of(model)
         rows = slice(None) if batch is None else batch.to(self.indices.device)
-        logits = model(self.inputs[rows].to(device))
+        logits = model(fed(model, self.inputs[rows]))
         check_outputs(logits)
         kept = self.outputs[rows].to(logits.device)
         if logits.shape != kept.shape:

@@ -68,6 +68,12 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
+def fed(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Inputs as a model takes them: on its device and, if they are floating point, in the dtype of its parameters."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), inputs.dtype)
+    return inputs.to(device_of(model), dtype if inputs.is_floating_point() else None)
+
+
 def fetch(data: Dataset, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
     """Stack samples of a map-style dataset: inputs (n, ...), targets (n, ...).
 
@@ -135,11 +141,10 @@ def outputs(model: nn.Module, inputs: Tensor, batch_size: int = 256) -> Tensor:
     Raises:
         ValueError: If the model does not return logits (N, classes) or (N, T, vocabulary).
     """
-    device = device_of(model)
     parts = []
     with evaluating(model), torch.no_grad():
         for batch in inputs.split(max(batch_size, 1)):
-            part = model(batch.to(device))
+            part = model(fed(model, batch))
             check_outputs(part)
             parts.append(part.to(inputs.device))
     return torch.cat(parts)

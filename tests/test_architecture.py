@@ -40,11 +40,12 @@ MAY_IMPORT = {
     "sgsc/sharding": set(),
     "sgsc/distributed": {"layers", "samples", "sharding"},
     "sgsc/bits": {"distributed", "quantizers", "layers", "sharding"},
-    "sgsc/guard": {"bits", "certificate", "coupling", "layers", "preservation", "samples"},
-    "sgsc/controller": {"artefact", "bits", "config", "coupling", "cutting", "distributed", "packed"}
-    | {"sharding", "size"},
+    "sgsc/guard": {"bits", "certificate", "coupling", "layers", "preservation", "samples", "size"},
+    "sgsc/outcome": {"guard"},
+    "sgsc/controller": {"artefact", "bits", "config", "coupling", "cutting", "distributed", "layers"}
+    | {"packed", "sharding", "size"},
     "sgsc/compression": {
-        *("config", "controller", "distributed", "guard", "layers", "preservation", "samples", "sharding"),
+        *("config", "controller", "distributed", "guard", "layers", "outcome", "preservation", "samples", "sharding"),
         "size",
     },
     "sgsc/integrations": {"checkpoint", "compression", "distributed", "preservation"},

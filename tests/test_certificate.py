@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from sgsc.certificate import Certificate, answers, certify, compare, outputs, upper_bound
 from sgsc.preservation import PreservationSet
@@ -211,7 +211,18 @@ class TestCertify:
         assert found.held is True
         assert found.guard.upper_bound_95 == pytest.approx(1 - 0.05 ** (1 / 200))
         assert found.guard.samples == 200
-        assert (found.seeds, found.hashes, found.stored_bytes) == ({"training": 0}, {"file": "ab"}, 12_345)
+        hashes = {"what the set was chosen from": kept.data_hash, "file": "ab"}
+        assert (found.seeds, found.hashes, found.stored_bytes) == ({"training": 0}, hashes, 12_345)
+        assert found.remark == ""
+
+    def test_what_is_no_held_out_sample_is_counted_and_said(self):
+        model, training, guard = trained()
+        kept = PreservationSet.select(model, training, 40)
+        both = ConcatDataset([guard, Subset(training, kept.indices.tolist()[:7])])
+        found = certify(model, model, both, kept, tolerance=0.0, remark="on one machine", **RECORD)
+        said = "on one machine; 7 of the held-out samples are in the preservation set, too: the bound is not of those"
+        assert found.remark == said
+        assert found.statement().endswith(f"{said}.")
 
     def test_one_corrupt_channel_fails_it(self):
         model, training, guard = trained()

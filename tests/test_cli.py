@@ -158,14 +158,20 @@ def test_without_json_a_table_is_printed_and_progress_goes_elsewhere(quick, tmp_
 
 
 def test_a_target_that_is_not_met_is_exit_code_1_with_the_reason(quick, tmp_path, capsys):
-    code = main(["compress", "digits", *QUICK, "--target-size", "0.0005", "--out", str(tmp_path), "--json"])
+    code = main(["compress", "digits", *QUICK, "--target-size", "0.003", "--out", str(tmp_path), "--json"])
     out, err = capsys.readouterr()
     report = document(out)
     assert code == 1
     assert not report["target_held"]
-    assert re.search(r"sgsc compress: not held: .*of the float32 bytes, not 0.05%: raise the target", err)
+    assert re.search(r"sgsc compress: not held: .*of the float32 bytes, not 0.30%: raise the target", err)
     assert report["reason"] in err
     assert {path.name for path in tmp_path.iterdir()} == FILES  # also then
+
+
+def test_a_target_that_no_network_reaches_is_refused_before_the_float_training(quick, tmp_path, capsys):
+    assert main(["compress", "digits", *QUICK, "--target-size", "0.0005", "--out", str(tmp_path)]) == 2
+    assert "target_size=0.0005: with no bit left in any channel" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_tolerance_that_the_reloaded_network_breaks_is_exit_code_1(quick, tmp_path, capsys, monkeypatch):

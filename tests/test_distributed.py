@@ -26,13 +26,13 @@ def train(run: SelfCompression, call: nn.Module, steps: int, rank: int = 0, rank
     for _ in range(steps):
         x, y = (t.chunk(ranks)[rank] for t in batch(run.steps))
         call.train()
-        run.optimizer.zero_grad()
+        run.optimizers[0].zero_grad()
         for i, (a, b) in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True)):
             last = i == parts - 1 or not isinstance(call, DistributedDataParallel)
             with torch.enable_grad() if last else call.no_sync():
                 (run.loss(F.cross_entropy(call(a), b)) / parts).backward()
         nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-        run.optimizer.step()
+        run.optimizers[0].step()
         run.step()
 
 
@@ -72,11 +72,11 @@ def work(rank: int, folder: Path) -> None:
     call = wrapped(run)
     for _ in range(12):  # as a trainer has it that runs its own backward
         x, y = (t.chunk(RANKS)[rank] for t in batch(run.steps))
-        run.optimizer.zero_grad()
+        run.optimizers[0].zero_grad()
         run.extra_loss().backward()
         F.cross_entropy(call(x), y).backward()
         nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-        run.optimizer.step()
+        run.optimizers[0].step()
         run.step()
     found["apart"] = result(run)
 

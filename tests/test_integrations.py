@@ -158,6 +158,18 @@ def test_settings_that_a_trainer_has_itself_are_refused(hf, settings, text):
         SGSCCallback(None, **settings)
 
 
+def test_transformers_trainer_stops_before_weights_that_are_not_finite(hf, bert, bert_keep, tmp_path):
+    callback, trainer = hf_trainer(hf, tmp_path, bert, bert_keep)
+    with torch.no_grad():
+        trainer.model.bert.pooler.dense.bias.fill_(float("nan"))
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    with pytest.raises(ValueError, match=r"not finite.*lower the learning rate, or load the last checkpoint"):
+        trainer.train()
+    assert callback.run.steps == 0
+    after = dict(trainer.model.named_parameters())
+    assert all(torch.equal(v, after[n]) or v.isnan().any() for n, v in before.items())
+
+
 def test_the_best_model_of_another_kind_is_refused(hf, bert, tmp_path):
     _, trainer = hf_trainer(*(hf, tmp_path, bert, None), load_best_model_at_end=True, metric_for_best_model="loss")
     with pytest.raises(ValueError, match="load_best_model_at_end puts back weights of an earlier size; leave it off"):
@@ -168,12 +180,21 @@ def test_the_best_model_of_another_kind_is_refused(hf, bert, tmp_path):
 
 
 def fitted(
-    lightning, folder, steps: int = 60, manual=False, named=False, size: int = 32, ckpt=None, callbacks=(), **more
+    lightning,
+    folder,
+    steps: int = 60,
+    manual=False,
+    named=False,
+    size: int = 32,
+    ckpt=None,
+    callbacks=(),
+    skips=-1,
+    **more,
 ):
     from sgsc.integrations.lightning import SGSCCallback
 
     net, keep = trained()
-    module = lit(lightning, prepare(net).model.double().train(), manual, named)
+    module = lit(lightning, prepare(net).model.double().train(), manual, named, skips)
     settings = {k: v for k, v in SETTINGS.items() if k != "steps"}
     callback = SGSCCallback(keep, model="net", **settings)
     trainer = lightning.Trainer(
@@ -221,6 +242,14 @@ def test_lightning_reaches_the_target_and_resumes_as_if_it_had_not_stopped(light
     assert second.outcome == whole.outcome
     assert second.run.history == whole.run.history
     assert_same_model(again.net.state_dict(), module.net.state_dict(), 0.0)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*training_step.* returned `None`:UserWarning")
+def test_lightning_may_skip_a_batch(lightning, tmp_path):
+    callback, _ = fitted(lightning, tmp_path, 16, skips=3)  # of 8 batches an epoch
+    assert callback.run.steps == 14
+    assert callback.outcome.stored_ratio < 1
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")

@@ -24,13 +24,13 @@ def train(run: SelfCompression, steps: int, call=None, each=None, scaler=None, a
         x = x.to(run.model[0].weight.dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = run.loss(F.cross_entropy(call(x), y))
-        run.optimizer.zero_grad()
+        run.optimizers[0].zero_grad()
         if scaler is None:
             loss.backward()
-            run.optimizer.step()
+            run.optimizers[0].step()
         else:
             scaler.scale(loss).backward()
-            scaler.step(run.optimizer)
+            scaler.step(run.optimizers[0])
             scaler.update()
         run.step()
         if each is not None:
@@ -47,10 +47,10 @@ def test_parts_of_a_batch_are_the_batch(parts):
     for _ in range(12):
         x, y = batch(run.steps)
         run.model.train()
-        run.optimizer.zero_grad()
+        run.optimizers[0].zero_grad()
         for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True):
             (run.loss(F.cross_entropy(run.model(a), b)) / parts).backward()
-        run.optimizer.step()
+        run.optimizers[0].step()
         run.step()
     assert_same_model(run.model.state_dict(), whole.model.state_dict(), 1e-9)
 
@@ -110,7 +110,7 @@ def test_a_step_that_overflows_moves_nothing_and_the_next_does():
     x, y = batch(0)
     scaler.scale(1e3 * run.loss(F.cross_entropy(run.model(x.float()), y))).backward()
     assert not any(g.isfinite().all() for g in run.control.bits.gradient.values())
-    scaler.step(run.optimizer)
+    scaler.step(run.optimizers[0])
     scaler.update()
     run.step()
     assert scaler.get_scale() == 2.0**126

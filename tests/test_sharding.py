@@ -37,10 +37,10 @@ def train(run: SelfCompression, steps: int, rank: int = 0, ranks: int = 1) -> No
     for _ in range(steps):
         x, y = (t.chunk(ranks)[rank] for t in batch(run.steps))
         run.model.train()
-        run.optimizer.zero_grad()
+        run.optimizers[0].zero_grad()
         run.loss(F.cross_entropy(run.model(x), y)).backward()
         nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-        run.optimizer.step()
+        run.optimizers[0].step()
         run.step()
 
 
@@ -86,7 +86,7 @@ def work(rank: int, folder: Path) -> None:
     train(run, 5, rank, RANKS)
     harm(run)
     found["harmed"] = result(run)
-    held = run.optimizer.state[run.model[2].weight]["exp_avg"]
+    held = run.optimizers[0].state[run.model[2].weight]["exp_avg"]
     found["moments"] = whole_tensor(held).clone()
     train(run, 5, rank, RANKS)
     found["recovered"] = result(run)
@@ -97,7 +97,7 @@ def work(rank: int, folder: Path) -> None:
     other = start(shard=True)
     other.load_state_dict(found["state"])
     found["loaded"] = result(other)
-    other.optimizer.load_state_dict(run.optimizer.state_dict())
+    other.optimizers[0].load_state_dict(run.optimizers[0].state_dict())
     train(other, 10, rank, RANKS)
     found["resumed"] = result(other) | {"size": other.finish().stored_ratio}
 
@@ -152,7 +152,7 @@ def test_the_guard_gives_bits_back_to_sharded_rows(ranks):
     for found in ranks:
         assert_same_model(found["harmed"]["model"], run.model.state_dict(), TOLERANCE)
         assert found["harmed"]["events"] == run.events
-        moments = run.optimizer.state[run.model[2].weight]["exp_avg"]
+        moments = run.optimizers[0].state[run.model[2].weight]["exp_avg"]
         assert (moments == 0).all(1).any()
         assert torch.allclose(found["moments"], moments, atol=TOLERANCE)
     train(run, 5)

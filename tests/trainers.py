@@ -71,7 +71,9 @@ def lightning():
     return found
 
 
-def lit(lightning, net: nn.Module, manual: bool = False, named: bool = False):
+def lit(lightning, net: nn.Module, manual: bool = False, named: bool = False, skips: int = -1):
+    """A module that trains a network; the batch of that number is skipped."""
+
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -80,6 +82,8 @@ def lit(lightning, net: nn.Module, manual: bool = False, named: bool = False):
 
         def training_step(self, batch, index):
             loss = F.cross_entropy(self.net(batch[0]), batch[1])
+            if index == skips:
+                return None
             return {"loss": loss, "more": 1} if named else loss
 
         def configure_optimizers(self):

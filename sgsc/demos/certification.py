@@ -45,7 +45,7 @@ def certify_run(
         tolerance=tolerance,
         margin_tolerance=margin_tolerance,
         seeds={"run": seed},
-        hashes={**hashes, "what the set was chosen from": keep.data_hash, "splits": data_hash(task)},
+        hashes={**hashes, "splits": data_hash(task)},
         stored_bytes=artefact.size,
         remark=task.remark,
     )

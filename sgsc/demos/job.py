@@ -162,6 +162,10 @@ def compress(
             "Give the settings of that run, or start anew without --resume"
         )
     if saved is None:
+        if task.start is None:  # a target that cannot be reached is refused before the float training
+            with torch.random.fork_rng(devices=[]):
+                built = prepare(task.build(), quantizer=quantizer).model
+            _run_of(task, config, built, None, {"architecture": task.architecture})
         for name in (FLOAT, KEPT, CHECKPOINT, MODEL, *REPORTS):
             (folder / name).unlink(missing_ok=True)
     there = task.to(device)
@@ -223,6 +227,13 @@ def data_hash(task: Task) -> str:
     return digest.hexdigest()
 
 
+def _run_of(
+    task: Task, config: CompressionConfig, model: nn.Module, keep: PreservationSet | None, file: dict[str, Any]
+) -> SelfCompression:
+    optimiser = torch.optim.AdamW(decayed(model.parameters(), task.weight_decay), lr=task.learning_rate)
+    return SelfCompression(model, keep, optimizer=optimiser, file=file, **config.as_dict())
+
+
 def _train_compressed(
     task: Task,
     config: CompressionConfig,
@@ -234,8 +245,8 @@ def _train_compressed(
     progress: Progress,
     file: dict[str, Any],
 ) -> tuple[SelfCompression, Outcome]:
-    optimiser = torch.optim.AdamW(decayed(model.parameters(), task.weight_decay), lr=task.learning_rate)
-    run = SelfCompression(model, keep, optimizer=optimiser, file=file, **config.as_dict())
+    run = _run_of(task, config, model, keep, file)
+    (optimiser,) = run.optimizers
     order = torch.Generator().manual_seed(config.seed)
     if saved is not None:
         run.load_state_dict(saved["run"])

@@ -130,6 +130,11 @@ class SGSCCallback(TrainerCallback):
             scaler = self.run.scaler
             (extra if scaler is None else scaler.scale(extra)).backward()
 
+    def on_pre_optimizer_step(self, args, state, control, **rest) -> None:
+        """Stop before weights move by a gradient that is not finite: the Trainer's own loss is seen nowhere else."""
+        assert self.run is not None
+        self.run.control.bits.check_finite()
+
     def on_step_end(self, args, state, control, **rest) -> None:
         """Move widths and ranges, behind the optimiser."""
         assert self.run is not None

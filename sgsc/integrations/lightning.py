@@ -96,11 +96,12 @@ class SGSCCallback(Callback):
         pl_module.training_step = training_step
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Move widths and ranges, behind the optimiser: not after each part of a batch."""
+        """Move widths and ranges, behind the optimiser: not after each part of a batch, nor one that was skipped."""
         assert self.run is not None
         if trainer.global_step > self.seen:
             self.seen = trainer.global_step
-            self.run.step()
+            if self.run.calls:
+                self.run.step()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Return to the best model that held, and give the module its own `training_step` back."""
