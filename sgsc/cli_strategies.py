@@ -33,7 +33,7 @@ def arguments_of(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--inputs", type=_names, default=None, help="the same of activations (default: all)")
     sub.add_argument("--skip", type=_names, default=(), help="layers to leave float, with commas")
-    sub.add_argument("--loss", default=None, help="kl (default: of the answers) or l1 (of images)")
+    sub.add_argument("--loss", default=None, help="kl (default: of logits, classes last) or l1 (of images, numbers)")
     sub.add_argument("--steps", type=int, default=None, help="of the mixture (default: 100)")
     sub.add_argument("--train", type=int, default=None, metavar="STEPS", help="train a task with strategies that learn")
     sub.add_argument("--rate", type=float, default=None, help="peak learning rate of --train (default: the task's)")
@@ -101,6 +101,10 @@ def _check_purpose(options: argparse.Namespace) -> None:
     Raises:
         ValueError: If there is one, or a network of one's own is to be trained.
     """
+    of_task = {"--start": options.start, "--float-steps": options.float_steps, "--data": options.data}
+    for flag, given in of_task.items() if options.model else ():
+        if given is not None:
+            raise ValueError(f"{flag} is of a task; --model is trained already, and takes --calibration")
     if options.train is None:
         if options.rate is not None:
             raise ValueError("--rate is of a training; name its steps too, with --train STEPS")
@@ -129,6 +133,8 @@ def _named(name: str) -> Any:
     from torch import nn
 
     home, _, attribute = name.rpartition(":")
+    # what the network's own code imports lies beside it, as where Python runs it
+    sys.path.insert(0, str(Path(home).resolve().parent) if home.endswith(".py") else str(Path.cwd()))
     try:
         if home.endswith(".py"):
             spec = importlib.util.spec_from_file_location(Path(home).stem, home)
@@ -139,14 +145,18 @@ def _named(name: str) -> Any:
         else:
             found = importlib.import_module(home)
         made = getattr(found, attribute)
-    except (ImportError, AttributeError, ValueError, OSError) as error:
-        raise ValueError(f"--model {name!r}: {error}; want module:name or file.py:name") from None
+    except Exception as error:  # of whatever the file holds
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"--model {name!r}: {said}; want module:name or file.py:name") from None
     if not isinstance(made, nn.Module):
         try:
             inspect.signature(made).bind()
         except (TypeError, ValueError) as error:
             raise ValueError(f"--model {name!r}: {error}; want an nn.Module, or a function of no arguments") from None
-        made = made()
+        try:
+            made = made()
+        except Exception as error:  # likewise
+            raise ValueError(f"--model {name!r} does not make a network: {type(error).__name__}: {error}") from None
     if not isinstance(made, nn.Module):
         raise ValueError(
             f"--model {name!r} is a {type(made).__name__}; want an nn.Module, or a function that makes one"

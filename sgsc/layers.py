@@ -156,11 +156,12 @@ class QuantMultiheadAttention(nn.Module):
             else (source.q_proj_weight, source.k_proj_weight, source.v_proj_weight)
         )
         biases = (None,) * 3 if source.in_proj_bias is None else source.in_proj_bias.detach().chunk(3)
+        learns = next(p for p in (source.in_proj_weight, source.q_proj_weight) if p is not None).requires_grad
         for name, weight, bias in zip("qkv", weights, biases, strict=True):
             projection = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-            projection.weight = nn.Parameter(weight.detach().clone())
+            projection.weight = nn.Parameter(weight.detach().clone(), requires_grad=learns)
             if bias is not None:
-                projection.bias = nn.Parameter(bias.clone())
+                projection.bias = nn.Parameter(bias.clone(), requires_grad=source.in_proj_bias.requires_grad)
             setattr(self, f"{name}_proj", projection)
         out = nn.Linear(source.embed_dim, source.embed_dim, bias=source.out_proj.bias is not None, device="meta")
         out.weight, out.bias = source.out_proj.weight, source.out_proj.bias

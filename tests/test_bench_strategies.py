@@ -139,6 +139,11 @@ def test_claims_can_fail():
     for name in ("best uniform", "greedy"):
         behind = row(name, 0.88, ours_ahead=-0.0021, ours_ahead_error=0.001)
         assert not of(*drawn(good, behind))[f"test accuracy ahead of {name}"]
+    one = row("uniform mse + kl", 0.879, ours_ahead=0.01, ours_ahead_error=0.001)
+    two = row("uniform kl + mse", 0.881, ours_ahead=-0.0021, ours_ahead_error=0.001)
+    said = of(*drawn(good, one, two))
+    assert said["test accuracy ahead of uniform kl + mse, the best by test of 2 such"] is False
+    assert len(said) == 2
     few = [{**r, "test_samples": 50} for r in (good, uniform)]
     assert len(strategy_claims.network_claims([good, uniform, *few])) == 2  # nothing of one is told of the other
 

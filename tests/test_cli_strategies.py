@@ -1,6 +1,7 @@
 """`sgsc strategies` from the command line: files, page, a network of one's own, errors."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -173,6 +174,23 @@ def test_a_network_of_one_s_own(tmp_path):
     assert [row["name"] for row in report["layers"]] == ["0", "2", "5"]
     assert "float_accuracy" not in report
     assert "Sequential" in (tmp_path / "report.html").read_text()
+
+
+def test_a_network_of_one_s_own_imports_what_lies_beside_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    (tmp_path / "parts_of_mine.py").write_text("import torch\nlayer = torch.nn.Linear(4, 3)\n")
+    (tmp_path / "whole.py").write_text("from parts_of_mine import layer\n\n\ndef net():\n    return layer\n")
+    (tmp_path / "torn.py").write_text("def net(:\n")
+    (tmp_path / "fails.py").write_text("def net():\n    raise KeyError('weights')\n")
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(40, 4)).astype("float32"))
+    how = ["--calibration", str(tmp_path / "x.npy"), "--out", str(tmp_path / "run"), *QUICK]
+    assert main(["strategies", "--model", f"{tmp_path / 'whole.py'}:net", *how]) == 0
+    for name, said in (("torn", "SyntaxError: "), ("fails", "does not make a network: KeyError: 'weights'")):
+        assert main(["strategies", "--model", f"{tmp_path / name}.py:net", *how]) == 2
+        assert said in capsys.readouterr().err
+    for flag, value in (("--start", "a"), ("--float-steps", "3"), ("--data", "b")):
+        assert main(["strategies", "--model", f"{tmp_path / 'whole.py'}:net", *how, flag, value]) == 2
+        assert f"{flag} is of a task" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

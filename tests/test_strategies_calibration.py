@@ -13,7 +13,7 @@ from sgsc.demos.models import DigitsCNN
 from sgsc.layers import quant_layers
 from sgsc.preparation import prepare
 from sgsc.strategies import INPUTS, WEIGHTS, StrategySettings, calibrate, calibration, fold_batch_norms, make_problem
-from sgsc.strategies.calibration import round_biases
+from sgsc.strategies.biases import round_biases
 
 
 def with_statistics(model, x):

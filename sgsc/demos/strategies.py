@@ -22,7 +22,7 @@ from sgsc.layers import quant_layers
 from sgsc.packed import pack
 from sgsc.samples import device_of
 from sgsc.size import float_bytes
-from sgsc.strategies.problem import samples_of
+from sgsc.strategies.data import samples_of
 from sgsc.strategies.qat import StrategyTraining, trained_settings
 from sgsc.strategies.search import KEPT, layer_rows, search_strategies
 from sgsc.strategies.settings import StrategySettings, check_steps, divergence

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sgsc.layers import QuantLayer
-from sgsc.samples import evaluating
+from sgsc.layers import QuantLayer, quant_layers
+from sgsc.quantizers import InputQuantizer
+from sgsc.samples import evaluating, fed
 
 from .calibration import Stop, given
 
@@ -63,7 +64,7 @@ def float_answers(
                 {name: layers[name] for name in names},
                 lambda name, layer, _x, y, answers=answers: answers[name].append(_summed(layer, y)),
             ):
-                model(batch)
+                model(fed(model, batch))
     finally:
         for layer in layers.values():
             layer.__dict__.pop("handed")
@@ -101,7 +102,7 @@ def correct_biases(
             return y + shift.to(y.dtype).view(-1, *[1] * _places(layer))
 
         with _watched(model, {name: layers[name] for name in answers}, correct):
-            model(batch)
+            model(fed(model, batch))
     for name, of in shifts.items():
         _bias(layers[name]).add_(mean(of))  # pyright: ignore  there is one, of some answers
 
@@ -135,7 +136,7 @@ def mean_inputs(
 
         if left[0]:
             with suppress(Stop), _watched(model, {name: layer}, look):
-                model(batch)
+                model(fed(model, batch))
     return {key: mean(of) for key, of in sums.items()}
 
 
@@ -154,6 +155,34 @@ def correct_bias(layer: QuantLayer, wanted: Tensor, given: Tensor | None) -> Non
     weight = layer.quantized_weight().double()
     answers = weight.view(groups, len(weight) // groups, -1) @ given.view(groups, -1, 1)
     _bias(layer).copy_(wanted - answers.flatten())
+
+
+@torch.no_grad()
+def round_biases(model: nn.Module) -> int:
+    """Round biases to what integer kernels add: whole steps of scale_w * scale_x in int32, in place.
+
+    Ours add a float bias to the scaled sum, which is exact: this is for networks that will run on kernels which
+    accumulate codes with the bias among them. The error is at most half such a step. A bias of more than 2^31 steps
+    stays as it is: such are those of rows of zeros. So does one whose dtype cannot hold such steps to a hundredth, or
+    that several layers share.
+
+    Returns:
+        How many biases were left.
+    """
+    kept, layers = 0, quant_layers(model)
+    own = own_biases(model, layers)
+    for name, layer in layers.items():
+        if layer.bias is None or not isinstance(layer.input_quantizer, InputQuantizer):
+            continue
+        step = layer.weight_quantizer.grid()[0].double() * layer.input_quantizer.grid()[0].double()
+        code = (layer.bias.double() / step).round()
+        fits = (code >= -(2.0**31)) & (code <= 2.0**31 - 1)
+        rounded = (code * step).to(layer.bias.dtype)
+        fits &= (rounded.double() / step - code).abs() <= 0.01 + code.abs() * 2.0**-23  # as float32 holds them
+        fits &= name in own
+        kept += int((~fits).sum())
+        layer.bias.copy_(torch.where(fits, rounded, layer.bias))
+    return kept
 
 
 def _bias(layer: QuantLayer) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sgsc.layers import QuantEmbedding, QuantLayer, quant_layers
 from sgsc.quantizers import InputQuantizer
-from sgsc.samples import evaluating
+from sgsc.samples import evaluating, fed
 
 from .statistics import InputStatistics
 
@@ -90,6 +90,14 @@ def calibrate(model: nn.Module, batches: Sequence[Tensor], choose: Choose, calls
         for batch, count in zip(batches, calls.counts, strict=True):
             here = {name: layers[name] for name in group if name in count}
             _pass(model, here, batch, count, left, seen, choose, len(batches) > 1)
+        for name in group:  # fewer calls than expected, where data decides and is rounded now
+            if left[name] > 0 and seen[name].count:
+                layers[name].input_quantizer = choose(name, seen[name]).to(layers[name].weight.device)
+            elif left[name] > 0:
+                raise ValueError(
+                    f"layer {name!r} is called on the calibration data, but no more once the layers before it round "
+                    "theirs; leave it float with skip, or give more bits"
+                )
     return calls.last
 
 
@@ -123,7 +131,7 @@ def count_calls(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequ
         with evaluating(model):
             for batch in batches:
                 counts.append({})
-                model(batch)
+                model(fed(model, batch))
     finally:
         for hook in hooks:
             hook.remove()
@@ -146,7 +154,7 @@ def room(model: nn.Module, layers: Mapping[str, nn.Module], batch: Tensor) -> in
     hooks = [m.register_forward_hook(look) for m in layers.values()]
     try:
         with evaluating(model):
-            model(batch[:1])
+            model(fed(model, batch[:1]))
     finally:
         for hook in hooks:
             hook.remove()
@@ -184,32 +192,9 @@ def _pass(
     ]
     try:
         with evaluating(model):
-            model(batch)
+            model(fed(model, batch))
     except Stop:
         pass
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@torch.no_grad()
-def round_biases(model: nn.Module) -> int:
-    """Round biases to what integer kernels add: whole steps of scale_w * scale_x in int32, in place.
-
-    Ours add a float bias to the scaled sum, which is exact: this is for networks that will run on kernels which
-    accumulate codes with the bias among them. The error is at most half such a step. A bias of more than 2^31 steps
-    stays as it is: such are those of rows of zeros.
-
-    Returns:
-        How many biases do not fit int32 and were left.
-    """
-    kept = 0
-    for layer in quant_layers(model).values():
-        if layer.bias is None or not isinstance(layer.input_quantizer, InputQuantizer):
-            continue
-        step = layer.weight_quantizer.grid()[0].double() * layer.input_quantizer.grid()[0].double()
-        code = (layer.bias.double() / step).round()
-        fits = (code >= -(2.0**31)) & (code <= 2.0**31 - 1)
-        kept += int((~fits).sum())
-        layer.bias.copy_(torch.where(fits, code * step, layer.bias.double()).to(layer.bias.dtype))
-    return kept

@@ -8,8 +8,9 @@ alpha, beta  softmax of a layer's logits over a temperature, (N,) and (J,)
 W_j          (C, K) the weight on the grid of candidate j; A_i(x) the input on that of candidate i
 
 The layer stays what it is: its weight quantizer and its input quantizer are mixtures. Backward rounds the input again
-instead of keeping N roundings of it: memory is that of one candidate, whatever their number, and so is the product.
-What grows with N is one pass over the input a candidate, forward and backward.
+instead of keeping N roundings of it: memory of activations is that of one candidate, whatever their number, and so is
+the product. What grows with N is one pass over the input a candidate, forward and backward, and the J weights, which
+are held beside one another.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 from sgsc.layers import QuantEmbedding, QuantLayer, quant_layers
 from sgsc.preparation import prepare
 from sgsc.quantizers import InputQuantizer, Quantizer
-from sgsc.samples import device_of, evaluating
+from sgsc.samples import evaluating, fed
 
 from .biases import Answers, correct_bias, correct_biases, float_answers, mean, mean_inputs, own_biases
 from .calibration import Calls, calibrate, count_calls, room
+from .data import joined, split
 from .folding import Folded, fold_batch_norms
 from .registry import INPUTS, WEIGHTS, strategies
 from .settings import LOSSES, Loss, StrategySettings
@@ -53,7 +55,8 @@ class Problem:
         input_strategies: Those that inputs may get, by name.
         fit: Inputs that grids and mixtures are fitted to, in batches.
         select: Inputs that discrete choices are judged by.
-        wanted: What the float model answers to each batch of `fit`, then of `select`.
+        wanted: What the float model answers to each batch of `select`; to those of `fit`, see `answer`.
+        float_model: The one that was given.
         loss: (outputs, wanted) -> scalar.
         left: Layers and norms that stay float -> why.
         together: The samples of `fit` in batches of as many as there is room for, which calibrate.
@@ -63,6 +66,7 @@ class Problem:
         inputs: Layer -> strategy -> quantizer; empty for embeddings, and where inputs stay float.
         answers: Of the float network, for each batch of `fit`; of layers whose biases may be corrected.
         biases: The same layers -> their biases as they were.
+        learns: Names of the model's own parameters that were not frozen when it was given.
         place: Of the batch that `judge` is at.
     """
 
@@ -72,7 +76,8 @@ class Problem:
     input_strategies: Mapping[str, Any]
     fit: list[Tensor]
     select: list[Tensor]
-    wanted: tuple[list[Tensor], list[Tensor]]
+    wanted: list[Tensor]
+    float_model: nn.Module
     loss: Loss
     left: dict[str, str]
     together: list[Tensor]
@@ -82,6 +87,7 @@ class Problem:
     inputs: dict[str, dict[str, InputQuantizer]] = field(default_factory=dict)
     answers: list[Answers] = field(default_factory=list)
     biases: dict[str, Tensor] = field(default_factory=dict)
+    learns: list[str] = field(default_factory=list)
     place: int = 0
 
     def set(self, choice: Choice, bias: Tensor | None = None) -> None:
@@ -98,18 +104,32 @@ class Problem:
 
     @torch.no_grad()
     def judge(self) -> float:
-        """Mean loss of the model as it stands over the samples of `select`."""
+        """Mean loss of the model as it stands over the samples of `select`; infinite where it is not finite."""
         total, count = 0.0, 0
         with evaluating(self.model):
-            for place, (x, wanted) in enumerate(zip(self.select, self.wanted[1], strict=True)):
+            for place, (x, wanted) in enumerate(zip(self.select, self.wanted, strict=True)):
                 self.place = place
-                total += len(x) * self.loss(self.model(x), wanted).item()
+                total += len(x) * self.loss(self.model(fed(self.model, x)), wanted).item()
                 count += len(x)
-        return total / count
+        return total / count if math.isfinite(total) else math.inf
+
+    @torch.no_grad()
+    def answer(self, place: int) -> Tensor:
+        """What the float model answers to that batch of `fit`: to keep all of it takes more room than the data."""
+        with evaluating(self.float_model):
+            return self.float_model(fed(self.float_model, self.fit[place]))
 
     def fitted(self, name: str, strategy: str, seen: InputStatistics) -> InputQuantizer:
-        """The input quantizer that a strategy gives a layer, where the layer is."""
-        return self.input_strategies[strategy].fitted(seen, self.bits[name][1]).to(self.layers[name].weight.device)
+        """The input quantizer that a strategy gives a layer, where the layer is.
+
+        Raises:
+            ValueError: If it finds no grid.
+        """
+        try:
+            made = self.input_strategies[strategy].fitted(seen, self.bits[name][1])
+        except (ValueError, ZeroDivisionError, OverflowError) as error:
+            raise ValueError(f"strategy {strategy!r} finds no grid for the input of layer {name!r}: {error}") from None
+        return made.to(self.layers[name].weight.device)
 
     def calibrate(self, choose: Callable[[str, InputStatistics], InputQuantizer]) -> None:
         """Give every layer an input quantizer, in the order of the network, from the samples of `fit`."""
@@ -198,9 +218,14 @@ def make_problem(
     of_inputs = strategies(INPUTS, settings.inputs, settings.trained)
     fit, select = split(calibration, network, settings)
     with torch.no_grad(), evaluating(network):
-        wanted = _answers(network, fit, settings.loss), _answers(network, select, settings.loss)
-    folded = _folded(network, fit[0], wanted[0][0]) if fold else Folded(copy.deepcopy(network).eval(), (), {})
+        for x in fit:
+            _answer(network, x, settings.loss)
+        wanted = [_answer(network, x, settings.loss) for x in select]
+        first = _answer(network, fit[0], settings.loss)
+    _check_loss(judge, first)
+    folded = _folded(network, fit[0], first) if fold else Folded(copy.deepcopy(network).eval(), (), {})
     prepared = prepare(folded.model, quantizer="lsq8", skip=settings.skip)
+    learns = [name for name, p in prepared.model.named_parameters() if p.requires_grad and "_quantizer." not in name]
     model = prepared.model.eval().requires_grad_(False)
     found = quant_layers(model)
     together = joined(fit, room(model, found, fit[0]))
@@ -212,7 +237,8 @@ def make_problem(
         if isinstance(layer, QuantEmbedding):
             bits[name] = bits[name][0], None
     left = {**folded.left, **{k: v for k, v in prepared.left.items() if k not in folded.left}}
-    problem = Problem(model, layers, bits, of_inputs, fit, select, wanted, judge, left, together, calls)
+    problem = Problem(model, layers, bits, of_inputs, fit, select, wanted, network, judge, left, together, calls)
+    problem.learns = learns
     if settings.correct_bias and not settings.trained:
         problem.biases = {name: layers[name].bias.clone() for name in own_biases(model, layers)}  # pyright: ignore
         problem.answers = float_answers(model, layers, list(problem.biases), fit)
@@ -225,6 +251,8 @@ def make_problem(
                 made.fit(layer.rows())
             except ValueError as error:
                 raise ValueError(f"layer {name!r}: {error}") from None
+            if not all(torch.isfinite(part).all() for part in made.grid()):
+                raise ValueError(f"strategy {strategy!r} finds a grid that is not finite for layer {name!r}")
             problem.weights[name][strategy] = made
         layer.weight_quantizer = problem.weights[name]["mse" if "mse" in of_weights else next(iter(of_weights))]
     start = "mse" if "mse" in of_inputs else next(iter(of_inputs))
@@ -237,27 +265,42 @@ def make_problem(
     return problem
 
 
-def _answers(network: nn.Module, batches: Sequence[Tensor], loss: str | Loss) -> list[Tensor]:
-    found = []
-    for x in batches:
-        try:
-            outputs = network(x)
-        except (RuntimeError, TypeError, IndexError) as error:
-            said = str(error).splitlines()[0]
-            raise ValueError(
-                f"the model does not take the calibration data, {x.dtype} of shape {tuple(x.shape)}: {said}"
-            ) from None
-        if not isinstance(outputs, Tensor) or not torch.isfinite(outputs).all():
-            said = "NaN or infinity" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}, not a tensor"
-            raise ValueError(f"the float model answers {said} on the calibration data; there is nothing to be close to")
+def _answer(network: nn.Module, x: Tensor, loss: str | Loss) -> Tensor:
+    try:
+        outputs = network(fed(network, x))
+    except (RuntimeError, TypeError, IndexError) as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(
+            f"the model does not take the calibration data, {x.dtype} of shape {tuple(x.shape)}: {said}"
+        ) from None
+    if not isinstance(outputs, Tensor) or not torch.isfinite(outputs).all():
+        said = "NaN or infinity" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}, not a tensor"
+        raise ValueError(f"the float model answers {said} on the calibration data; there is nothing to be close to")
+    if loss == "kl":
         # of images it is not known which axis holds classes
-        if loss == "kl" and (outputs.dim() not in (2, 3) or outputs.shape[-1] < 2):
+        if outputs.dim() not in (2, 3) or outputs.shape[-1] < 2:
             raise ValueError(
                 "loss='kl' compares answers among classes, (samples, classes) or (samples, places, classes), and the "
                 f"model's outputs are {tuple(outputs.shape)}; take loss='l1', or pass a function"
             )
-        found.append(outputs)
-    return found
+        if (outputs >= 0).all() and torch.allclose(outputs.float().sum(-1), torch.ones(()).to(outputs.device)):
+            raise ValueError(
+                "loss='kl' takes logits, and the model's outputs are probabilities: each row sums to 1; leave the "
+                "softmax out of the model, or take loss='l1', or pass a function"
+            )
+    return outputs
+
+
+def _check_loss(loss: Loss, outputs: Tensor) -> None:
+    """Refuse a function that is no loss.
+
+    Raises:
+        ValueError: If it does not give one finite number for equal answers.
+    """
+    value = loss(outputs, outputs)
+    if not isinstance(value, Tensor) or value.numel() != 1 or not torch.isfinite(value).all():
+        said = tuple(value.shape) if isinstance(value, Tensor) and value.numel() != 1 else value
+        raise ValueError(f"loss of the model's answers with themselves is {said}; want a tensor of one finite number")
 
 
 def _folded(network: nn.Module, x: Tensor, wanted: Tensor) -> Folded:
@@ -265,69 +308,8 @@ def _folded(network: nn.Module, x: Tensor, wanted: Tensor) -> Folded:
     folded = fold_batch_norms(network)
     if folded.folded:
         with torch.no_grad():
-            off = (folded.model(x) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
+            off = (folded.model(fed(network, x)) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
         if not off <= torch.finfo(wanted.dtype).eps ** 0.5:
             why = dict.fromkeys(folded.folded, "folded, the network answers otherwise")
             return Folded(copy.deepcopy(network).eval(), (), {**folded.left, **why})
     return folded
-
-
-def joined(batches: Sequence[Tensor], at_once: int) -> list[Tensor]:
-    """The same samples in batches of up to `at_once` of one shape."""
-    groups: dict[torch.Size, list[list[Tensor]]] = {}
-    for batch in batches:
-        alike = groups.setdefault(batch.shape[1:], [[]])
-        if sum(map(len, alike[-1])) + len(batch) > at_once and alike[-1]:
-            alike.append([])
-        alike[-1].append(batch)
-    return [torch.cat(group) for alike in groups.values() for group in alike]
-
-
-def samples_of(calibration: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    """Each sample as a batch of its own.
-
-    Raises:
-        ValueError: If there is none, or one holds NaN or infinity.
-    """
-    one = isinstance(calibration, Tensor) or not isinstance(calibration, Iterable)
-    given: list[Any] = [calibration] if one else list(calibration)
-    for batch in given:
-        if not isinstance(batch, Tensor) or not batch.dim():
-            said = "single number" if isinstance(batch, Tensor) else type(batch).__name__
-            raise ValueError(f"calibration data: a batch is a {said}; want tensors (samples, ...)")
-    samples = [sample for batch in given if batch.numel() for sample in batch.split(1)]
-    if not samples:
-        raise ValueError("no calibration data: want a tensor (samples, ...) of inputs, or a list of such batches")
-    for place, sample in enumerate(samples):
-        if sample.is_floating_point() and not torch.isfinite(sample).all():
-            raise ValueError(f"calibration data: sample {place} holds NaN or infinity; take it out")
-    return samples
-
-
-def split(
-    calibration: Tensor | Sequence[Tensor], network: nn.Module, settings: StrategySettings
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Batches to fit to and batches to select by, on the network's device; a single sample serves both.
-
-    Of a training all are fitted to.
-
-    Raises:
-        ValueError: If there is no sample, or one holds NaN or infinity or is of another dtype than the network.
-    """
-    samples = samples_of(calibration)
-    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-    if dtype == torch.float64:
-        raise ValueError("the model is torch.float64, which has no quantized form; convert model and data by .float()")
-    for sample in samples:
-        if sample.is_floating_point() and sample.dtype != dtype:
-            raise ValueError(
-                f"calibration data is {sample.dtype}, the model {dtype}; convert it with .to({dtype}), or the model"
-            )
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-    device = device_of(network)
-    moved = [samples[i].to(device) for i in order]
-    if settings.trained:  # the data that trains chooses
-        return joined(moved, settings.batch_size), []
-    count = min(max(round(settings.select_share * len(samples)), 1), len(samples) - 1)
-    parts = (moved[count:], moved[:count]) if len(moved) > 1 else (moved, moved)
-    return joined(parts[0], settings.batch_size), joined(parts[1], settings.batch_size)

@@ -88,9 +88,8 @@ class StrategyTraining:
         self.settings = trained_settings(bits_activations=bits_activations, **settings)
         problem = make_problem(network, calibration, self.settings, fold)
         self.model = problem.model
-        frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
-        for name, p in self.model.named_parameters():  # the search had them all frozen
-            p.requires_grad_(name not in frozen)
+        for name in problem.learns:  # the search has all weights frozen
+            self.model.get_parameter(name).requires_grad_(True)
         self.steps, self.done_steps, self.rate = steps, 0, rate
         self.bits, self.left = problem.bits, problem.left
         self.choice: Choice = {}
@@ -124,7 +123,7 @@ class StrategyTraining:
         """Learn from the loss of one batch; returns what it was made of.
 
         Raises:
-            ValueError: If the loss is NaN or infinite.
+            ValueError: If the loss is NaN or infinite, or there is nothing that it could train.
             RuntimeError: If all steps are done.
         """
         if self.done:
@@ -132,6 +131,8 @@ class StrategyTraining:
         value = loss.item()
         if not math.isfinite(value):
             raise ValueError(f"the loss is {value} at step {self.done_steps}; lower the rate, or look at the data")
+        if not loss.requires_grad:
+            raise ValueError("the loss needs no gradient: all weights are frozen, and no strategy learns its grid")
         said = {"loss": value}
         searching = self.stage == "search" and self.of_shares is not None
         if searching:

@@ -14,6 +14,7 @@ mixing was better at two bits of weights, and lost the network at two bits of in
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from sgsc.layers import QuantLayer, quant_layers
+from sgsc.samples import fed
 
-from .calibration import round_biases
+from .biases import round_biases
 from .mixture import MixedInput, MixedWeights, entropy, mixtures, set_temperature
 from .problem import Choice, Derived, Problem, make_problem
 from .settings import StrategySettings, check_steps
@@ -66,6 +68,8 @@ class Strategies:
     uniform: tuple[str, str | None]
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def search_strategies(
     model: nn.Module,
     calibration: Tensor | Sequence[Tensor],
@@ -93,11 +97,18 @@ def search_strategies(
     """
     check_steps(steps, 0)
     wanted = StrategySettings(**settings)
+    if wanted.trained:
+        raise ValueError("trained=True is of sgsc.StrategyTraining; a search without training chooses among others")
     started = time.perf_counter()
     problem = make_problem(model, calibration, wanted)
     clock = {"calibration": time.perf_counter() - started}
     uniforms = try_uniforms(problem, progress)
     best = min(uniforms, key=lambda pair: uniforms[pair])
+    if math.isinf(uniforms[best]):
+        raise ValueError(
+            f"with none of {len(uniforms)} pairs of strategies the loss is finite; give more bits, or look for values "
+            f"that {next(problem.model.parameters()).dtype} cannot hold"
+        )
     clock["uniform"] = time.perf_counter() - started - sum(clock.values())
     problem.set(problem.uniform(*best))  # biases as they were: the mixture's errors are not those of any choice
     proposed, shares, course = train_mixture(problem, steps, wanted.seed, progress)
@@ -182,7 +193,7 @@ def train_mixture(
         part = step / max(steps - 1, 1)
         set_temperature(model, COLDEST**part)
         place = int(torch.randint(len(problem.fit), (1,), generator=draw))
-        loss = problem.loss(model(problem.fit[place]), problem.wanted[0][place])
+        loss = problem.loss(model(fed(model, problem.fit[place])), problem.answer(place))
         if step == 0:
             first = loss.item()
         sharp = entropy(model)

@@ -1,0 +1,222 @@
+"""Networks, losses and strategies that do what few do: right results, or errors that name what is wrong."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sgsc import StrategyTraining, prepare, search_strategies
+from sgsc.layers import quant_layers
+from sgsc.quantizers import StaticInput
+from sgsc.samples import outputs
+from sgsc.strategies import INPUTS, WEIGHTS, StrategySettings, make_problem
+from sgsc.strategies.biases import round_biases
+from sgsc.strategies.calibration import calibrate
+from sgsc.strategies.registry import RangeStrategy, WeightStrategy
+from sgsc.strategies.settings import divergence
+from sgsc.strategies.settled import Settled
+
+QUICK = {"steps": 4, "batch_size": 16}
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+
+
+def data(count: int = 64) -> torch.Tensor:
+    return torch.randn(count, 6, generator=torch.Generator().manual_seed(1)) + 0.5
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = net()
+
+    def forward(self, x):
+        return self.body(x.sub_(0.5))
+
+
+def test_a_network_that_changes_its_input_in_place_is_judged_on_what_was_given():
+    x = data()
+    found = search_strategies(InPlace(), x, bits_weights=4, bits_activations=4, **QUICK)
+    apart = search_strategies(net(), x - 0.5, bits_weights=4, bits_activations=4, **QUICK)
+    assert torch.equal(x, data())
+    assert found.loss == apart.loss
+    assert {n.removeprefix("body."): c for n, c in found.choice.items()} == apart.choice
+    assert torch.equal(outputs(found.model, x), outputs(apart.model, x - 0.5))
+    assert torch.equal(x, data())
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_a_search_where_gradients_are_off_finds_the_same(around):
+    with around():
+        found = search_strategies(net(), data(), **QUICK)
+    assert found.loss == search_strategies(net(), data(), **QUICK).loss
+
+
+def test_a_loss_that_is_not_finite_is_worse_than_any():
+    def loss(got, wanted):  # of the first strategy that is tried, and then of every third look
+        loss.looks += 1
+        return divergence(got, wanted) * (float("nan") if loss.looks % 3 == 2 else 1.0)
+
+    loss.looks = 0
+    found = search_strategies(net(), data(), loss=loss, **QUICK)
+    assert 0 <= found.loss < 1
+    assert found.loss <= found.report["best_uniform_loss"] < float("inf")
+
+
+def test_a_loss_that_is_never_finite_is_refused():
+    def loss(got, wanted):
+        return (got - wanted).abs().mean() * (float("inf") if not torch.equal(got, wanted) else 1.0)
+
+    with pytest.raises(ValueError, match=r"with none of \d+ pairs of strategies the loss is finite; give more bits"):
+        search_strategies(net(), data(), loss=loss, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (lambda a, b: 0.5, "0.5"),
+        (lambda a, b: (a - b).abs().mean(1), r"\(16,\)"),
+        (lambda a, b: a.mean() * torch.nan, "nan"),
+    ],
+)
+def test_what_is_no_loss_is_refused(loss, said):
+    with pytest.raises(
+        ValueError, match=rf"loss of the model's answers with themselves is .*{said}.*; want a tensor of one"
+    ):
+        search_strategies(net(), data(), loss=loss, **QUICK)
+
+
+def test_probabilities_are_no_logits():
+    with pytest.raises(ValueError, match=r"loss='kl' takes logits, and the model's outputs are probabilities"):
+        search_strategies(nn.Sequential(net(), nn.Softmax(-1)), data(), **QUICK)
+    assert search_strategies(nn.Sequential(net(), nn.Softmax(-1)), data(), loss="l1", **QUICK).loss < 0.1
+
+
+def test_answers_to_what_grids_are_fitted_to_are_not_kept():
+    problem = make_problem(net(), data(), StrategySettings(batch_size=8))
+    assert len(problem.fit) == 6
+    assert sum(map(len, problem.wanted)) == sum(map(len, problem.select)) == 16
+    assert torch.equal(problem.answer(3), net()(problem.fit[3]).detach())
+
+
+def test_a_strategy_of_training_is_none_of_a_search():
+    with pytest.raises(ValueError, match=r"trained=True is of sgsc.StrategyTraining"):
+        search_strategies(net(), data(), trained=True, **QUICK)
+
+
+def test_a_training_with_nothing_to_train_says_so():
+    run = StrategyTraining(
+        net().requires_grad_(False), data(), steps=4, weights=["straight-through"], inputs=["straight-through"]
+    )
+    with pytest.raises(ValueError, match="all weights are frozen, and no strategy learns its grid"):
+        run.step(run.model(data()).mean())
+
+
+def test_frozen_attention_stays_frozen():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    layer.self_attn.requires_grad_(False)
+    model = nn.Sequential(layer, nn.Linear(8, 3))
+    prepared = prepare(model).model
+    run = StrategyTraining(model, torch.randn(16, 5, 8), steps=4)
+    for of in (prepared, run.model):
+        flags = {n: p.requires_grad for n, p in of.named_parameters() if "quantizer" not in n}
+        assert {n for n, learns in flags.items() if not learns} == {n for n in flags if "self_attn" in n}
+        assert len(flags) > 12
+
+
+class Order(nn.Module):
+    """Calls its layers in one order or the other, as its input is shaped."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        first, second = (self.a, self.b) if x.dim() == 2 else (self.b, self.a)
+        y = second(F.gelu(first(x)))
+        return y if x.dim() == 2 else y.mean(1)
+
+
+def test_nothing_is_settled_where_batches_call_layers_in_other_orders():
+    draws = [torch.randn(12, 6), torch.randn(12, 3, 6)]
+    problem = make_problem(Order(), draws, StrategySettings(edge_bits=None, bits_weights=2, select_share=0.5))
+    assert len(problem.select) == 2
+    with Settled(problem) as settled:
+        assert not settled.left
+    alike = make_problem(Order(), draws[:1], StrategySettings(edge_bits=None, bits_weights=2))
+    assert Settled(alike).left
+
+
+class Until(nn.Module):
+    """Goes on until its values are small: rounded they are smaller sooner."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.again, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        if x.abs().sum() > 1:
+            x = self.again(x)
+        return self.last(x)
+
+
+def test_a_layer_that_is_not_called_any_more_once_inputs_are_rounded_is_named():
+    model = prepare(Until(), quantizer="lsq8").model.eval()
+    coarse = StaticInput(1e6, 0, 1)  # all of the first layer's input is rounded to 0
+    with torch.no_grad():
+        model.first.bias.zero_()
+    with pytest.raises(ValueError, match="layer 'again' is called on the calibration data, but no more once"):
+        calibrate(model, [data(8), data(8)], lambda name, seen: copy.deepcopy(coarse))
+
+
+def test_an_input_strategy_without_a_grid_is_named():
+    class Nowhere(RangeStrategy, name="nowhere"):
+        @classmethod
+        def ends(cls, seen, bits):
+            return 0.0, float("nan")
+
+    try:
+        with pytest.raises(ValueError, match="strategy 'nowhere' finds no grid for the input of layer '0'"):
+            search_strategies(net(), data(), inputs=["nowhere"], **QUICK)
+    finally:
+        del INPUTS["nowhere"]
+
+
+def test_a_weight_strategy_without_a_grid_is_named():
+    class Broken(WeightStrategy, name="broken"):
+        def steps(self, rows, most):
+            return torch.full((len(rows),), float("nan"))
+
+    try:
+        with pytest.raises(ValueError, match="strategy 'broken' finds a grid that is not finite for layer '0'"):
+            search_strategies(net(), data(), weights=["broken"], **QUICK)
+    finally:
+        del WEIGHTS["broken"]
+
+
+def test_biases_that_cannot_be_whole_steps_are_left_and_counted():
+    shared = net()
+    shared[2].bias = shared[4].bias = nn.Parameter(torch.randn(16))
+    shared[4] = nn.Linear(16, 16, bias=False)
+    shared[4].bias = shared[2].bias
+    found = search_strategies(shared, data(), integer_bias=True, **QUICK)
+    assert found.report["biases_left"] == 32
+    layers = quant_layers(found.model)
+    assert torch.equal(layers["2"].bias, shared[2].bias)
+    step = layers["0"].weight_quantizer.grid()[0] * layers["0"].input_quantizer.grid()[0]
+    codes = layers["0"].bias.double() / step.double()
+    assert (codes - codes.round()).abs().max() < 0.01
+    half = search_strategies(net().bfloat16(), data().bfloat16(), integer_bias=True, **QUICK)
+    before = {name: layer.bias.clone() for name, layer in quant_layers(half.model).items()}
+    assert half.report["biases_left"] > 0
+    assert round_biases(half.model) == half.report["biases_left"]
+    assert all(torch.equal(layer.bias, before[name]) for name, layer in quant_layers(half.model).items())
