@@ -87,7 +87,7 @@ def demo(name: str, work: Path, commit: str, most: int | None) -> Network:
     test = _first(task.test(), most)
     samples = min(SAMPLES, len(task.train) // 2)  # or draws would hardly differ
     of: dict[str, Any] = {} if name == "digits" else {"metric": "loss", "sign": -1}
-    each: Each = lambda m: answered(m, test, 128)  # noqa: E731
+    each: Each = lambda m: answered(m, test, 512)  # noqa: E731
     return Network(model, task.train.tensors[0], each, **of, samples=samples, test_samples=len(test))
 
 
@@ -104,7 +104,7 @@ def cifar(name: str, data: Path, most: int | None, trained: bool) -> Network:
     # where it is not trained no more than is drawn from: 50,000 images are 600 MB
     kept = np.random.default_rng(0).permutation(len(arrays["x_train"]))[: None if trained else 8 * SAMPLES]
     pool, labels = images(arrays["x_train"][kept]), torch.from_numpy(arrays["y_train"][kept].astype(np.int64))
-    each: Each = lambda m: answered(m, test, 250)  # noqa: E731
+    each: Each = lambda m: answered(m, test, 100)  # noqa: E731
     model = loader.network(name)
     return Network(model, pool, each, train=TensorDataset(pool, labels), test_samples=len(test))
 
