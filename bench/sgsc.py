@@ -88,11 +88,12 @@ def quantizers(section: Section, seeds: Sequence[int], targets: Sequence[float])
 
 
 def ablation(section: Section, seeds: Sequence[int], targets: Sequence[float]) -> None:
-    """With and without the preservation set: equal size, steps, seeds and samples, which are compared in both."""
+    """With the preservation set, with one drawn at random, without any: equal size, steps, seeds and samples judged."""
     for task, target in ABLATED.items():
         for size in targets or (target,):
             for seed in seeds:
                 section.sgsc(task, size, seed, method="with")
+                section.sgsc(task, size, seed, method="random", rest=("--shares", "random=1"))
                 section.sgsc(task, size, seed, method="without", rest=WITHOUT)
 
 

@@ -108,6 +108,9 @@ def _seconds(group: Sequence[Row]) -> str:
     return spread(whole, ".0f") if whole else ""
 
 
+SETS = {"with": "with the set", "random": "with one drawn at random", "without": "without the set"}
+
+
 def ablation(rows: Sequence[Row]) -> str:
     """With and without the preservation set: what broke, in all, in the worst class and in the hard tail."""
     lines = []
@@ -116,7 +119,7 @@ def ablation(rows: Sequence[Row]) -> str:
         kept = spread([row["preservation_regressions"] for row in group], ".3g")
         lines.append(
             [
-                *(first["task"], f"{first['method']} the set", steps(group), seeds(group), stored(group)),
+                *(first["task"], SETS[first["method"]], steps(group), seeds(group), stored(group)),
                 *(quality(group)[2], *harm(group)),
                 *(_share(group, "worst_class"), _share(group, "tail"), kept),
             ]
@@ -124,7 +127,7 @@ def ablation(rows: Sequence[Row]) -> str:
     head = ["task", "preservation", "schedule, steps", "seeds", "stored, % of float32 bytes", "change on test"]
     head += ["guard regressions", "their 95 % bound, %", "worst class, % regressed", "hard tail, % regressed"]
     head += ["regressions on the set"]
-    note = "Without: no loss on the set and no guard that acts on it; the same samples are compared. Nats or points."
+    note = "Without: no loss on the set and no guard that acts on it; it is compared all the same. Nats or points."
     return f"{table(head, lines, text=3)}\n\n{SEEDS_NOTE} {note}"
 
 

@@ -32,7 +32,7 @@ from rich.text import Text
 
 from . import cli_search, cli_strategies
 from .cli_progress import Progress
-from .cli_task import add_device, add_task, task_of
+from .cli_task import add_device, add_task, shares, task_of
 from .config import CompressionConfig, add_settings, from_arguments
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     add_device(sub)
     sub.add_argument("--out", type=Path, default=None, help="run folder (default: runs/TASK)")
     sub.add_argument("--samples", type=int, default=None, help="size of the preservation set (default: the task's)")
+    sub.add_argument("--shares", type=shares, default=None, help="of its selectors: uncertain=0.5,random=0.5 and so on")
     sub.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint")
     sub.add_argument(
         "--quantizer", default="integer", help="integer (default), half-steps, ternary, interpolated, published"
@@ -144,7 +145,7 @@ def _compress(options: argparse.Namespace) -> int:
     folder = options.out or Path("runs") / options.task
     folder.mkdir(parents=True, exist_ok=True)
     with Progress(quiet=options.json) as progress:
-        how = {k: vars(options)[k] for k in ("samples", "resume", "quantizer")}
+        how = {k: vars(options)[k] for k in ("samples", "resume", "quantizer", "shares")}
         done = compress(task, config, folder, **how, device=options.device, progress=progress)
     report = {**done.report, "data": None if options.data is None else str(options.data), "limit": options.limit}
     report |= {"start": None if options.start is None else str(options.start)}

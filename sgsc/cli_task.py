@@ -25,6 +25,21 @@ def add_device(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", default="cpu", help="where to train: cpu (default), cuda, cuda:1, auto")
 
 
+def shares(text: str) -> dict[str, float]:
+    """Selectors and their shares of the preservation set, as they are typed: "uncertain=0.5,hard=0.5".
+
+    Raises:
+        ArgumentTypeError: If they are not.
+    """
+    pairs = [part.partition("=") for part in text.split(",")]
+    try:
+        return {name.strip(): float(share) for name, _, share in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: want selectors and shares, such as uncertain=0.5,hard=0.5"
+        ) from None
+
+
 def task_of(options: argparse.Namespace) -> Task:
     """The task that the flags name; `options.device` is then one that can be used.
 

@@ -83,7 +83,7 @@ class PreservationSet:
             model: The float model; returns logits (N, classes) or (N, T, vocabulary).
             data: Map-style training data of (x, y) pairs, without random augmentation; never test data.
             size: Samples to choose, 1 to len(data).
-            shares: Selector to its fraction of the set, summing to 1; a quarter each by default.
+            shares: Selector to its fraction of the set, summing to 1; by default a quarter each of all but "random".
             seed: Of the selectors' random choices.
             batch_size: Samples a forward pass.
 
@@ -96,7 +96,7 @@ class PreservationSet:
             raise ValueError(f"size={size}: want 1 to {total}, the number of training samples")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: want at least 1")
-        quotas = _quotas(size, DEFAULT_SHARES if shares is None else shares)
+        counts = quotas(size, shares)
         device = device_of(model)
         with _own_randomness(device, seed):
             digest = _DataHash()
@@ -107,7 +107,7 @@ class PreservationSet:
                 evidence = gather(probe, _batches(data, total, batch_size, digest), axes)
             labels = None if evidence.labels is None else np.unique(evidence.labels.numpy(), return_inverse=True)[1]
             reasons: dict[int, str] = {}
-            for name, count in quotas.items():
+            for name, count in counts.items():
                 ranking = SELECTORS[name](evidence, count, torch.Generator().manual_seed(seed)).numpy()
                 reasons |= dict.fromkeys(_take(ranking, count, labels, list(reasons)), name)
             chosen = sorted(reasons)
@@ -211,23 +211,24 @@ class PreservationSet:
         return cls(**parts, reasons=tuple(values["reasons"]), data_hash=str(values["data_hash"]))
 
 
-def _quotas(size: int, shares: Mapping[str, float]) -> dict[str, int]:
-    """Samples a selector, in the order of the registry; largest remainders get what rounding down left.
+def quotas(size: int, shares: Mapping[str, float] | None) -> dict[str, int]:
+    """Samples a selector, in the order of the registry; largest remainders get what rounding down left. See `select`.
 
     Raises:
         ValueError: If a selector is unknown or the shares are not fractions that sum to 1.
     """
+    shares = DEFAULT_SHARES if shares is None else shares
     unknown = sorted(set(shares) - set(SELECTORS))
     if unknown:
         raise ValueError(f"shares: no selector {', '.join(unknown)}; there are {', '.join(SELECTORS)}")
     if not all(0 <= share <= 1 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
         raise ValueError(f"shares {dict(shares)}: want fractions of 0 or more that sum to 1")
     exact = {name: size * shares[name] for name in SELECTORS if shares.get(name)}
-    quotas = {name: int(value + 1e-6) for name, value in exact.items()}
-    by_remainder = sorted(exact, key=lambda name: quotas[name] - exact[name])
-    for name in by_remainder[: size - sum(quotas.values())]:
-        quotas[name] += 1
-    return quotas
+    counts = {name: int(value + 1e-6) for name, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])
+    for name in by_remainder[: size - sum(counts.values())]:
+        counts[name] += 1
+    return counts
 
 
 def _take(ranking: np.ndarray, count: int, labels: np.ndarray | None, taken: list[int]) -> list[int]:

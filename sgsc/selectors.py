@@ -264,6 +264,11 @@ def hard(evidence: Evidence, count: int, generator: torch.Generator) -> Tensor:
     return _descending(evidence.loss)
 
 
+def drawn(evidence: Evidence, count: int, generator: torch.Generator) -> Tensor:
+    """All n samples at random: what a choice by evidence is to be better than."""
+    return torch.randperm(len(evidence.loss), generator=generator)
+
+
 # (evidence, how many will be taken, generator) -> every position (n,) int64, best first
 Selector = Callable[[Evidence, int, torch.Generator], Tensor]
 SELECTORS: dict[str, Selector] = {
@@ -271,4 +276,5 @@ SELECTORS: dict[str, Selector] = {
     "salient": salient,
     "representative": representative,
     "hard": hard,
+    "random": drawn,
 }

@@ -287,6 +287,16 @@ def test_the_set_must_buy_something_beyond_chance_at_equal_bytes():
         assert not sgsc_claims.ablated(rows)[0]["holds"]
 
 
+def test_a_chosen_set_must_buy_more_than_one_drawn_at_random():
+    rows = ablation_rows(9)
+    rows += [row | {"method": "random", "guard_regressions": 51} for row in rows if row["method"] == "with"]
+    made = {c["claim"]: c["holds"] for c in sgsc_claims.ablated(rows)}
+    assert len(made) == 6
+    (text,) = (t for t in made if "guard regressions with a set drawn at random, less those with it" in t)
+    assert made.pop(text) is False  # alike
+    assert [held for text, held in made.items() if "without" in text] == [True] * 3
+
+
 def test_a_size_off_its_target_counts_either_way_in_the_worst_run():
     def rows(*ratios, **more):
         return [{"schedule": "full", "target_size": 0.02, "stored_ratio": r, **more} for r in ratios]
@@ -330,7 +340,10 @@ def test_each_form_of_the_grids_is_run_alike(bench, monkeypatch):
 
 def test_without_the_set_neither_loss_nor_guard_act_and_the_same_samples_are_compared(bench, monkeypatch):
     monkeypatch.setattr(sgsc, "ABLATED", {"names": 0.6})
-    with_it, without = bench("ablation")
+    with_it, random, without = bench("ablation")
+    at = random.index("--shares")
+    assert random[at + 1] == "random=1"
+    assert "--preservation-weight" not in random
     at = without.index("--preservation-weight")
     count = len(sgsc.WITHOUT)
     assert without[at : at + count] == list(sgsc.WITHOUT)
@@ -339,8 +352,9 @@ def test_without_the_set_neither_loss_nor_guard_act_and_the_same_samples_are_com
     assert others[: others.index("--out")] == with_it[: with_it.index("--out")]
     assert others[others.index("--json") : -2] == with_it[with_it.index("--json") :]
     assert others[-2] == "--start"
-    first, second = rows_of(bench, "ablation")
-    assert (first["method"], second["method"], second["tolerance"]) == ("with", "without", 0.999)
+    first, drawn, second = rows_of(bench, "ablation")
+    methods = (first["method"], drawn["method"], second["method"])
+    assert (*methods, second["tolerance"]) == ("with", "random", "without", 0.999)
     config = cli._parser().parse_args(without[3:])
     assert Check(9, allowed(config.tolerance, 10), 10, 0.99, config.margin_tolerance).held  # next to all may be lost
     for same in ("target_size", "steps", "seed", "preservation_samples", "guard_samples", "float_loss"):

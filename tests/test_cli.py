@@ -168,6 +168,20 @@ def test_a_target_that_is_not_met_is_exit_code_1_with_the_reason(quick, tmp_path
     assert {path.name for path in tmp_path.iterdir()} == FILES  # also then
 
 
+def test_selectors_and_their_shares_are_chosen_from_the_command_line(quick, tmp_path, capsys):
+    assert (
+        main(["compress", "digits", *REACHED, "--shares", "random=0.5,hard=0.5", "--out", str(tmp_path), "--json"]) == 0
+    )
+    report = document(capsys.readouterr().out)
+    assert report["preservation"]["reasons"] == {"hard": 6, "random": 6}
+    for wrong, said in (("nobody=1", "no selector nobody"), ("hard=0.2", "fractions of 0 or more that sum to 1")):
+        assert main(["compress", "digits", *QUICK, "--shares", wrong, "--out", str(tmp_path)]) == 2
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["compress", "digits", "--shares", "hard"])
+    assert "'hard': want selectors and shares, such as uncertain=0.5,hard=0.5" in capsys.readouterr().err
+
+
 def test_a_target_that_no_network_reaches_is_refused_before_the_float_training(quick, tmp_path, capsys):
     assert main(["compress", "digits", *QUICK, "--target-size", "0.0005", "--out", str(tmp_path)]) == 2
     assert "target_size=0.0005: with no bit left in any channel" in capsys.readouterr().err

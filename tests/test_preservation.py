@@ -114,10 +114,10 @@ class TestTheSet:
             reasons = PreservationSet.select(network(), pictures(), size, shares=shares).reasons
             return [reasons.count(name) for name in SELECTORS]
 
-        assert counts(40) == [10, 10, 10, 10]
-        assert counts(10) == [3, 3, 2, 2]
-        assert counts(10, {"hard": 0.68, "salient": 0.32}) == [0, 3, 0, 7]
-        assert counts(10, {"hard": 0.9, "uncertain": 0.1}) == [1, 0, 0, 9]
+        assert counts(40) == [10, 10, 10, 10, 0]
+        assert counts(10) == [3, 3, 2, 2, 0]
+        assert counts(10, {"hard": 0.68, "salient": 0.32}) == [0, 3, 0, 7, 0]
+        assert counts(10, {"hard": 0.5, "random": 0.5}) == [0, 0, 0, 5, 5]
 
     def test_a_sample_that_one_selector_took_is_skipped_by_the_next(self):
         logits, labels = confident(12, 3)
@@ -132,7 +132,7 @@ class TestTheSet:
         chosen = PreservationSet.select(Recurrent(), text(), 12)
         assert chosen.targets.shape == (12, 5)
         assert chosen.outputs.shape == (12, 5, 7)
-        assert {name: chosen.reasons.count(name) for name in SELECTORS} == dict.fromkeys(SELECTORS, 3)
+        assert {name: chosen.reasons.count(name) for name in SELECTORS} == dict.fromkeys(SELECTORS, 3) | {"random": 0}
 
     def test_numbers_and_arrays_are_samples_too(self):
         class Arrays(Dataset):

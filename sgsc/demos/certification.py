@@ -17,8 +17,8 @@ from sgsc.checkpoint import load_checkpoint
 from sgsc.kernels import OPS, backend
 from sgsc.preservation import PreservationSet
 
-from .job import FLOAT, KEPT, MODEL, data_hash, read_float
-from .tasks import Task
+from .job import FLOAT, KEPT, MODEL, read_float
+from .task import Task, data_hash
 
 SHOWN = 24  # changed samples that the report shows, at most
 

@@ -10,7 +10,6 @@ The run folder holds, beside the reports that the command line writes:
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -32,11 +31,11 @@ from sgsc.cutting import CONVOLUTIONS, depthwise_layers, take_shapes
 from sgsc.files import write_atomically
 from sgsc.packed import PackedLayer, pack
 from sgsc.preparation import prepare
-from sgsc.preservation import PreservationSet
+from sgsc.preservation import PreservationSet, quotas
 from sgsc.size import float_bytes, nominal_bits
 
-from .tasks import Task
-from .training import decayed, drawn_by, evaluate, samples_of, train
+from .task import Task, data_hash
+from .training import decayed, drawn_by, evaluate, samples_of, schedule, train
 
 MODEL, FLOAT, KEPT, CHECKPOINT = "model.sgsc", "float.safetensors", "preservation.safetensors", "checkpoint.safetensors"
 REPORTS = ("report.json", "certificate.json", "report.html")  # written last: those of an older run must not stay
@@ -126,6 +125,7 @@ def compress(
     samples: int | None = None,
     resume: bool = False,
     quantizer: str = "integer",
+    shares: Mapping[str, float] | None = None,
     device: str = "cpu",
     progress: Progress = lambda phase, step, steps, values: None,
 ) -> Compressed:
@@ -138,6 +138,7 @@ def compress(
         samples: Size of the preservation set; the task's own if None.
         resume: Go on from the folder's checkpoint.
         quantizer: One whose widths are learned; see `prepare`.
+        shares: Of the selectors of the preservation set; see `PreservationSet.select`.
         device: Where to train; the splits are drawn on the CPU, whichever it is.
         progress: Called as progress(phase, step, steps, values).
 
@@ -150,10 +151,16 @@ def compress(
     samples = min(task.samples, len(task.train)) if samples is None else samples
     if not 1 <= samples <= len(task.train):  # before the float training, not after it
         raise ValueError(f"samples={samples}: want 1 to {len(task.train)}, the number of training samples")
+    quotas(samples, shares)
     if quantizer not in LEARNED:
         raise ValueError(f"quantizer={quantizer!r}: want one whose widths are learned: {', '.join(LEARNED)}")
     settings = {"config": config.as_dict(), "task": task.name, "samples": samples, "data": data_hash(task)}
-    settings |= {"quantizer": quantizer, "precision": task.precision, "weight_decay": task.weight_decay}
+    settings |= {
+        "quantizer": quantizer,
+        "shares": shares,
+        "precision": task.precision,
+        "weight_decay": task.weight_decay,
+    }
     saved = load_checkpoint(folder / CHECKPOINT) if resume else None
     if saved is not None and (found := _settings(saved)) != settings:
         other = ", ".join(k for k in settings if found.get(k) != settings[k])
@@ -173,7 +180,7 @@ def compress(
     clock.lap("float training")
     if saved is None:
         progress("selection", 0, 1, {})
-        keep = _select(task, network, samples, config.seed)
+        keep = _select(task, network, samples, shares, config.seed)
         save_checkpoint(folder / KEPT, keep.state())
     else:
         keep = PreservationSet.from_state(*load_checkpoint(folder / KEPT)).to(device)
@@ -215,16 +222,6 @@ def compress(
 def _settings(saved: Any) -> dict[str, Any]:
     settings = saved.get("settings") if isinstance(saved, dict) else None
     return settings if isinstance(settings, dict) else {}
-
-
-def data_hash(task: Task) -> str:
-    """sha256, in hex, of the splits that a run is trained and judged on; the test split is not read for it."""
-    digest = hashlib.sha256()
-    for split in (task.train, task.validation, task.guard):
-        for tensor in split.tensors:
-            digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _run_of(
@@ -278,17 +275,14 @@ def _train_compressed(
     return run, outcome
 
 
-def _select(task: Task, network: nn.Module, samples: int, seed: int) -> PreservationSet:
+def _select(
+    task: Task, network: nn.Module, samples: int, shares: Mapping[str, float] | None, seed: int
+) -> PreservationSet:
     """The preservation set, from a random part of a large training split; indices are of the whole split."""
     order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(seed))
     part = order[: max(CANDIDATES, samples)].sort().values
-    keep = PreservationSet.select(network, TensorDataset(*task.train[part]), samples, seed=seed)
+    keep = PreservationSet.select(network, TensorDataset(*task.train[part]), samples, shares=shares, seed=seed)
     return replace(keep, indices=part.to(keep.indices.device)[keep.indices])
-
-
-def schedule(share: float) -> float:
-    """Share of the peak learning rate: linear over the first tenth, then a cosine to 0."""
-    return min((share + 0.01) / 0.1, 0.5 * (1 + math.cos(math.pi * max(share - 0.1, 0) / 0.9)))
 
 
 def _layers(network: nn.Module, packed: nn.Module) -> dict[str, Any]:

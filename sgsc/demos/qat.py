@@ -20,9 +20,8 @@ from sgsc.packed import pack
 from sgsc.preparation import prepare
 from sgsc.size import float_bytes
 
-from .job import schedule
 from .task import Task
-from .training import decayed, drawn_by, evaluate, samples_of
+from .training import decayed, drawn_by, evaluate, samples_of, schedule
 
 EDGES = 8  # bits of the first and the last layer
 

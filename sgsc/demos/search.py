@@ -28,9 +28,9 @@ from sgsc.search.storage import open_storage
 from sgsc.search.study import check_settings, check_study, search_network
 from sgsc.size import float_bytes
 
-from .job import FLOAT, LOOK, MODEL, Progress, data_hash, float_model
+from .job import FLOAT, LOOK, MODEL, Progress, float_model
 from .qat import tune
-from .task import Task
+from .task import Task, data_hash
 from .training import evaluate
 
 STUDY, WINNER = "study.db", "winner.safetensors"

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -161,3 +162,13 @@ def find(data: Path | None, names: Sequence[str], task: str) -> Path:
         if path.is_file():
             return path
     raise ValueError(f"{task}: no {' or '.join(names)} in {str(data)!r}; --data names the folder or the file itself")
+
+
+def data_hash(task: Task) -> str:
+    """sha256, in hex, of the splits that a run is trained and judged on; the test split is not read for it."""
+    digest = hashlib.sha256()
+    for split in (task.train, task.validation, task.guard):
+        for tensor in split.tensors:
+            digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

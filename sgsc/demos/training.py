@@ -221,3 +221,8 @@ def evaluate(model: nn.Module, dataset: TensorDataset, batch_size: int = 512) ->
 def accuracy(model: nn.Module, dataset: TensorDataset) -> float:
     """Share of right answers, as in `evaluate`."""
     return evaluate(model, dataset)["accuracy"]
+
+
+def schedule(share: float) -> float:
+    """Share of the peak learning rate: linear over the first tenth, then a cosine to 0."""
+    return min((share + 0.01) / 0.1, 0.5 * (1 + math.cos(math.pi * max(share - 0.1, 0) / 0.9)))
