@@ -149,15 +149,18 @@ def timed(run: Callable[[], Row]) -> Row:
 
 def measure_mixture(section: Section) -> None:
     """One layer, forward and backward: time, multiplications and what is kept, against the number of candidates."""
+    kinds = {"ours": (True, False), "ours, weights learn too": (True, True), "a product a pair": (False, False)}
     for count in CANDIDATES:
-        section.row({"task": "mixture", "method": "ours", "candidates": count}, lambda c=count: _mixture(c, True))
-        section.row(
-            {"task": "mixture", "method": "a product a pair", "candidates": count}, lambda c=count: _mixture(c, False)
-        )
+        for method, (together, learned) in kinds.items():
+            row = {"task": "mixture", "method": method, "candidates": count}
+            section.row(row, lambda c=count, t=together, of=learned: _mixture(c, t, of))
 
 
-def _mixture(count: int, together: bool) -> Row:
-    """A convolution of 64 to 64 channels on 16 images of 32 x 32, `count` candidates of weight and of input each."""
+def _mixture(count: int, together: bool, learned: bool) -> Row:
+    """A convolution of 64 to 64 channels on 16 images of 32 x 32, `count` candidates of weight and of input each.
+
+    `learned`: as in a training, where candidates of a weight are rounded anew each time.
+    """
     from sgsc.preparation import prepare
     from sgsc.quantizers import StaticInput
     from sgsc.strategies.mixture import MixedInput, MixedWeights
@@ -168,9 +171,9 @@ def _mixture(count: int, together: bool) -> Row:
     for i in range(count):
         of_weights[str(i)] = WEIGHTS["max-abs"](64, 2 + i % 7)
         of_weights[str(i)].fit(layer.rows().detach() * (1 - 0.01 * i))
-    weights = MixedWeights(of_weights, layer.rows().detach())
+    weights = MixedWeights(of_weights, None if learned else layer.rows().detach())
     inputs = MixedInput({str(i): StaticInput(0.02 * (1 + i), -128, 127) for i in range(count)})
-    layer.requires_grad_(False)
+    layer.requires_grad_(learned)
     layer.weight_quantizer, layer.input_quantizer = weights, inputs
     x = torch.randn(16, 64, 32, 32).requires_grad_()
 

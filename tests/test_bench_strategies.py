@@ -153,21 +153,22 @@ def test_a_mixture_s_cost_is_measured_and_claimed(short, monkeypatch):
     monkeypatch.setattr(
         strategies,
         "_mixture",
-        lambda count, ours: {
+        lambda count, ours, learned: {
             "cpu_seconds": 1.0 if ours else 0.1 * count**2,
             "kept_bytes": 100,
         },
     )
     assert strategies.main(["mixture", "--results", str(short)]) == 0
     found = json.loads((short / "strategies.json").read_text())
-    assert [c["holds"] for c in found["claims"]] == [True, True, True]
+    assert [c["holds"] for c in found["claims"]] == [True] * 5
     assert "2 candidates" in strategy_claims.mixture_table(found["rows"])
     flat = [{**r, "cpu_seconds": r["candidates"]} for r in found["rows"]]
     assert [c["holds"] for c in strategy_claims.mixture_claims(flat)][1] is False
 
 
 def test_both_forms_of_a_mixture_are_timed():
-    ours, plain = (strategies._mixture(2, together) for together in (True, False))
+    ours, learning, plain = (strategies._mixture(2, *how) for how in ((True, False), (True, True), (False, False)))
+    assert 1.5 * ours["kept_bytes"] > learning["kept_bytes"] > ours["kept_bytes"]
     assert 3 * ours["kept_bytes"] > plain["kept_bytes"] > 1.5 * ours["kept_bytes"] > 0  # it rounds an input once, too
     assert ours["cpu_seconds"] > 0
 
