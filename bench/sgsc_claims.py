@@ -222,7 +222,7 @@ def ablated(rows: list[Row]) -> list[Row]:
                     for mine in pick(of, method="with", seed=row["seed"])
                     if abs(mine["stored_bytes"] / row["stored_bytes"] - 1) <= OFF_TARGET
                 ]
-                if not pairs and other == "random":  # rows from before there was one
+                if other == "random" and not pick(of, method=other):  # rows from before there was one
                     continue
                 leads = [
                     {"seed": row["seed"], "commit": mine.get("commit"), "fewer": value(row) - value(mine)}

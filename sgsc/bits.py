@@ -113,6 +113,7 @@ class BitOptimizer:
         grids = [p for layer in self.layers.values() for p in layer.weight_quantizer.parameters() if id(p) not in own]
         self.grids = torch.optim.Adam(grids, lr=grid_rate)
         self.gradient: dict[nn.Parameter, Tensor] = {}
+        self.averaged = False  # over ranks, in this step
         self._handles = [self._take_over(p) for p in [*self.depths.values(), *grids]]
         self.worth = torch.zeros_like(self.flat(self.depths).detach())
         self.weight, self.reached, self.looked = (torch.zeros_like(self.worth) for _ in range(3))
@@ -157,12 +158,18 @@ class BitOptimizer:
                 "DistributedDataParallel averages the quantizers' gradients: it was made before SelfCompression; make "
                 "SelfCompression first, or call sgsc.distributed.leave_out(module) on what you wrap, before wrapping it"
             )
-        if self.ranks.count == 1:
+        if self.ranks.count == 1 or self.averaged:
             return
+        self.averaged = True
         there = torch.tensor([float(p in self.gradient) for p in parameters]).to(self.worth.device)
         mine = [self.gradient.get(p, torch.zeros_like(p)) for p in parameters]
         there, *means = self.ranks.mean([there, *mine])
         self.gradient = {p: g for p, g, n in zip(parameters, means, there.tolist(), strict=True) if n}
+
+    def forget(self) -> None:
+        """Drop what was collected in this step."""
+        self.gradient.clear()
+        self.averaged = False
 
     def detach(self) -> None:
         """Leave the parameters alone from now on."""
@@ -206,8 +213,9 @@ class BitOptimizer:
         Raises:
             ValueError: If a gradient is not finite (the message names the layer); nothing has moved then.
         """
-        self._average()
-        if not self._counts():
+        counts = self._counts()
+        self.averaged = False
+        if not counts:
             return price
         for group in self.grids.param_groups:
             for p in group["params"]:
@@ -249,9 +257,12 @@ class BitOptimizer:
     def check_finite(self) -> bool:
         """Whether all gradients that were collected are finite; those of a scaled loss may be infinite.
 
+        They are averaged over ranks first, so that all of them stop or none does.
+
         Raises:
             ValueError: If one of an unscaled loss is not; the message names the layer, and all are forgotten.
         """
+        self._average()
         if not self.gradient or torch.isfinite(torch.cat([g.flatten() for g in self.gradient.values()])).all():
             return True
         if self.loss_scale is not None:

@@ -102,6 +102,7 @@ def _check_purpose(options: argparse.Namespace) -> None:
         ValueError: If there is one, or a network of one's own is to be trained.
     """
     of_task = {"--start": options.start, "--float-steps": options.float_steps, "--data": options.data}
+    of_task["--limit"] = options.limit
     for flag, given in of_task.items() if options.model else ():
         if given is not None:
             raise ValueError(f"{flag} is of a task; --model is trained already, and takes --calibration")
@@ -133,8 +134,8 @@ def _named(name: str) -> Any:
     from torch import nn
 
     home, _, attribute = name.rpartition(":")
-    # what the network's own code imports lies beside it, as where Python runs it
-    sys.path.insert(0, str(Path(home).resolve().parent) if home.endswith(".py") else str(Path.cwd()))
+    # what the network's own code imports lies beside it, and may be imported as late as it runs; ours goes first
+    sys.path.append(str(Path(home).resolve().parent) if home.endswith(".py") else str(Path.cwd()))
     try:
         if home.endswith(".py"):
             spec = importlib.util.spec_from_file_location(Path(home).stem, home)

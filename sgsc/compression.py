@@ -70,7 +70,8 @@ class SelfCompression:
     ) -> None:
         self.config = CompressionConfig(**settings)
         self.model, self.keep, self.scaler = model, keep, scaler
-        self.optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer or ())
+        several = isinstance(optimizer, Sequence)
+        self.optimizers = list(optimizer) if several else [] if optimizer is None else [optimizer]
         if not quant_layers(model):
             raise ValueError("the model has no quantized layer; pass what prepare(model).model returned")
         self.ranks = Ranks(process_group)
@@ -191,8 +192,11 @@ class SelfCompression:
             self._check()
 
     def discard(self) -> None:
-        """Forget the losses since the last step, where a batch is given up: without it, their gradients would count."""
-        self.control.bits.gradient.clear()
+        """Forget the losses since the last step, where a batch is given up: their gradients of widths would count.
+
+        On all ranks. Gradients of weights are the caller's, who sets them to zero.
+        """
+        self.control.bits.forget()
         self.calls, self.drawn = 0, None
 
     def finish(self) -> Outcome:

@@ -88,8 +88,9 @@ class Controller:
             return
         with whole(self.model):
             smallest = copy.deepcopy(self.model)
+            layers = quant_layers(smallest)
             for name, bits in self.bits.by_layer(self.bits.least).items():
-                quant_layers(smallest)[name].weight_quantizer.get_parameter("bit_depth").copy_(bits)
+                layers[name].weight_quantizer.get_parameter("bit_depth").copy_(bits)
             self.coupling.silence(smallest)
             least = stored_size(pack(smallest), **self.file) / self.float_bytes
         if self.config.target_size < least:
@@ -203,9 +204,9 @@ class Controller:
         Raises:
             ValueError: If an optimiser keeps state that could not follow.
         """
-        check_states(self.optimizers)
         if self.coupling.why:
             return
+        check_states(self.optimizers)
         silent = self.coupling.silent(self.model).cpu()
         before, self.silent = self.silent, silent
         gone = spare(self.coupling, silent & before) if before is not None else torch.zeros_like(silent)

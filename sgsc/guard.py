@@ -220,9 +220,10 @@ def restore(
     revive(model, coupling, good, {name: (now[name] == 0) & (lost[name] > 0) for name in now})
     earlier = _weight_gradients(model, keep)
     model.load_state_dict(held)
-    # what a channel adds: its first bit as things stand, for that may bring back what its readers hold for it
     size, more = SizeModel(model, coupling, file=True), torch.cat(list(lost.values()))
     (total, first), (_, further) = (size(torch.cat(list(of.values()))) for of in (now, full))
+    # the first bit of a removed channel brings back what its readers hold for it
+    first = torch.where(torch.cat(list(now.values())) > 0, further, first)
     added = first * more.clamp(max=1) + further * (more - 1).clamp_min(0)
     prices = dict(zip(now, added.split([len(x) for x in now.values()]), strict=True))
     costs = []

@@ -151,15 +151,14 @@ class QuantMultiheadAttention(nn.Module):
         self.embed_dim, self.num_heads, self.dropout = source.embed_dim, source.num_heads, source.dropout
         self.head_dim, self.batch_first = source.head_dim, source.batch_first
         weights = (
-            source.in_proj_weight.detach().chunk(3)
+            source.in_proj_weight.chunk(3)
             if source._qkv_same_embed_dim
             else (source.q_proj_weight, source.k_proj_weight, source.v_proj_weight)
         )
         biases = (None,) * 3 if source.in_proj_bias is None else source.in_proj_bias.detach().chunk(3)
-        learns = next(p for p in (source.in_proj_weight, source.q_proj_weight) if p is not None).requires_grad
         for name, weight, bias in zip("qkv", weights, biases, strict=True):
             projection = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-            projection.weight = nn.Parameter(weight.detach().clone(), requires_grad=learns)
+            projection.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
             if bias is not None:
                 projection.bias = nn.Parameter(bias.clone(), requires_grad=source.in_proj_bias.requires_grad)
             setattr(self, f"{name}_proj", projection)

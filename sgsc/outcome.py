@@ -48,7 +48,7 @@ def judged(found: Check, size: float, target: float, steps: tuple[int, int], unr
         reasons.append(f"{which} has {size:.2%} of the float32 bytes, not {target:.2%}: raise {way_out}")
     if reasons and made < asked:
         reasons.insert(0, f"the run ended after {made:,} of {asked:,} steps")
-    if size > target and unreached:
+    if size > target and unreached and made:
         some = ", ".join(unreached[:3]) + (" …" if len(unreached) > 3 else "")
         reasons.append(
             f"no gradient reached {len(unreached)} layers ({some}), which keep their bits: leave no_grad off"

@@ -183,9 +183,11 @@ class PreservationSet:
             order = torch.multinomial(chances, size, generator=generator)
         return order[:size].to(self.indices.device)
 
-    def to(self, device: torch.device | str) -> PreservationSet:
-        """The same set with its tensors on `device`."""
-        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+    def to(self, where: torch.device | str | torch.dtype) -> PreservationSet:
+        """The same set with its tensors on a device, or with its inputs of a dtype, as those of the model's batches."""
+        if isinstance(where, torch.dtype):
+            return replace(self, inputs=self.inputs.to(where))
+        moved: dict[str, Any] = {name: tensor.to(where) for name, tensor in self._tensors().items()}
         return replace(self, **moved)
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -69,12 +69,8 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def fed(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Inputs as a model takes them: on its device, floating point in the dtype of its parameters, and a copy.
-
-    A network may change its input in place, as one does that begins with an in-place activation.
-    """
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), inputs.dtype)
-    return inputs.to(device_of(model), dtype if inputs.is_floating_point() else None, copy=True)
+    """Inputs on a model's device, and a copy: one that begins with an in-place activation changes what it is given."""
+    return inputs.to(device_of(model), copy=True)
 
 
 def fetch(data: Dataset, indices: Iterable[int]) -> tuple[Tensor, Tensor]:

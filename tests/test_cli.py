@@ -23,6 +23,7 @@ from sgsc.kernels import OPS
 from sgsc.packed import pack
 from sgsc.preparation import prepare
 from sgsc.quantizers import StaticInput
+from sgsc.report import words
 
 ROOT = Path(__file__).parents[1]
 FILES = {
@@ -174,6 +175,7 @@ def test_selectors_and_their_shares_are_chosen_from_the_command_line(quick, tmp_
     )
     report = document(capsys.readouterr().out)
     assert report["preservation"]["reasons"] == {"hard": 6, "random": 6}
+    assert "--shares random=0.5,hard=0.5" in words.command(report)
     for wrong, said in (("nobody=1", "no selector nobody"), ("hard=0.2", "fractions of 0 or more that sum to 1")):
         assert main(["compress", "digits", *QUICK, "--shares", wrong, "--out", str(tmp_path)]) == 2
         assert said in capsys.readouterr().err

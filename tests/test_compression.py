@@ -307,9 +307,10 @@ def test_an_optimiser_whose_state_cannot_be_cut_is_refused_at_the_first_check(tr
     assert len(model[0].weight) == 96
 
 
-def test_a_model_of_half_precision_is_compared_on_a_set_of_single_precision(trained, keep):
+def test_a_set_takes_the_precision_of_the_model_s_inputs(trained, keep):
     model = prepare(trained).model.to(torch.bfloat16)
     assert keep.inputs.dtype == torch.float32
+    keep = keep.to(torch.bfloat16)
     assert check(model, keep, 0.0).regressions <= 2
     keep.loss(model).backward()
     assert model[0].weight.grad.dtype == torch.bfloat16
@@ -701,13 +702,14 @@ def test_restoration_gives_back_what_cost_most_first(trained, keep):
     assert given["0"].sum() < 96
 
 
+@pytest.mark.parametrize("least", [0, 1])
 @pytest.mark.parametrize("share", [0.05, 0.3])
-def test_restoration_gives_the_share_that_was_asked_for(trained, keep, share):
+def test_restoration_gives_the_share_that_was_asked_for(trained, keep, share, least):
     """In size, what readers hold of channels that come back included, and however few of them seem to have mattered."""
     run = started(trained, keep)
     good, before = run.good, widths(run.model)
     new = {name: torch.full_like(bits, 2) for name, bits in before.items()}
-    new["0"][:48] = 0
+    new["0"][:48] = least
     set_widths(quant_layers(run.model), new)
     size = float(run.control.estimate()[0])
     given = restore(run.model, run.control.coupling, keep, good, before, share)

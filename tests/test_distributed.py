@@ -65,6 +65,14 @@ def work(rank: int, folder: Path) -> None:
     found["whole"] = result(run) | {"size": run.finish().stored_ratio}
 
     run = start()
+    call = wrapped(run)
+    x, y = (t.chunk(RANKS)[rank] for t in batch(0))
+    run.loss(F.cross_entropy(call(x), y)).backward()
+    if rank == 0:
+        run.control.bits.gradient[run.control.bits.depths["2"]][1] = float("nan")
+    found["gradient"] = message(run.control.bits.check_finite)
+
+    run = start()
     train(run, wrapped(run), 12, rank, RANKS, parts=2)
     found["parts"] = result(run)
 
@@ -150,6 +158,11 @@ def test_batch_norm_and_another_start_leave_the_ranks_equal(ranks):
     assert_same_model(a["model"], b["model"], 0.0)
     assert a["history"] == b["history"]
     assert a["history"][-1]["size"] < a["history"][0]["size"]
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_before_weights_move(ranks):
+    for found in ranks:
+        assert found["gradient"].startswith("layer '2': the gradient of its quantizer is not finite")
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(ranks):

@@ -86,7 +86,7 @@ def test_a_loss_that_is_never_finite_is_refused():
 )
 def test_what_is_no_loss_is_refused(loss, said):
     with pytest.raises(
-        ValueError, match=rf"loss of the model's answers with themselves is .*{said}.*; want a tensor of one"
+        ValueError, match=rf"loss of the model's answers with themselves is .*{said}.*; want a tensor of one number"
     ):
         search_strategies(net(), data(), loss=loss, **QUICK)
 
@@ -148,10 +148,51 @@ def test_nothing_is_settled_where_batches_call_layers_in_other_orders():
     draws = [torch.randn(12, 6), torch.randn(12, 3, 6)]
     problem = make_problem(Order(), draws, StrategySettings(edge_bits=None, bits_weights=2, select_share=0.5))
     assert len(problem.select) == 2
-    with Settled(problem) as settled:
-        assert not settled.left
-    alike = make_problem(Order(), draws[:1], StrategySettings(edge_bits=None, bits_weights=2))
-    assert Settled(alike).left
+    assert not Settled(problem).left
+    problem.select = [x for x in problem.select if x.dim() == 2]  # of one order now, a before b
+    for order, kept in (("ab", True), ("ba", False)):  # in which layers get their turns
+        problem.layers = {name: problem.model.get_submodule(name) for name in order}
+        assert (Settled(problem).left > 0) is kept
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_folding_makes_learns_as_the_norm_did_and_what_is_the_model_s_own_too(frozen):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+            self.vector_quantizer = nn.Linear(4, 4)
+            self.head = nn.Linear(4, 3)
+            self.norm.requires_grad_(not frozen)
+
+        def forward(self, x):
+            return self.head(self.vector_quantizer(self.norm(self.conv(x)).relu().mean((2, 3))))
+
+    run = StrategyTraining(Own(), torch.randn(16, 3, 6, 6), steps=4, fold=True)
+    flags = {n: p.requires_grad for n, p in run.model.named_parameters() if "_quantizer.candidates" not in n}
+    assert flags["vector_quantizer.weight"]
+    assert flags["conv.weight"]
+    assert flags["conv.bias"] is not frozen
+
+
+def test_a_step_of_the_mixture_that_is_not_finite_teaches_nothing():
+    def loss(got, wanted):
+        return divergence(got, wanted) * (float("nan") if got.requires_grad and len(seen) in (0, 2) else 1.0) + (
+            seen.append(1) or 0.0 if got.requires_grad else 0.0
+        )
+
+    seen = []
+    found = search_strategies(net(), data(), loss=loss, steps=6, batch_size=16)
+    assert [torch.tensor(step["loss"]).isnan().item() for step in found.report["course"]] == [1, 0, 1, 0, 0, 0]
+    shares = [v for row in found.report["layers"] for v in row["weight_shares"].values()]
+    assert torch.tensor(shares).isfinite().all()
+
+
+def test_a_loss_may_be_without_a_least_value():
+    def psnr(got, wanted):
+        return 10 * (got - wanted).square().mean().log10()
+
+    assert search_strategies(net(), data(), loss=psnr, **QUICK).loss < 0
 
 
 class Until(nn.Module):

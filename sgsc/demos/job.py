@@ -155,14 +155,11 @@ def compress(
     if quantizer not in LEARNED:
         raise ValueError(f"quantizer={quantizer!r}: want one whose widths are learned: {', '.join(LEARNED)}")
     settings = {"config": config.as_dict(), "task": task.name, "samples": samples, "data": data_hash(task)}
-    settings |= {
-        "quantizer": quantizer,
-        "shares": shares,
-        "precision": task.precision,
-        "weight_decay": task.weight_decay,
-    }
+    settings |= {"quantizer": quantizer, "shares": shares}
+    settings |= {"precision": task.precision, "weight_decay": task.weight_decay}
     saved = load_checkpoint(folder / CHECKPOINT) if resume else None
-    if saved is not None and (found := _settings(saved)) != settings:
+    found = _settings(saved)
+    if saved is not None and {name: found.get(name) for name in settings} != settings:
         other = ", ".join(k for k in settings if found.get(k) != settings[k])
         raise ValueError(
             f"{folder / CHECKPOINT} is of a run with another {other}: {found}; want {settings}. "
@@ -171,8 +168,8 @@ def compress(
     if saved is None:
         if task.start is None:  # a target that cannot be reached is refused before the float training
             with torch.random.fork_rng(devices=[]):
-                built = prepare(task.build(), quantizer=quantizer).model
-            _run_of(task, config, built, None, {"architecture": task.architecture})
+                built = task.build()
+                _run_of(task, config, prepare(built, quantizer=quantizer).model, None, _file(task, config.seed, built))
         for name in (FLOAT, KEPT, CHECKPOINT, MODEL, *REPORTS):
             (folder / name).unlink(missing_ok=True)
     there = task.to(device)
@@ -186,12 +183,7 @@ def compress(
         keep = PreservationSet.from_state(*load_checkpoint(folder / KEPT)).to(device)
     clock.lap("selection")
     model = prepare(network, quantizer=quantizer).model
-    with torch.device("meta"):
-        usual = task.build()
-    shapes, own = ([v.shape for v in of.state_dict().values()] for of in (usual, network))
-    # with other channels, those of a search, no architecture names what the file is of
-    file: dict[str, Any] = {"architecture": task.architecture if shapes == own else None}
-    file["notes"] = {"task": task.name, "seed": config.seed, "float_bytes": float_bytes(network)}
+    file = _file(task, config.seed, network)
     run, outcome = _train_compressed(there, config, model, keep, folder, settings, saved, progress, file)
     clock.lap("compression")
     packed = pack(model.cpu())
@@ -217,6 +209,16 @@ def compress(
         "seconds_by_phase": clock.laps,
     }
     return Compressed(outcome, report)
+
+
+def _file(task: Task, seed: int, network: nn.Module) -> dict[str, Any]:
+    """What the file says beside its weights."""
+    with torch.device("meta"):
+        usual = task.build()
+    shapes, own = ([v.shape for v in of.state_dict().values()] for of in (usual, network))
+    # with other channels, those of a search, no architecture names what the file is of
+    notes = {"task": task.name, "seed": seed, "float_bytes": float_bytes(network)}
+    return {"architecture": task.architecture if shapes == own else None, "notes": notes}
 
 
 def _settings(saved: Any) -> dict[str, Any]:

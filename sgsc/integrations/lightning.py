@@ -12,6 +12,7 @@ it as any loss.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -74,9 +75,11 @@ class SGSCCallback(Callback):
         if not math.isfinite(steps) or steps < 1:
             raise ValueError("SGSCCallback needs to know how many steps there are; give the Trainer max_steps")
         model: nn.Module = pl_module.get_submodule(self.name)
+        convert = trainer.precision_plugin.convert_input  # as batches are: weights may be of half precision
+        keep = self.keep if self.keep is None else replace(self.keep, inputs=convert(self.keep.inputs))
         self.run = run = SelfCompression(
             model,
-            self.keep,
+            keep,
             optimizer=trainer.optimizers[0],
             scaler=getattr(trainer.precision_plugin, "scaler", None),
             **{**self.settings, "steps": int(steps)},
@@ -84,7 +87,6 @@ class SGSCCallback(Callback):
         if self.saved is not None:
             run.load_state_dict(self.saved | {"model": model.state_dict()})
             self.saved = None
-        self.seen = run.steps
         inner = pl_module.training_step
 
         def training_step(*arguments: Any, **named: Any) -> Any:
@@ -94,6 +96,10 @@ class SGSCCallback(Callback):
             return made if made is None else {**made, "loss": run.loss(made["loss"])}
 
         pl_module.training_step = training_step
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Count from where the Trainer is: it counts batches that were skipped, too."""
+        self.seen = trainer.global_step
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Move widths and ranges, behind the optimiser: not after each part of a batch, nor one that was skipped."""

@@ -91,6 +91,8 @@ def command(report: Mapping[str, Any]) -> str:
     known |= mapping(said.get("config"))
     known |= {key: said.get(key) for key in ("samples", "quantizer", "precision")}
     known |= {key: report.get(key) for key in ("limit", "data", "device", "start")}
+    shares = mapping(said.get("shares"))
+    known |= {"shares": ",".join(f"{name}={number(share, '{}')}" for name, share in shares.items()) or None}
     known |= {"float_steps": report.get("float_steps") or None}  # 0: weights were there
     for key, value in known.items():
         flag = str(key).replace("_", "-")

@@ -163,11 +163,11 @@ def round_biases(model: nn.Module) -> int:
 
     Ours add a float bias to the scaled sum, which is exact: this is for networks that will run on kernels which
     accumulate codes with the bias among them. The error is at most half such a step. A bias of more than 2^31 steps
-    stays as it is: such are those of rows of zeros. So does one whose dtype cannot hold such steps to a hundredth, or
-    that several layers share.
+    stays as it is: such are those of rows of zeros. So does one whose dtype cannot hold whole steps, to a hundredth or
+    as far as float32 can, or that several layers share.
 
     Returns:
-        How many biases were left.
+        How many biases were left; of those that are shared once a layer.
     """
     kept, layers = 0, quant_layers(model)
     own = own_biases(model, layers)

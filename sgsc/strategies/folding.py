@@ -60,7 +60,9 @@ def fold_batch_norms(model: nn.Module) -> Folded:
         before = str(calls[id(modules[name])][0].args[0].target)  # pyright: ignore  a node, as _why_not has found
         fuse = fuse_linear_bn_eval if isinstance(modules[before], nn.Linear) else fuse_conv_bn_eval
         fused = fuse(modules[before], modules[name])  # pyright: ignore
-        modules[before].weight, modules[before].bias = fused.weight, fused.bias
+        # a bias that is new learns where that of the norm, or the weight, would
+        learns = [p.requires_grad for p in (modules[before].weight, modules[name].bias) if p is not None][-1]
+        modules[before].weight, modules[before].bias = fused.weight, fused.bias.requires_grad_(learns)
         gone = nn.Identity()
         for alias, module in list(model.named_modules(remove_duplicate=False)):
             if module is modules[name]:

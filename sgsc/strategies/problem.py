@@ -155,7 +155,10 @@ class Problem:
         found: list[Derived] = []
         for again in (False, True) if recalibrate and any(self.inputs.values()) else (False,):
             if again:
-                self.recalibrate(choice)
+                try:
+                    self.recalibrate(choice)
+                except ValueError:  # rounded so, a network that decides by its data no longer calls some layer
+                    continue
             else:
                 self.set(choice)
             found.append(self.as_it_stands(self.judge(), again))
@@ -225,7 +228,8 @@ def make_problem(
     _check_loss(judge, first)
     folded = _folded(network, fit[0], first) if fold else Folded(copy.deepcopy(network).eval(), (), {})
     prepared = prepare(folded.model, quantizer="lsq8", skip=settings.skip)
-    learns = [name for name, p in prepared.model.named_parameters() if p.requires_grad and "_quantizer." not in name]
+    quantizers = {id(p) for layer in quant_layers(prepared.model).values() for p in layer.weight_quantizer.parameters()}
+    learns = [n for n, p in prepared.model.named_parameters() if p.requires_grad and id(p) not in quantizers]
     model = prepared.model.eval().requires_grad_(False)
     found = quant_layers(model)
     together = joined(fit, room(model, found, fit[0]))
@@ -295,12 +299,12 @@ def _check_loss(loss: Loss, outputs: Tensor) -> None:
     """Refuse a function that is no loss.
 
     Raises:
-        ValueError: If it does not give one finite number for equal answers.
+        ValueError: If it does not give one number for equal answers; -inf is one, as -PSNR has it.
     """
     value = loss(outputs, outputs)
-    if not isinstance(value, Tensor) or value.numel() != 1 or not torch.isfinite(value).all():
+    if not isinstance(value, Tensor) or value.numel() != 1 or value.isnan().any():
         said = tuple(value.shape) if isinstance(value, Tensor) and value.numel() != 1 else value
-        raise ValueError(f"loss of the model's answers with themselves is {said}; want a tensor of one finite number")
+        raise ValueError(f"loss of the model's answers with themselves is {said}; want a tensor of one number")
 
 
 def _folded(network: nn.Module, x: Tensor, wanted: Tensor) -> Folded:

@@ -187,19 +187,19 @@ def train_mixture(
         layer.input_quantizer = MixedInput(problem.inputs[name]) if problem.inputs.get(name) else None
     logits = [m.logits for m in mixtures(model)]
     optimiser = torch.optim.Adam(logits, lr=RATE)
-    draw, course, first = torch.Generator().manual_seed(seed), [], 0.0
+    draw, course, first = torch.Generator().manual_seed(seed), [], None
     judged: list[tuple[float, Choice]] = []
     for step in range(steps):
         part = step / max(steps - 1, 1)
         set_temperature(model, COLDEST**part)
         place = int(torch.randint(len(problem.fit), (1,), generator=draw))
         loss = problem.loss(model(fed(model, problem.fit[place])), problem.answer(place))
-        if step == 0:
-            first = loss.item()
         sharp = entropy(model)
-        optimiser.zero_grad()
-        (loss + SHARP * first * part * sharp).backward()
-        optimiser.step()
+        if math.isfinite(loss.item()):  # else nothing is to be learned from this step
+            first = loss.item() if first is None else first
+            optimiser.zero_grad()
+            (loss + SHARP * first * part * sharp).backward()
+            optimiser.step()
         course.append({"step": step, "loss": loss.item(), "entropy": sharp.item()})
         if (step + 1) * LOOKS // steps > step * LOOKS // steps:
             choice = leading(layers)

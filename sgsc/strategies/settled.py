@@ -16,15 +16,14 @@ MOST_BYTES = 2**30  # of outputs that are kept
 class Settled:
     """A context in which layers that were `add`ed, first to last in the order of their calls, answer from memory.
 
-    Half of a greedy pass is saved. Nothing is where any layer is not called once a batch, or batches call layers in
-    other orders: one in between is then given what a layer makes whose turn is later. Nor is where memory ends. The
+    Half of a greedy pass is saved. Nothing is where any layer is not called once a batch, or a batch calls layers in
+    another order: one in between is then given what a layer makes whose turn is later. Nor is where memory ends. The
     answers are the same either way.
     """
 
     def __init__(self, problem: Problem, most_bytes: int = MOST_BYTES) -> None:
         counts = count_calls(problem.model, problem.layers, problem.select).counts
-        once = all(count.get(name) == 1 for count in counts for name in problem.layers)
-        once &= len({tuple(count) for count in counts}) == 1  # in one order
+        once = all(list(count.items()) == [(name, 1) for name in problem.layers] for count in counts)
         self.problem, self.left = problem, most_bytes if once else 0
         self.added: list[nn.Module] = []
 
