@@ -215,23 +215,23 @@ def ablated(rows: list[Row]) -> list[Row]:
     for schedule in schedules(rows):
         for task, size in dict.fromkeys((row["task"], row["target_size"]) for row in pick(rows, schedule=schedule)):
             of = pick(rows, schedule=schedule, task=task, target_size=size)
-            for (other, words), (what, unit, value) in itertools.product(OTHERS.items(), SUFFERED):
+            for other, words in OTHERS.items():
+                if other == "random" and not pick(of, method=other):  # rows from before there was one
+                    continue
                 pairs = [
                     (row, mine)
                     for row in pick(of, method=other)
                     for mine in pick(of, method="with", seed=row["seed"])
                     if abs(mine["stored_bytes"] / row["stored_bytes"] - 1) <= OFF_TARGET
                 ]
-                if other == "random" and not pick(of, method=other):  # rows from before there was one
-                    continue
-                leads = [
-                    {"seed": row["seed"], "commit": mine.get("commit"), "fewer": value(row) - value(mine)}
-                    for row, mine in pairs
-                    if value(row) is not None and value(mine) is not None
-                ]
-                text = f"{task} at {100 * size:g} %: {what} {words}, less those with it"
-                text += says(schedule)
-                found.append(over_seeds(text, leads, lambda row: row["fewer"], 5, 0.0, unit, True, sure=True))
+                for what, unit, value in SUFFERED:
+                    leads = [
+                        {"seed": row["seed"], "commit": mine.get("commit"), "fewer": value(row) - value(mine)}
+                        for row, mine in pairs
+                        if value(row) is not None and value(mine) is not None
+                    ]
+                    text = f"{task} at {100 * size:g} %: {what} {words}, less those with it{says(schedule)}"
+                    found.append(over_seeds(text, leads, lambda row: row["fewer"], 5, 0.0, unit, True, sure=True))
     return found
 
 

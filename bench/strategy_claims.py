@@ -54,15 +54,12 @@ def network_claims(rows: list[Row]) -> list[Row]:
             ours = [r for r in mine if r["method"] == "DQSS"]
             name = f"{task}{f', {DATA[task]}' if task in DATA else ''}, {setting}"
             of = f"of {group[-1]['samples']:,}, {group[0]['test_samples']:,} test samples"
-            beside = {
-                m: [r for r in mine if r["method"] == m and "ours_ahead" in r]
-                for m in dict.fromkeys((*BESIDE, *_methods(mine)))
-                if m in BESIDE or m.startswith(SINGLE)
-            }
-            single = {m: rows for m, rows in beside.items() if m.startswith(SINGLE) and rows}
-            behind = min(single, key=lambda m: statistics.fmean(r["ours_ahead"] for r in single[m]), default="")
-            for method, leads in beside.items():
-                if leads and (method in BESIDE or method == behind):
+            judged = [r for r in mine if "ours_ahead" in r]
+            beside = {m: [r for r in judged if r["method"] == m] for m in _methods(judged)}
+            single = [m for m in beside if m.startswith(SINGLE)]
+            behind = min(single, key=lambda m: statistics.fmean(r["ours_ahead"] for r in beside[m]), default="")
+            for method in (*BESIDE, behind):
+                if leads := beside.get(method, []):
                     mean = factor * statistics.fmean(r["ours_ahead"] for r in leads)
                     noise = factor * statistics.fmean(r["ours_ahead_error"] for r in leads)
                     draws, enough = counted(min(len(leads), len(ours)), "draws")

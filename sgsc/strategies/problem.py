@@ -221,10 +221,10 @@ def make_problem(
     of_inputs = strategies(INPUTS, settings.inputs, settings.trained)
     fit, select = split(calibration, network, settings)
     with torch.no_grad(), evaluating(network):
-        for x in fit:
+        first = _answer(network, fit[0], settings.loss)
+        for x in fit[1:]:
             _answer(network, x, settings.loss)
         wanted = [_answer(network, x, settings.loss) for x in select]
-        first = _answer(network, fit[0], settings.loss)
     _check_loss(judge, first)
     folded = _folded(network, fit[0], first) if fold else Folded(copy.deepcopy(network).eval(), (), {})
     prepared = prepare(folded.model, quantizer="lsq8", skip=settings.skip)
