@@ -29,6 +29,7 @@ from optuna.trial import TrialState
 
 from sgsc.demos.training import usable
 from sgsc.search.storage import open_storage, open_study
+from tests import postgres_server
 
 from . import record
 from .runs import Row, Section, Settings
@@ -89,35 +90,46 @@ def _proposal(seed: int, method: str) -> Row:
 
 
 def kills(section: Section, seeds: Sequence[int]) -> None:
-    """Workers killed at random moments, one after another on one study."""
+    """Workers killed at random moments, one after another on one study; on a server too where one is installed."""
     for seed in seeds:
-        section.row({"task": "kills", "seed": seed, "method": "SQLite"}, lambda s=seed: _kills(s))
+        section.row({"task": "kills", "seed": seed, "method": "SQLite"}, lambda s=seed: _kills_of_a_file(s))
+        if postgres_server.INSTALLED:
+            section.row({"task": "kills", "seed": seed, "method": "PostgreSQL"}, lambda s=seed: _kills_of_a_server(s))
 
 
-def _kills(seed: int) -> Row:
-    rng, told, openings = random.Random(seed), {}, []
+def _kills_of_a_file(seed: int) -> Row:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "s.db"
-        for _ in range(KILLS):
-            command = [sys.executable, "-m", "tests.search_worker", str(path), "100000"]
-            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-                assert process.stdout is not None
-                openings.append(float(process.stdout.readline().split()[1]))
-                time.sleep(rng.uniform(0, 0.6))
-                process.send_signal(signal.SIGKILL)
-                lines = [line.split() for line in process.stdout.read().splitlines()]
-            told |= {int(line[1]): float(line[2]) for line in lines if line[0] == "told" and len(line) == 3}
-        study = open_study(open_storage(path), "study", optuna.samplers.RandomSampler())
-        trials = study.get_trials()
-        complete = {t.number: t.value for t in trials if t.state == TrialState.COMPLETE}
-        return {
-            "kills": KILLS,
-            "acknowledged": len(told),
-            "lost": sum(complete.get(number) != value for number, value in told.items()),
-            "zombies": sum(t.state == TrialState.RUNNING for t in trials),
-            "slowest_opening_seconds": max(openings),
-            "median_opening_seconds": statistics.median(openings),
-        }
+        return _kills(seed, f"{folder}/s.db")
+
+
+def _kills_of_a_server(seed: int) -> Row:
+    with postgres_server.server() as server:
+        return _kills(seed, server.database("kills"))
+
+
+def _kills(seed: int, where: str) -> Row:
+    rng, told, openings = random.Random(seed), {}, []
+    for _ in range(KILLS):
+        command = [sys.executable, "-m", "tests.search_worker", where, "100000"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            openings.append(float(process.stdout.readline().split()[1]))
+            time.sleep(rng.uniform(0, 0.6))
+            process.send_signal(signal.SIGKILL)
+            lines = [line.split() for line in process.stdout.read().splitlines()]
+        told |= {int(line[1]): float(line[2]) for line in lines if line[0] == "told" and len(line) == 3}
+    storage = open_storage(where)
+    trials = open_study(storage, "study", optuna.samplers.RandomSampler()).get_trials()
+    storage.engine.dispose()
+    complete = {t.number: t.value for t in trials if t.state == TrialState.COMPLETE}
+    return {
+        "kills": KILLS,
+        "acknowledged": len(told),
+        "lost": sum(complete.get(number) != value for number, value in told.items()),
+        "zombies": sum(t.state == TrialState.RUNNING for t in trials),
+        "slowest_opening_seconds": max(openings),
+        "median_opening_seconds": statistics.median(openings),
+    }
 
 
 SECTIONS: dict[str, tuple[Callable[[Section, Sequence[int]], None], Callable[[list[Row]], list[Row]]]] = {

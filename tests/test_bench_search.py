@@ -11,6 +11,7 @@ from scipy.stats import spearmanr
 
 from bench import readme, record, runs, search, search_claims, search_networks, search_surrogates
 from bench.search_surrogates import MEASURED, METHODS, Measured, Surrogate, measure
+from tests import postgres_server
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -103,7 +104,7 @@ def test_claims_fail_where_the_numbers_do():
     (against_random, *_) = search_claims.surrogate_claims(wide)
     assert against_random["measured"] > 12  # in the medians; over the seeds by chance
     assert not against_random["holds"]
-    kills = {"kills": 3, "acknowledged": 9, "lost": 1, "zombies": 2, "slowest_opening_seconds": 6.0}
+    kills = {"method": "SQLite", "kills": 3, "acknowledged": 9, "lost": 1, "zombies": 2, "slowest_opening_seconds": 6.0}
     assert [c["holds"] for c in search_claims.kill_claims([kills])] == [False] * 3
     assert not search_claims.proposal_claims([{"method": "k-means TPE", "milliseconds": 51.0}])[0]["holds"]
     ours = {"schedule": "reduced", "task": "mnist", "method": "kmeans-tpe", "seed": 0, "short_loss": 2.0}
@@ -112,12 +113,14 @@ def test_claims_fail_where_the_numbers_do():
     other = {**ours, "method": "uniform", "stored_bytes": 100}
     other |= {"validation_accuracy": 0.91, "validation_wrong": [*range(900)]}
     tpe = {**ours, "method": "tpe", "short_loss": 1.0}
-    assert [c["holds"] for c in search_claims.network_claims([ours, other, tpe])] == [False] * 3
+    assert [c["holds"] for c in search_claims.network_claims([ours, other, tpe])] == [False, False, True, False]
+    better = {**tpe, "validation_accuracy": 0.91, "validation_wrong": [*range(900)]}
+    assert [c["holds"] for c in search_claims.network_claims([ours, better])] == [False, False]
     ours |= {"stored_bytes": 80, "validation_accuracy": 0.9095, "short_loss": 1.0}
     ours |= {"validation_wrong": [*range(905)]}  # five more than theirs, and no other: one error is 0.0002
-    assert [c["holds"] for c in search_claims.network_claims([ours, other, tpe])] == [True, False, True]
+    assert [c["holds"] for c in search_claims.network_claims([ours, other, tpe])] == [True, False, True, True]
     ours |= {"validation_wrong": [*range(50, 955)]}  # 55 that they have right, 50 the other way: it is 0.001
-    assert [c["holds"] for c in search_claims.network_claims([ours, other, tpe])] == [True] * 3
+    assert [c["holds"] for c in search_claims.network_claims([ours, other, tpe])] == [True] * 4
     program = {**other, "method": "integer program", "seed": 1}  # another seed is no pair
     assert len(search_claims.network_claims([ours, program])) == 0
 
@@ -135,11 +138,13 @@ def test_a_rank_correlation_has_the_interval_that_simulated_ones_have():
 
 def test_a_kill_run_and_a_proposal_are_measured(monkeypatch):
     monkeypatch.setattr(search, "KILLS", 2)
-    found = search._kills(0)
+    found = {"method": "SQLite"} | search._kills_of_a_file(0)
     assert (found["kills"], found["lost"], found["zombies"]) == (2, 0, 0)
+    if postgres_server.INSTALLED:
+        assert search._kills_of_a_server(0)["lost"] == 0
     monkeypatch.setattr(search, "TRIALS", 20)
     assert search._proposal(0, "k-means TPE")["milliseconds"] > 0
-    assert "| 2 |" in search_claims.kill_table([found])
+    assert "| SQLite | 2 |" in search_claims.kill_table([found])
 
 
 def test_proxies_are_drawn_from_the_choices_that_a_search_has():
@@ -174,7 +179,7 @@ def test_network_rows_are_runs_on_one_float_network(monkeypatch, tmp_path, commi
     shown = search_claims.network_table(said["rows"])
     assert "| kmeans-tpe | reduced | 1 |" in shown
     assert "3 random configurations after 2 and 3 steps (reduced, seeds: 1)" in shown
-    assert len(said["claims"]) == 5
+    assert len(said["claims"]) == 6
 
 
 def test_an_unknown_section_is_named(capsys):

@@ -7,7 +7,7 @@ hosts share a PostgreSQL or MySQL server through its URL.
 
 Every trial notes the host and process that runs it. Where that process is gone the trial is failed when the study is
 opened again; a trial of another host, or of another container of this one, is failed once it was silent for `PATIENCE`
-seconds.
+seconds. These are of the server's clock, since clocks of hosts differ.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import sqlalchemy
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import event
+from sqlalchemy import event, func, select
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
 HOST, WORKER, BEAT = "host", "worker", "beat"  # attributes of a study, and of a trial
@@ -45,7 +45,7 @@ class StorageError(OSError):
     """A storage cannot be opened or written; the study in it, if any, is as it was."""
 
 
-def open_storage(where: str | Path) -> BaseStorage:
+def open_storage(where: str | Path) -> RDBStorage:
     """The storage of an URL that Optuna knows, or of a file, which is SQLite.
 
     Raises:
@@ -158,13 +158,12 @@ def fail_stale(study: Study) -> list[int]:
 
     Their configurations are given back to the queue, once: a configuration that kills its worker is not tried for ever.
     """
-    failed = []
+    failed, now = [], clock(study._storage)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if trial.user_attrs.get(WORKER) is None:  # killed between the trial's creation and its note, or just begun
-            began = trial.datetime_start or datetime.datetime.min
-            time.sleep(min(max(GRACE - (datetime.datetime.now() - began).total_seconds(), 0.0), GRACE))
+            time.sleep(GRACE if _on_server(study._storage) else min(max(GRACE - _age(trial), 0.0), GRACE))
             trial = study._storage.get_trial(trial._trial_id)
-        if trial.state.is_finished() or _alive(trial):
+        if trial.state.is_finished() or _alive(trial, now):
             continue
         try:
             study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
@@ -200,6 +199,11 @@ def wait_for_others(study: Study, waiting: Callable[[str], None] = lambda whom: 
     return came_back
 
 
+def _age(trial: FrozenTrial) -> float:
+    """Seconds since a trial began, by the clock of its host."""
+    return (datetime.datetime.now() - (trial.datetime_start or datetime.datetime.min)).total_seconds()
+
+
 def _this_process() -> dict[str, Any]:
     own = os.getpid()
     return {"host": socket.gethostname(), "where": _where(), "pid": own, "started": _started(own)}
@@ -224,13 +228,24 @@ def given(trial: FrozenTrial) -> dict[str, Any]:
     return trial.system_attrs.get("fixed_params") or trial.params
 
 
-def _alive(trial: FrozenTrial) -> bool:
+def clock(storage: Any) -> float:
+    """Seconds on a clock that all workers of a study read: the server's, or this host's where no other may come."""
+    engine = _engine(storage)
+    if engine is None or not _on_server(storage):
+        return time.time()
+    mysql = engine.dialect.name in ("mysql", "mariadb")  # its now() is in a time zone that the session sets
+    with engine.connect() as connection:
+        told = connection.execute(select(func.utc_timestamp() if mysql else func.now())).scalar_one()
+    return told.replace(tzinfo=told.tzinfo or datetime.timezone.utc).timestamp()
+
+
+def _alive(trial: FrozenTrial, now: float) -> bool:
     worker, where = trial.user_attrs.get(WORKER), _where()
     if worker is None:
         return False
     if worker["host"] == socket.gethostname() and worker.get("where", where) == where:
         return _started(worker["pid"]) == worker["started"]
-    return time.time() - max(worker["time"], trial.user_attrs.get(BEAT, 0.0)) < PATIENCE
+    return now - max(worker["time"], trial.user_attrs.get(BEAT, 0.0)) < PATIENCE
 
 
 def _started(pid: int) -> str | None:
@@ -252,13 +267,14 @@ def _started(pid: int) -> str | None:
 @contextmanager
 def working(trial: optuna.Trial) -> Iterator[None]:
     """Note who runs a trial, and give a sign of life every `HEARTBEAT` seconds while it runs."""
-    trial.set_user_attr(WORKER, {**_this_process(), "time": time.time()})
+    storage = trial.study._storage
+    trial.set_user_attr(WORKER, {**_this_process(), "time": clock(storage)})
     over = threading.Event()
 
     def beat() -> None:
         while not over.wait(HEARTBEAT):
             with suppress(Exception):  # a full disk is the main thread's to report, when it writes the result
-                trial.set_user_attr(BEAT, time.time())
+                trial.set_user_attr(BEAT, clock(storage))
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -288,13 +304,22 @@ def writing(storage: BaseStorage) -> Iterator[None]:
 
 def is_sqlite(storage: Any) -> bool:
     """Whether the study is in an SQLite file."""
-    engine = getattr(getattr(storage, "_backend", storage), "engine", None)
+    engine = _engine(storage)
     return engine is not None and engine.dialect.name == "sqlite"
+
+
+def _on_server(storage: Any) -> bool:
+    """Whether workers of other hosts may write too."""
+    return _engine(storage) is not None and not is_sqlite(storage)
+
+
+def _engine(storage: Any) -> sqlalchemy.Engine | None:
+    return getattr(getattr(storage, "_backend", storage), "engine", None)
 
 
 def describe(storage: Any) -> str:
     """The storage's URL without password."""
-    engine = getattr(getattr(storage, "_backend", storage), "engine", None)
+    engine = _engine(storage)
     return "in memory" if engine is None else _named(engine.url.render_as_string(hide_password=True))
 
 
