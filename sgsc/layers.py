@@ -25,6 +25,7 @@ class QuantLayer(nn.Module):
     probe: Tensor | None = None  # while `probing`: the last quantized weight
     probing: bool = False
     handed: Callable[[QuantLayer], Tensor | None] | None = None  # by `quantize_together`: finds a weight made before
+    turned: bool = False  # float checkpoints have the weight as (K, C)
 
     def attach(self, quantizer: str) -> None:
         """Add the quantizer of that name, fitted to the weight."""
@@ -71,6 +72,8 @@ class QuantLayer(nn.Module):
         # A float checkpoint holds no quantizer: fit one to the weight that comes, and do not call that a missing key.
         key = f"{prefix}weight_quantizer."
         is_float = f"{prefix}weight" in state_dict and not any(k.startswith(key) for k in state_dict)
+        if is_float and self.turned:
+            state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"].t()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
         if is_float:
             self.weight_quantizer.fit(self.rows())
@@ -233,18 +236,38 @@ class QuantMultiheadAttention(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def unfuse_attention(model: nn.Module, wanted: Callable[[str], bool]) -> nn.Module:
-    """Put a `QuantMultiheadAttention` in place of every wanted `nn.MultiheadAttention`; shared ones stay shared.
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D: a Linear whose weight is (K, C). Known by name, for it may not be there."""
+    kind = type(module)
+    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
+def _linear_of(conv1d: nn.Module) -> nn.Linear:
+    """The same layer as torch has it, the weight a copy; float checkpoints of either kind load into what it becomes."""
+    source, bias = conv1d.weight, conv1d.bias
+    made = nn.Linear(*source.shape, device="meta")  # pyright: ignore  a tensor, as is_conv1d has it
+    made.weight = nn.Parameter(source.detach().t().contiguous(), requires_grad=source.requires_grad)  # pyright: ignore
+    made.bias, made.turned = bias, True  # pyright: ignore
+    made._forward_hooks, made._forward_pre_hooks = conv1d._forward_hooks, conv1d._forward_pre_hooks
+    return made.train(conv1d.training)
+
+
+def with_served_layers(model: nn.Module, wanted: Callable[[str], bool]) -> nn.Module:
+    """Put layers that are served in place of wanted ones that hold the same weights in another form.
+
+    `QuantMultiheadAttention` for `nn.MultiheadAttention`, `nn.Linear` for transformers' Conv1D; shared stay shared.
 
     Raises:
         ValueError: If one cannot be replaced; the message names it.
     """
-    made: dict[int, QuantMultiheadAttention] = {}
+    made: dict[int, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(module, nn.MultiheadAttention) or not (wanted(name) or id(module) in made):
+        attention = isinstance(module, nn.MultiheadAttention)
+        if not (attention or is_conv1d(module)) or not (wanted(name) or id(module) in made):
             continue
         try:
-            made[id(module)] = made.get(id(module)) or QuantMultiheadAttention(module)
+            if id(module) not in made:
+                made[id(module)] = QuantMultiheadAttention(module) if attention else _linear_of(module)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from None
         if name == "":

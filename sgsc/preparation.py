@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .layers import QUANTIZED, REFUSED, QuantLayer, unfuse_attention
+from .layers import QUANTIZED, REFUSED, QuantLayer, is_conv1d, with_served_layers
 
 
 class Prepared(NamedTuple):
@@ -28,6 +28,8 @@ class Prepared(NamedTuple):
 
 def prepare(model: nn.Module, *, quantizer: str = "integer", skip: Iterable[str] = ()) -> Prepared:
     """Copy a model and give every Linear, Conv1d, Conv2d, Embedding and MultiheadAttention its quantizers.
+
+    A Conv1D of transformers (GPT-2) becomes the Linear that it is.
 
     The float model is left as it is. The copy answers as the float model does, within the first grid (8 bits a weight
     with the default quantizer), and loads the float model's checkpoints.
@@ -62,11 +64,10 @@ def prepare(model: nn.Module, *, quantizer: str = "integer", skip: Iterable[str]
             f"layer {name!r} is a {type(layer).__name__}, which has no quantized form here; "
             f"leave it float with skip=[{name!r}]" + (f" ({len(refused)} such layers)" if len(refused) > 1 else "")
         )
-    _refuse_shared_weights(
-        {n: m for n, m in model.named_modules() if isinstance(m, tuple(QUANTIZED)) and not skipped(n)}
-    )
+    served = [(n, m) for n, m in model.named_modules() if isinstance(m, tuple(QUANTIZED)) or is_conv1d(m)]
+    _refuse_shared_weights({n: m for n, m in served if not skipped(n)})
     model = copy.deepcopy(model)
-    model = unfuse_attention(model, lambda name: not skipped(name))
+    model = with_served_layers(model, lambda name: not skipped(name))
     made: dict[int, QuantLayer] = {}
     swapped: list[str] = []
     left: dict[str, str] = {}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from sgsc.layers import unfuse_attention
+from sgsc.layers import with_served_layers
 from sgsc.packed import PackedConv2d, PackedEmbedding, PackedLayer, geometry
 
 from .format import ArtefactError
@@ -79,7 +79,8 @@ def load_into(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
 def _fill(model: nn.Module, artefact: Artefact) -> nn.Module:
     try:
-        model = unfuse_attention(model, lambda name: _join(name, "q_proj") in artefact.layers)
+        held = artefact.layers
+        model = with_served_layers(model, lambda name: name in held or _join(name, "q_proj") in held)
     except ValueError as error:
         raise ArtefactError(str(error)) from None
     modules = dict(model.named_modules(remove_duplicate=False))
