@@ -36,8 +36,7 @@ class Tokens(Dataset):
         return self.ids[i], self.labels[i]
 
 
-@pytest.fixture(scope="session")
-def hf():
+def transformers_found():
     needs("transformers")
     if "kernels" not in sys.modules:
         sys.modules["kernels"] = None  # transformers looks for a package of this name, and finds this tree's folder
@@ -46,8 +45,8 @@ def hf():
     return transformers
 
 
-@pytest.fixture(scope="session")
-def bert(hf):
+def bert_of(hf, steps: int = 30):
+    """A tiny classifier, trained."""
     torch.manual_seed(0)
     config = hf.BertConfig(
         **{"vocab_size": TOKENS, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
@@ -56,19 +55,33 @@ def bert(hf):
     net = hf.BertForSequenceClassification(config)
     optimizer = torch.optim.Adam(net.parameters(), 1e-2)
     data = Tokens(named=False)
-    for _ in range(30):
+    for _ in range(steps):
         optimizer.zero_grad()
         F.cross_entropy(net(data.ids).logits, data.labels).backward()
         optimizer.step()
     return net.eval()
 
 
-@pytest.fixture(scope="session")
-def lightning():
+def lightning_found():
     needs("lightning")
     import lightning.pytorch as found
 
     return found
+
+
+@pytest.fixture(scope="session")
+def hf():
+    return transformers_found()
+
+
+@pytest.fixture(scope="session")
+def bert(hf):
+    return bert_of(hf)
+
+
+@pytest.fixture(scope="session")
+def lightning():
+    return lightning_found()
 
 
 def lit(lightning, net: nn.Module, manual: bool = False, named: bool = False, skips: int = -1):
