@@ -110,6 +110,7 @@ def test_the_page_shows_every_part(run):
     for part in ("History", "Front", "Parallel coordinates", "Bits and channels of each layer", "uniform 2"):
         assert part in page
     assert page.count("<svg") >= 4
+    assert page.count('class="wide"') == 3  # on a phone they scroll: text would be too small to read
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert main(["report", str(run[0]), "--json"]) == 0
     assert (run[0] / "report.html").read_text() == page

@@ -1,6 +1,7 @@
 """`sgsc strategies` from the command line: files, page, a network of one's own, errors."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -64,6 +65,7 @@ def test_the_page_shows_every_part_and_is_written_again(run, capsys):
     ):
         assert part in page
     assert page.count("<svg") == 2
+    assert "$" not in re.sub(r"<style.*?</style>", "", page, flags=re.DOTALL)  # formulas would be shown as written
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert main(["report", str(run[0]), "--json"]) == 0
     assert (run[0] / "report.html").read_text() == page

@@ -398,8 +398,8 @@ def test_what_is_not_a_number_is_said(bad, tmp_path):
     assert json.loads(to_json(report))["packed_accuracy"] is None
 
 
-def line_of(report):
-    svg = plots.draw(report)["size"]
+def line_of(report, plot="size"):
+    svg = plots.draw(report)[plot]
     assert "nan" not in svg
     return max(re.findall(r'<path d="([^"]*)"[^>]*stroke: var\(--accent\)', svg), key=len)
 
@@ -412,6 +412,14 @@ def test_a_gap_in_the_history_leaves_the_rest_of_the_line(bad):
         assert line_of(report).count("M") == 1
     report["history"][10] |= {"size": bad, "accuracy": bad, "preservation_loss": bad}
     assert line_of(report).count("M") == 2
+
+
+def test_what_is_measured_at_some_checks_is_a_line_through_them():
+    report = full_report()
+    report["history"] = [row for row in report["history"] if "accuracy" in row][:20]
+    for row in report["history"][1::2]:
+        del row["accuracy"]
+    assert (line_of(report, "quality").count("M"), line_of(report, "quality").count("L")) == (1, 9)
 
 
 def test_without_a_target_a_step_the_final_one_is_drawn():

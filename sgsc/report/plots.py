@@ -21,7 +21,7 @@ PLOT_STYLE = {
     "svg.hashsalt": "sgsc",  # the same report gives the same bytes
     "figure.figsize": (4.7, 3.2),
     "font.size": 10.5,
-    **dict.fromkeys(("figure.constrained_layout.use", "axes.grid"), True),
+    **dict.fromkeys(("figure.constrained_layout.use", "axes.grid", "axes.axisbelow"), True),
     **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
     **dict.fromkeys(("grid.color", "axes.edgecolor"), LINE),
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
@@ -65,9 +65,11 @@ def draw(report: Mapping[str, Any], runs: Sequence[Mapping[str, Any]] = ()) -> d
 
 
 def _line(axes: Any, history: Sequence[Mapping[str, Any]], key: str, default: Any = None, **how: Any) -> None:
-    marker = "." if len(history) == 1 else ""
-    values = [drawable(row.get(key, default)) for row in history]
-    axes.plot([drawable(row["step"]) for row in history], values, marker=marker, **how)
+    """Through the rows that have the key: what is measured at every fourth check is a line too."""
+    told = [row for row in history if key in row or default is not None]
+    points = [(drawable(row["step"]), drawable(row.get(key, default))) for row in told]
+    marker = "." if len(points) == 1 else ""
+    axes.plot(*(zip(*points, strict=True) if points else ((), ())), marker=marker, **how)
 
 
 def _guards(axes: Any, report: Mapping[str, Any], **how: Any) -> None:
@@ -115,10 +117,9 @@ def _tradeoff(figure: Any, points: Mapping[str, Sequence[tuple[float, float]]]) 
             _in_percent(axes.yaxis)
         seen = [y for _, y in pairs if not math.isnan(y)]
         if key == "loss" and 0 < FAR * min(seen) < max(seen):  # a moment of collapse would flatten all others
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+            logarithmic(axes)
     _over_size(figure, [x for pairs in points.values() for x, y in pairs if not math.isnan(y)])
-    _legend(figure)
+    legend(figure)
 
 
 def _runs(figure: Any, report: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> None:
@@ -143,7 +144,7 @@ def _runs(figure: Any, report: Mapping[str, Any], runs: Sequence[Mapping[str, An
         axes.set_ylabel(f"test {key}")
     _in_percent(figure.axes[0].yaxis)
     _over_size(figure, [x for x in sizes if x > 0])
-    _legend(figure)
+    legend(figure)
 
 
 def _held(run: Mapping[str, Any]) -> bool:
@@ -183,7 +184,14 @@ def _over_size(figure: Any, sizes: Sequence[float]) -> None:
     figure.axes[-1].set_xlabel("stored size, share of the float size")
 
 
-def _legend(figure: Any) -> None:
+def logarithmic(axes: Any) -> None:
+    """The vertical axis; its numbers without formulas, which would be shown as they are written."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axes.yaxis.set_minor_formatter(lambda y, _: "")
+
+
+def legend(figure: Any) -> None:
     """Above the axes: points may lie anywhere in them."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 3), fontsize=9.5)

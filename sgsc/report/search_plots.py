@@ -29,7 +29,7 @@ def draw_search(report: Mapping[str, Any]) -> dict[str, Markup]:
             _parallel(found.setdefault("parallel", Figure(figsize=(9.6, 3.6))), judged)
         shares = {k: v for k, v in mapping(report.get("importance")).items() if is_number(v) and math.isfinite(v)}
         if shares:
-            _importance(found.setdefault("importance", Figure()), shares)
+            _importance(found.setdefault("importance", Figure(figsize=(9.6, 1 + 0.24 * min(len(shares), 15)))), shares)
         if rows(report, "layers"):
             _layers(found.setdefault("layers", Figure(figsize=(9.6, 3.2))), rows(report, "layers"))
         return {name: as_svg(figure, name) for name, figure in found.items()}

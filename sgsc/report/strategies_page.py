@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .page import templates, write_page
-from .plots import ALARM, DASHED, MAIN, PLOT_STYLE, SECOND, as_svg
+from .plots import ALARM, DASHED, MAIN, PLOT_STYLE, SECOND, as_svg, legend, logarithmic
 from .words import drawable, is_number, mapping, number, percent, plain, rows
 
 MOST_LAYERS = 60
@@ -88,19 +88,28 @@ def draw_strategies(report: Mapping[str, Any]) -> dict[str, Markup]:
                 if row.get("stage") != before.get("stage"):
                     axes.axvline(drawable(row.get("step")), **{**DASHED, "color": ALARM})
             of = "training" if report.get("trained_steps") else "mixture"
-            axes.set(xlabel="step", ylabel=f"of the {of}", yscale="log")
-            axes.legend()
+            axes.set(xlabel="step", ylabel=f"of the {of}")
+            logarithmic(axes)
+            legend(axes.figure)
         return {name: as_svg(figure, name) for name, figure in found.items()}
 
 
 def _uniform(figure: Any, uniform: list[Mapping[str, Any]], report: Mapping[str, Any]) -> None:
     axes = figure.subplots()
-    axes.plot(range(len(uniform)), sorted(drawable(row["loss"]) for row in uniform), "o", markersize=4, color=MAIN)
+    axes.plot(
+        range(len(uniform)),
+        sorted(drawable(row["loss"]) for row in uniform),
+        "o",
+        markersize=4,
+        color=MAIN,
+        label="a choice",
+    )
     for key, colour, text in (("greedy_loss", SECOND, "greedy alone"), ("loss", ALARM, "result")):
         if drawable(report.get(key)) > 0:
             axes.axhline(drawable(report.get(key)), **{**DASHED, "color": colour}, label=text)
-    axes.set(xlabel="uniform choices, best first", ylabel="loss", yscale="log")
-    axes.legend()
+    axes.set(xlabel="uniform choices, best first", ylabel="loss")
+    logarithmic(axes)
+    legend(figure)
 
 
 def _names(report: Mapping[str, Any], key: str) -> list[str]:
