@@ -56,6 +56,7 @@ START = "mse"  # of the other side, where strategies of one side are compared
 def measure_network(section: Section, of: Network, settings: Sequence[str], draws: int, randoms: int) -> None:
     """Every method in every setting on every draw."""
     common = {"task": section.name.removeprefix("strategies-"), "test_samples": of.test_samples, "metric": of.metric}
+    common |= {"left_float": list(of.skip)} if of.skip else {}
     section.row({**common, "method": "float"}, lambda: timed(lambda: of.judge(of.model)))
     for setting in settings:
         for seed in range(draws):

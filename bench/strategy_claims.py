@@ -170,6 +170,8 @@ def _one_table(rows: Rows) -> str:
     head = ["method", *(f"{s}: {columns[0]}" if c == columns[0] else c for s in settings for c in columns)]
     draws = {s: len({r["seed"] for r in rows if r.get("setting") == s}) for s in settings}
     data = f" {DATA[rows[0]['task']]}." if rows[0]["task"] in DATA else ""
+    left = rows[0].get("left_float")
+    data += f" In all methods {', '.join(left)} stays float." if left else ""
     why = {f"{r['method']}: {cell(r['missing'])}" for r in rows if "missing" in r}
     note = (
         f"Mean over draws of {rows[-1].get('samples'):,} calibration samples (least to most), "

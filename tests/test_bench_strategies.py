@@ -47,6 +47,9 @@ def test_a_network_s_rows_and_claims(short, monkeypatch):
     assert "W4A4: accuracy, %" in table
     assert "| DQSS |" in table
     assert "No torchao: ModuleNotFoundError" in table
+    assert "stays float" not in table
+    left = [row | {"left_float": ["emb"]} for row in found["rows"]]
+    assert "In all methods emb stays float." in strategy_claims.network_table(left)
 
 
 def small_network():
