@@ -35,6 +35,16 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 BLOCK = re.compile(r"(<!-- tables: (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
 STAMP = {"section", "machine", "device", "commit", "date", "command"}
 SHOWN = "4096x4096, 2 threads"  # the section of cpu_peers that is shown width by width
+TITLES = {
+    "main_job": "The main job, the published form, the training step",
+    "sgsc": "Compression of real tasks, against uniform training and other libraries, and what the set buys",
+    "cpu_kernels": "Kernels on the CPU against PyTorch",
+    "cpu_peers": "Packed products on the CPU against other libraries",
+    "deployment": "Whole networks on the CPU against other runtimes",
+    "search": "Search of bits and channels",
+    "gpu_kernels": "Kernels on the GPU",
+    "strategies": "A strategy for each layer",
+}
 RATIOS = "A ratio is that peer's time over ours: below 1 (bold) the peer is faster."
 
 Row = Mapping[str, Any]
@@ -75,7 +85,14 @@ def filled(text: str, results: Path) -> str:
             f"{starts} markers `<!-- tables: NAME -->` and {ends} `<!-- end -->` make {pairs} pairs; "
             "each needs a line of its own, and its end"
         )
-    return BLOCK.sub(lambda found: f"{found[1]}{tables(read(found[2], results))}{found[4]}", text)
+    return BLOCK.sub(lambda found: f"{found[1]}{folded(found[2], read(found[2], results))}{found[4]}", text)
+
+
+def folded(name: str, found: Mapping[str, list[dict[str, Any]]]) -> str:
+    """The tables of one result file under a line that opens them: what it is of, and how many claims hold."""
+    shown, held = tables(found), [bool(claim["holds"]) for claim in found["claims"]]
+    count = f": {sum(held)} of {len(held)} claims hold" if held else ""
+    return f"\n<details>\n<summary>{TITLES.get(name, name)}{count}</summary>\n{shown}</details>\n\n" if shown else ""
 
 
 def tables(found: Mapping[str, list[dict[str, Any]]]) -> str:

@@ -346,7 +346,10 @@ def test_tables_are_written_once_and_a_stale_page_is_noticed(results, tmp_path, 
     assert readme.main(["--check", *arguments]) == 0
     assert readme.main(arguments) == 0
     assert page.read_text() == once
-    assert once.startswith("# Title\n\n<!-- tables: main_job -->\n\n**training**\n")
+    opening = "<details>\n<summary>The main job, the published form, the training step: "
+    assert once.startswith(f"# Title\n\n<!-- tables: main_job -->\n\n{opening}")
+    assert "claims hold</summary>\n\n**training**\n" in once
+    assert once.count("<details>") == once.count("</details>") == 2
     assert "\nold\n" not in once
     assert once.endswith("<!-- end -->\nend\n")
     for name in ("main_job", "cpu_kernels"):
