@@ -35,8 +35,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from sgsc.artefact import load_into, stored_size
-from sgsc.demos.job import FLOAT, MODEL, float_model
-from sgsc.demos.search import Schedule, loss_of, parse_budget, parts_of
+from sgsc.demos.job import FLOAT, MODEL, float_model, read_float
+from sgsc.demos.search import WINNER, Schedule, loss_of, parse_budget, parts_of
 from sgsc.demos.task import Task
 from sgsc.demos.tasks import load
 from sgsc.demos.training import evaluate, from_file
@@ -225,7 +225,8 @@ def search(one: Network, sampler: str, limit: int, more: int) -> Row:
         for flag, value in (("--steps", plan.steps), ("--finish-steps", plan.finish_steps)):
             flags += [] if value is None else [flag, str(value)]
         found = called([*command, "--json", *flags], settings.timeout())
-        answered = one.answered(load_into(one.task.build(), Path(folder) / MODEL), one.task.validation)
+        network = read_float(one.task, Path(folder) / WINNER)  # with the channels that it has
+        answered = one.answered(load_into(network, Path(folder) / MODEL), one.task.validation)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     judged = [t for t in found["trials"] if t["state"] in ("complete", "pruned", "diverged")]
     kept = ("float_bytes", "stored_bytes", "stored_ratio", "float_accuracy", "packed_accuracy", "steps", "finish_steps")

@@ -158,6 +158,11 @@ class _Walk:
                 if name in self.produced or name in self.norms:
                     self.shared.add(name)
             self.space[node] = self.visit(node)
+        read = {id(p) for node in graph.nodes if node.op == "get_attr" for p in [_attribute(model, str(node.target))]}
+        for table in (self.produced, self.read, self.norms):
+            for name, ids in table.items():  # a weight that is also read beside its layer keeps its shape
+                if any(id(value) in read for value in self.modules[name]._parameters.values()):
+                    self.pinned.update(ids)
 
     def new(self, count: int) -> tuple[int, ...]:
         start = len(self.parent)
@@ -276,6 +281,11 @@ class _Walk:
             return Space(first.ids, last=True, spread=True)
         self.pin(first)
         return None
+
+
+def _attribute(model: nn.Module, target: str) -> Any:
+    owner, _, name = target.rpartition(".")
+    return getattr(model.get_submodule(owner), name)
 
 
 def _arguments(node: fx.Node, **defaults: Any) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ from sgsc import pack, prepare, stored_size
 from sgsc.demos import models
 from sgsc.layers import quant_layers
 from sgsc.search import cost as cost_module
-from sgsc.search.candidates import build
+from sgsc.search.candidates import build, parent_of
 from sgsc.search.cost import BANDWIDTH, PEAK, Budget, Configuration, CostModel
 from sgsc.search.structure import structure_of
 
@@ -150,8 +150,27 @@ def test_more_bits_never_count_as_faster(monkeypatch):
 def test_a_budget_wants_a_positive_limit():
     with pytest.raises(ValueError, match="no budget was given; want at least one of bytes, mean_bits"):
         Budget()
-    with pytest.raises(ValueError, match="budget mean_bits=-1: want more than 0"):
+    with pytest.raises(ValueError, match=r"budget mean_bits=-1\.0: want more than 0"):
         Budget(mean_bits=-1)
     both = Budget(bytes=100, mean_bits=4)
     assert both.holds({"bytes": 100, "mean_bits": 4, "macs": 1e9, "seconds": 1})
     assert not both.holds({"bytes": 101, "mean_bits": 4})
+
+
+class TimeFirst(nn.Module):
+    """Samples first outside, places first inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.out = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.out(self.inner(x.transpose(0, 1)).mean(0))
+
+
+def test_multiplications_are_those_of_one_sample_wherever_its_axis_is():
+    parent = parent_of(TimeFirst())
+    cost = CostModel(parent, structure_of(parent), torch.randn(3, 50, 8))
+    assert cost.places == {"inner": 50, "out": 1}
+    bits = dict.fromkeys(quant_layers(parent), 8)
+    assert cost(Configuration(bits))["macs"] == 50 * 8 * 16 + 16 * 4

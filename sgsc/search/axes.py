@@ -42,6 +42,8 @@ class Axis:
                 f"a {type(distribution).__name__} cannot be searched; "
                 "use suggest_categorical, suggest_int or suggest_float"
             )
+        ranged = isinstance(distribution, FloatDistribution) and distribution.step is None
+        self.discrete = not ranged  # a configuration of such parameters is not proposed twice
         self._outside: frozenset[Any] = frozenset()
         if window is not None and self.values is not None:
             self._outside = frozenset(v for v in self.values if v not in window)

@@ -1,9 +1,9 @@
 """What a search must beat: uniform widths, and allocations of the sensitivity, greedy and exact.
 
-All keep the parent's layer widths. An allocation minimises the sum of Omega_l(b_l) under the budget: greedily (of the
-layers that can give up bits, the one that loses least Omega a unit of the budget), or as an integer program, which is
-the best that the sensitivity can say (Hubara et al., arXiv 2006.10518). Random search and Optuna's own TPE are samplers
-of the same study.
+All keep the parent's layer widths, unless no such network is within the budget (`narrowed`). An allocation minimises
+the sum of Omega_l(b_l) under the budget: greedily (of the layers that can give up bits, the one that loses least Omega
+a unit of the budget), or as an integer program, which is the best that the sensitivity can say (Hubara et al., arXiv
+2006.10518). Random search and Optuna's own TPE are samplers of the same study.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from .cost import Budget, Configuration, CostModel
 from .kmeans_tpe import KMeansTPESampler
-from .space import BITS
+from .space import BITS, FACTORS, Space
+from .structure import Structure
 
 Omega = Mapping[str, Mapping[int, float]]
 EDGES = 8  # bits of the first and the last layer, in the uniform variant that quantization-aware training commonly uses
@@ -37,6 +38,24 @@ def uniform(layers: list[str]) -> dict[str, Configuration]:
             found[f"uniform {bits}, ends {EDGES}"] = Configuration(
                 {**dict.fromkeys(layers, bits), layers[0]: EDGES, layers[-1]: EDGES}
             )
+    return found
+
+
+def narrowed(space: Space, structure: Structure, holds: Callable[[Configuration], bool]) -> dict[str, Configuration]:
+    """One share of the channels in all groups, and the most bits in all layers that the budget then `holds`.
+
+    A group gets the most channels that it may have and that are no more than its share, or its least.
+    """
+    found, shares = {}, {}
+    for share in sorted((f for f in FACTORS if f < 1 and space.groups), reverse=True):
+        choices = {group: space.windows[parameter] for parameter, group in space.groups.items()}
+        most = {g: max((n for n in of if n <= share * structure.sizes[g]), default=of[0]) for g, of in choices.items()}
+        shares[tuple(most.items())] = share
+    for sizes, share in shares.items():
+        tried = (Configuration(dict.fromkeys(structure.layers, bits), dict(sizes)) for bits in reversed(BITS))
+        within = next((c for c in tried if holds(c)), None)
+        if within is not None:
+            found[f"uniform {max(within.bits.values())}, {100 * share:g} % of the channels"] = within
     return found
 
 
@@ -99,7 +118,11 @@ def integer_program(
         ]
         scale = objective.max() or 1.0
         solved = milp(
-            objective / scale, constraints=[*constraints, *limits], integrality=1, bounds=Bounds(0, 1), options={}
+            objective / scale,
+            constraints=[*constraints, *limits],
+            integrality=1,
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 0},
         )
         if solved.x is None:
             return None

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from sgsc.layers import QUANTIZED, quant_layers
+from sgsc.layers import QUANTIZED, QuantLayer, quant_layers
 from sgsc.preparation import prepare
 
 from .cost import Configuration
@@ -35,7 +35,13 @@ def build(parent: nn.Module, structure: Structure, of: Configuration, seed: int 
 def as_float(model: nn.Module) -> nn.Module:
     """A float copy of a trained candidate, on its weights before rounding: what `prepare` for SGSC starts from."""
     model = copy.deepcopy(model)
-    for name, layer in quant_layers(model).items():
+    floats: dict[int, nn.Module] = {}
+    for name, layer in list(model.named_modules(remove_duplicate=False)):  # one in two places stays one
+        if not isinstance(layer, QuantLayer):
+            continue
+        if id(layer) in floats:
+            model.set_submodule(name, floats[id(layer)])
+            continue
         base = next(b for b, quantized in QUANTIZED.items() if isinstance(layer, quantized))
         made = base.__new__(base)
         nn.Module.__init__(made)
@@ -43,5 +49,6 @@ def as_float(model: nn.Module) -> nn.Module:
         made.__dict__.pop("input_quantizer", None)
         made._parameters |= layer._parameters
         made._buffers |= layer._buffers
+        floats[id(layer)] = made
         model.set_submodule(name, made)
     return model.eval()

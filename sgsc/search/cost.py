@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import numbers
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -61,6 +62,10 @@ class Budget:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
+        for name, limit in self.limits().items():
+            if not isinstance(limit, numbers.Real):
+                raise ValueError(f"budget {name}={limit!r}: want a number")
+            object.__setattr__(self, name, float(limit))  # one of numpy's would not go into a study
         given = self.limits()
         if not given:
             raise ValueError("no budget was given; want at least one of bytes, mean_bits, macs, seconds")
@@ -227,11 +232,13 @@ def _inputs(model: nn.Module, example: Tensor) -> dict[str, Tensor]:
     """Layer -> what it is given for one sample."""
     found: dict[str, Tensor] = {}
 
-    def note(name: str, x: Tensor) -> None:
-        found.setdefault(name, x.detach())
+    def note(name: str, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        found.setdefault(name, next(x for x in (*args, *named.values()) if isinstance(x, Tensor)).detach())
 
     hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: note(str(name), args[0]))
+        layer.register_forward_pre_hook(
+            lambda _, args, named, name=name: note(str(name), args, named), with_kwargs=True
+        )
         for name, layer in quant_layers(model).items()
     ]
     try:
@@ -250,7 +257,7 @@ def _places(model: nn.Module, example: Tensor) -> tuple[dict[str, int], dict[str
     def count(name: str, layer: nn.Module, out: Any) -> None:
         calls[name] += 1
         if not isinstance(layer, nn.Embedding):
-            places[name] += out.numel() // len(out) // layer.get_parameter("weight").shape[0]
+            places[name] += out.numel() // layer.get_parameter("weight").shape[0]  # of one sample, wherever its axis is
 
     hooks = [
         layer.register_forward_hook(lambda m, _, out, name=name: count(str(name), m, out))

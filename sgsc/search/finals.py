@@ -46,6 +46,12 @@ class End:
         return {"trial": self.trial.number, "loss": self.loss, "baseline": self.baseline, "long": self.long}
 
 
+def judged(study: Study, problem: Problem) -> list[FrozenTrial]:
+    """Trials that came to an end, and are within the budget as this process counts it: by its own latency table."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return [t for t in complete if problem.feasible(t.params)]
+
+
 def last_trainings(
     study: Study,
     problem: Problem,
@@ -63,12 +69,11 @@ def last_trainings(
     Raises:
         ValueError: If no trial came to an end, or all diverge now.
     """
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    complete = sorted(complete, key=lambda t: (t.value, t.number))
+    complete = sorted(judged(study, problem), key=lambda t: (t.value, t.number))
     if not complete:
         raise ValueError(
-            f"none of the {len(study.trials)} trials gave a finite validation loss; train the parent longer, lower the "
-            "learning rate of `train`, or raise the budget"
+            f"none of the {len(study.trials)} trials gave a finite validation loss within the budget; train the parent "
+            "longer, lower the learning rate of `train`, or raise the budget"
         )
 
     ends: list[End] = []
@@ -81,8 +86,8 @@ def last_trainings(
             if math.isfinite(loss):
                 ends.append(End(loss, trial, configuration, model, by is finish))
 
+    baselines = [t for t in complete if BASELINE in t.user_attrs]
     if finish is not None:
-        baselines = [t for t in complete if BASELINE in t.user_attrs]
         finalists = [t for t in complete if BASELINE not in t.user_attrs][:FINALISTS] + baselines[:1]
         for step, trial in enumerate(finalists, start=1):
             end(trial, finish)
@@ -94,6 +99,10 @@ def last_trainings(
             ends.append(End(best.loss, complete[0], problem.space.configuration(complete[0].params), best.model, False))
         else:
             end(complete[0], train)
+    # where training is not the same each time, no network of this process may be as good as a baseline was
+    reached = min((e.loss for e in ends), default=math.inf)
+    if baselines and baselines[0] is not complete[0] and reached > float(baselines[0].values[0]):
+        end(baselines[0], train)
     if not ends:
         raise ValueError("the winner diverged in its last training; lower the learning rate of `finish`")
     return sorted(ends, key=lambda e: e.loss)

@@ -16,8 +16,7 @@ from trial to trial.
 The generator of a trial is made of the seed and the trial's number alone. A study that is interrupted and resumed
 therefore proposes what an uninterrupted one does, bit for bit, as long as trials run one after another.
 
-Constants were chosen on the first surrogates of bench/search.py, of seeds 0 to 19; what it reports is of others
-(bench/results/search.json).
+Constants were chosen on the surrogates of bench/search.py of seeds 0 to 19; bench/results/search.json is of others.
 """
 
 from __future__ import annotations
@@ -51,6 +50,8 @@ TRIES = 50  # draws of a random configuration that is new
 FEW = 4096  # configurations that are gone through one by one
 
 Params = dict[str, Any]
+Key = tuple[Any, ...]
+Told = tuple[NDArray[np.int16], float | None, bool, Key]
 
 
 class KMeansTPESampler(BaseSampler):
@@ -59,7 +60,8 @@ class KMeansTPESampler(BaseSampler):
     Args:
         seed: Of every random choice.
         feasible: Whether a configuration is within the budget; the others are never proposed. Ordered choices are taken
-            to cost no less the higher they are. Parameters that are not in the relative search space do not see it.
+            to cost no less the higher they are. It sees the parameters of the relative search space, and those of one
+            choice.
         space: The search space, where it is known: then the first trial has it too. Otherwise it is found as Optuna's
             own samplers do, from what all completed trials have in common.
         windows: Parameter -> the choices that may be proposed, where these are not all; other trials may have others.
@@ -84,13 +86,12 @@ class KMeansTPESampler(BaseSampler):
         if start < 2:
             raise ValueError(f"start={start}: two clusters need at least 2 trials; give 2 or more")
         self._seed, self._feasible, self._start = seed, feasible, start
-        self._monotone = frozenset(monotone)
-        self._windows = dict(windows or {})
+        self._monotone, self._windows = frozenset(monotone), dict(windows or {})
         self._space = None if space is None else dict(sorted(space.items()))
         self._found = IntersectionSearchSpace(include_pruned=True)
-        self._rows: dict[
-            Any, tuple[NDArray[np.int16], float | None, bool]
-        ] = {}  # of finished trials, which do not change: a cache, no state
+        self._fixed: Params = {}  # parameters of one choice
+        # of finished trials, which do not change: a cache, no state
+        self._rows: dict[Any, Told] = {}
         self._rows_of: dict[str, BaseDistribution] = {}
 
     def reseed_rng(self) -> None:
@@ -99,7 +100,11 @@ class KMeansTPESampler(BaseSampler):
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """What is proposed together."""
         space = self._found.calculate(study) if self._space is None else self._space
+        self._fixed = {name: Axis(d).value(0, 0.0) for name, d in space.items() if d.single()}
         return {name: d for name, d in space.items() if not d.single()}
+
+    def _within(self, params: Params) -> bool:
+        return self._feasible is None or bool(self._feasible({**self._fixed, **params}))
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -118,12 +123,12 @@ class KMeansTPESampler(BaseSampler):
         if not self._can_learn(losses):
             return self._random(axes, rng, trial.number, seen)
         for row, ratios in candidates(observed, losses, [*axes.values()], rng):
-            if not self._monotone and row.tobytes() in seen:
-                continue
             params = self._params(axes, row, rng)
-            if self._feasible is None or self._feasible(params):
+            if not self._monotone and key_of(axes, row, params) in seen:
+                continue
+            if self._within(params):
                 row, params = self._raised(axes, row, params, rng, ratios)
-                if row.tobytes() not in seen:
+                if key_of(axes, row, params) not in seen:
                     return params
         return self._random(axes, rng, trial.number, seen)
 
@@ -143,7 +148,7 @@ class KMeansTPESampler(BaseSampler):
 
     def _observations(
         self, study: Study, trial: FrozenTrial, axes: Mapping[str, Axis]
-    ) -> tuple[NDArray[np.int16], NDArray[np.float64], set[bytes]]:
+    ) -> tuple[NDArray[np.int16], NDArray[np.float64], set[Key]]:
         """(N, P) choices and (N,) losses, ascending; all configurations there are.
 
         Trials that run or failed are not observed, but not proposed again either; a range may be looked at again. What
@@ -163,15 +168,15 @@ class KMeansTPESampler(BaseSampler):
                 entry = _encoded(t, axes, sign)
                 if t.state.is_finished():
                     self._rows[key] = entry
-            row, loss, within = entry
+            row, loss, within, own = entry
             if not within:
                 continue
-            seen.add(row.tobytes())
+            seen.add(own)
             if loss is not None:
                 rows.append(row)
                 losses.append(loss)
         order = np.argsort(losses, kind="stable")
-        if any(axis.values is None for axis in axes.values()):
+        if not all(axis.discrete for axis in axes.values()):
             seen = set()
         return np.array(rows, dtype=np.int16).reshape(-1, len(axes))[order], np.array(losses)[order], seen
 
@@ -183,7 +188,7 @@ class KMeansTPESampler(BaseSampler):
         order = self._rng(block, 1, *name.encode()).permutation(self._start)  # the same for all trials of the block
         return int((order[place] + rng.random()) / self._start * axis.count)
 
-    def _random(self, axes: Mapping[str, Axis], rng: np.random.Generator, number: int, seen: set[bytes]) -> Params:
+    def _random(self, axes: Mapping[str, Axis], rng: np.random.Generator, number: int, seen: set[Key]) -> Params:
         """Stratified at random, within the budget, and new as long as anything is."""
         names, kinds = list(axes), list(axes.values())
         params: Params = {}
@@ -195,14 +200,14 @@ class KMeansTPESampler(BaseSampler):
             row, params = self._afforded(axes, row, rng)
             if attempt < TRIES // 2:  # later the edge of the budget may have nothing new
                 row, params = self._raised(axes, row, params, rng)
-            if row.tobytes() not in seen:
+            if key_of(axes, row, params) not in seen:
                 return params
         counts = [axis.count for axis in kinds]
         if math.prod(counts) <= FEW:  # hardly anything is left: look at all there is
             for flat in rng.permutation(math.prod(counts)):
                 row = np.array(np.unravel_index(flat, counts), dtype=np.int16)
                 new = self._params(axes, row, rng)
-                if row.tobytes() not in seen and (self._feasible is None or self._feasible(new)):
+                if key_of(axes, row, new) not in seen and self._within(new):
                     return new
         return params
 
@@ -215,7 +220,7 @@ class KMeansTPESampler(BaseSampler):
             ValueError: If not even the cheapest is.
         """
         params = self._params(axes, row, rng)
-        while self._feasible is not None and not self._feasible(params):
+        while not self._within(params):
             higher = [i for i, axis in enumerate(axes.values()) if axis.ordered and row[i] > 0]
             if not higher:
                 raise ValueError(
@@ -251,7 +256,7 @@ class KMeansTPESampler(BaseSampler):
             i = left[int(np.argmax(gains))]
             row[i] += 1
             higher = self._params(axes, row, rng)
-            if self._feasible(higher):
+            if self._within(higher):
                 params = higher
             else:  # nor will it be once others are raised
                 row[i] -= 1
@@ -320,8 +325,13 @@ def split(losses: NDArray[np.float64]) -> tuple[int, int]:
     return good, min(bad, count - good)
 
 
-def _encoded(trial: FrozenTrial, axes: Mapping[str, Axis], sign: float) -> tuple[NDArray[np.int16], float | None, bool]:
-    """(P,) choices; the loss, infinite where it is only known to be bad, None where nothing is; in the windows?"""
+def key_of(axes: Mapping[str, Axis], row: NDArray[np.int16], params: Mapping[str, Any]) -> Key:
+    """What tells a configuration from others: choices, and of an interval of many values the value."""
+    return tuple(int(i) if a.values is not None else params[n] for (n, a), i in zip(axes.items(), row, strict=True))
+
+
+def _encoded(trial: FrozenTrial, axes: Mapping[str, Axis], sign: float) -> Told:
+    """(P,) choices; loss, infinite where it is only known to be bad, None where nothing is; in the windows?; key."""
     row = np.array([axis.index(trial.params[name]) for name, axis in axes.items()], dtype=np.int16)
     loss = None
     if trial.state == TrialState.PRUNED:
@@ -329,7 +339,7 @@ def _encoded(trial: FrozenTrial, axes: Mapping[str, Axis], sign: float) -> tuple
     elif trial.state == TrialState.COMPLETE and trial.value is not None:
         loss = sign * trial.value if sign * trial.value > -np.inf else np.inf
     within = all(axis.holds(trial.params[name]) for name, axis in axes.items())
-    return row, loss, within
+    return row, loss, within, key_of(axes, row, trial.params)
 
 
 def _refuse_several_objectives(study: Study) -> None:

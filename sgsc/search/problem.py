@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sgsc.layers import quant_layers
 
-from .baselines import greedy, integer_program, uniform
+from .baselines import greedy, integer_program, narrowed, uniform
 from .candidates import parent_of
 from .cost import Budget, Configuration, CostModel
 from .sensitivity import Loss, Progress, Sensitivity, sensitivity
@@ -55,19 +55,21 @@ def prepare_search(
     architecture: tuple[str, dict[str, Any]] | None = None,
     notes: Mapping[str, Any] | None = None,
     latency: bool = False,
+    skip: Iterable[str] = (),
     known: Mapping[str, Any] | None = None,
     progress: Progress = lambda phase, step, steps, values: None,
 ) -> Problem:
     """Sensitivity, space, costs and baselines; see `search_network` for the arguments.
 
-    `known`: the sensitivity and latency table of an earlier call on the same weights and data, as `remember` kept them.
+    `widths`: whether channels are searched. `method`: of the sensitivity. `architecture`, `notes`: as `save` will be
+    given. `latency`: measure it instead of the roofline. `skip`: layers to leave float, as `prepare` takes them.
+    `known`: sensitivity and latency table of an earlier call on the same weights and data, as `remember` kept them.
 
     Raises:
         ValueError: If even the smallest network is over the budget.
     """
-    if not batches or not len(batches[0][0]):
-        raise ValueError("no batches of training data: want at least one, of a sample or more")
-    parent = parent_of(network)
+    check_batches(batches)
+    parent = parent_of(network, tuple(skip))
     structure = structure_of(parent)
     cost = CostModel(parent, structure, batches[0][0], architecture, notes)
     if known is not None:
@@ -98,13 +100,37 @@ def prepare_search(
         space = Space(
             space.layers, {n: BITS if n in space.layers else w for n, w in space.windows.items()}, space.groups
         )
-    baselines = uniform(list(structure.layers))
+    baselines: dict[str, Configuration] = {}
     omega = found.omega({name: layer.rows() for name, layer in layers.items()}, BITS)
     for name, allocate in (("greedy", greedy), ("integer program", integer_program)):
         allocation = allocate(cost, omega, budget, [*space.layers.values()])
         if allocation is not None:
             baselines[name] = allocation
+    baselines |= uniform(list(structure.layers))  # last: few trials leave some of them out
+
+    def holds(of: Configuration) -> bool:
+        return budget.holds(cost(of, budget.limits()))
+
+    if not any(map(holds, baselines.values())):
+        baselines |= narrowed(space, structure, holds)
     return Problem(parent, structure, cost, found, space, budget, baselines)
+
+
+def check_batches(batches: Any) -> None:
+    """Refuse what is no list of tuples (inputs, targets …).
+
+    Raises:
+        ValueError: If it is not, or holds no sample.
+    """
+    want = "want a list of tuples of tensors (inputs, targets …), some batches of training data"
+    if not isinstance(batches, Sequence):
+        raise ValueError(f"batches is a {type(batches).__name__}; {want}: list(itertools.islice(loader, 8))")
+    for batch in batches:
+        if not isinstance(batch, (tuple, list)) or not batch or not all(isinstance(part, Tensor) for part in batch):
+            said = [type(part).__name__ for part in batch] if isinstance(batch, (tuple, list)) else type(batch).__name__
+            raise ValueError(f"batches holds {said}; {want}")
+    if not batches or not len(batches[0][0]):
+        raise ValueError("no batches of training data: want at least one, of a sample or more")
 
 
 def check_budget(
@@ -115,6 +141,7 @@ def check_budget(
     widths: bool = True,
     architecture: tuple[str, dict[str, Any]] | None = None,
     notes: Mapping[str, Any] | None = None,
+    skip: Iterable[str] = (),
 ) -> None:
     """Refuse a budget that no network of the space holds, whatever its weights: before any is trained.
 
@@ -123,7 +150,7 @@ def check_budget(
     Raises:
         ValueError: If even the smallest network is over the budget.
     """
-    parent = parent_of(network)
+    parent = parent_of(network, tuple(skip))
     cost = CostModel(parent, structure_of(parent), example, architecture, notes)
     if budget.seconds is not None:
         cost.measure(parent, example, (min(BITS),))
@@ -140,11 +167,13 @@ def _refuse_too_small(budget: Budget, cost: CostModel, widths: bool) -> None:
     least = cost(space.configuration(space.smallest()))
     if not budget.holds(least):
         over = ", ".join(
-            f"{n} {limit:,.6g} < {least[n]:,.6g}" for n, limit in budget.limits().items() if least[n] > limit
+            f"{n} {limit:,.10g} < {least[n]:,.10g}" for n, limit in budget.limits().items() if least[n] > limit
         )
+        why = cost.structure.coupling.why
+        channels = f"all channels, for {why}" if why else "the least channels"
         raise ValueError(
             f"the budget is below the smallest network of the space ({over}, with {min(BITS)} bits in every layer and "
-            "the least channels); raise the budget, or start from a smaller network"
+            f"{channels}); raise the budget, or start from a smaller network"
         )
 
 

@@ -37,7 +37,8 @@ HEARTBEAT, PATIENCE = 60.0, 300.0  # seconds between signs of life, and without 
 POLL = 1.0  # seconds between two looks at what other workers still run
 GRACE = 2.0  # seconds in which a new trial has noted its worker
 WAIT = 30.0  # seconds that a writer waits for another
-OTHER_ERRORS = ImportError, OSError, ValueError  # no driver, no server, a port that is no number
+# no driver, no server, a port that is no number, tables of another version
+OTHER_ERRORS = ImportError, OSError, ValueError, RuntimeError
 SIGNATURE = b"SQLite format 3\0"
 
 
@@ -86,7 +87,9 @@ def _sqlite(url: str, path: Path) -> RDBStorage:
             if file.read(len(SIGNATURE)) != SIGNATURE:
                 raise StorageError(f"the storage {path} is not an SQLite file; name another file")
         if not os.access(path, os.W_OK):
-            raise StorageError(f"the storage {path} is read-only; make it writable, or copy it and name the copy")
+            raise StorageError(
+                f"the storage {path} is read-only; make it writable, or copy it, its -wal too, and name the copy"
+            )
     if not os.access(path.parent, os.W_OK):
         raise StorageError(f"the storage {path} is in a folder that is read-only; SQLite keeps its log there")
 
@@ -159,10 +162,13 @@ def fail_stale(study: Study) -> list[int]:
     Their configurations are given back to the queue, once: a configuration that kills its worker is not tried for ever.
     """
     failed, now = [], clock(study._storage)
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if trial.user_attrs.get(WORKER) is None:  # killed between the trial's creation and its note, or just begun
-            time.sleep(GRACE if _on_server(study._storage) else min(max(GRACE - _age(trial), 0.0), GRACE))
-            trial = study._storage.get_trial(trial._trial_id)
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    bare = [trial for trial in running if trial.user_attrs.get(WORKER) is None]
+    if bare:  # killed between the trial's creation and its note, or just begun
+        youngest = 0.0 if _on_server(study._storage) else min(map(_age, bare))
+        time.sleep(min(max(GRACE - youngest, 0.0), GRACE))
+    for trial in running:
+        trial = study._storage.get_trial(trial._trial_id) if trial in bare else trial
         if trial.state.is_finished() or _alive(trial, now):
             continue
         try:

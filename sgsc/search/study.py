@@ -18,25 +18,23 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import distribution_to_json
 from optuna.storages import BaseStorage
 from optuna.study import Study
-from optuna.trial import TrialState
 from torch import Tensor, nn
-
-from sgsc.layers import quant_layers
 
 from .baselines import SAMPLERS
 from .cost import Budget, Configuration
 from .evidence import importance, layer_rows, trial_row
-from .finals import End, last_trainings
-from .problem import Problem, prepare_search
+from .finals import End, judged, last_trainings
+from .problem import Problem, check_batches, prepare_search
 from .remembered import bytes_of, digest, recall, remember
 from .sensitivity import Loss, Progress, check_method
-from .storage import open_study, refuse_other_aim, refuse_other_host, wait_for_others, writing
+from .storage import open_storage, open_study, refuse_other_aim, refuse_other_host, wait_for_others, writing
 from .trials import TAKEN, Best, Train, Validate, enqueue_baselines, run_trial
 
 SETTINGS = "settings"  # attribute of a study
@@ -75,7 +73,7 @@ def search_network(
     batches: Sequence[tuple[Tensor, ...]],
     trials: int = 60,
     seed: int = 0,
-    storage: BaseStorage | None = None,
+    storage: BaseStorage | str | Path | None = None,
     name: str = "search",
     sampler: str = "kmeans-tpe",
     finish: Train | None = None,
@@ -96,14 +94,14 @@ def search_network(
         batches: Tuples (inputs, targets …) of training data, for the sensitivity and for counting multiplications.
         trials: Of the study, baselines included; a study that has some already gets the rest.
         seed: Of every random choice.
-        storage: From `open_storage`; in memory if None.
+        storage: From `open_storage`, or what that takes; in memory if None.
         name: Of the study.
         sampler: "kmeans-tpe", or "tpe" or "random" for comparison.
         finish: Trains the three best networks of the search, and the best baseline, from the start and longer, if
             given; the result is the best of these and of all trials.
         settings: What else decides the results; a study of other settings is refused.
         progress: Called as progress(phase, step, steps, values).
-        **preparation: `widths`, `method`, `architecture`, `notes`, `latency`, as `prepare_search` takes them.
+        **preparation: `widths`, `method`, `architecture`, `notes`, `latency`, `skip`, as `prepare_search` takes them.
 
     Raises:
         ValueError: If the budget is below the smallest network, trials are below 1, the seed is negative, the sampler
@@ -111,9 +109,13 @@ def search_network(
         StorageError: If the storage cannot be read or written, or is another host's SQLite file.
     """
     check_settings(trials, seed, sampler, preparation.get("method", "auto"))
+    if not isinstance(budget, Budget):
+        raise ValueError(f"budget={budget!r}: want a Budget, such as Budget(bytes=50_000)")
+    check_batches(batches)
     started = time.perf_counter()
     storage = optuna.storages.InMemoryStorage() if storage is None else storage
-    key = digest(network, batches, seed, *(preparation.get(k) for k in ("method", "latency")))
+    storage = open_storage(storage) if isinstance(storage, (str, Path)) else storage
+    key = digest(network, batches, seed, *(preparation.get(k) for k in ("method", "latency", "skip")))
     with writing(storage):
 
         def prepare(known: Mapping[str, Any] | None) -> tuple[Problem, optuna.samplers.BaseSampler]:
@@ -130,21 +132,23 @@ def search_network(
         if known is None and (known := recall(storage, name, key)) is not None:
             problem, study.sampler = prepare(known)  # another worker measured meanwhile: all judge by one table
         prepared = time.perf_counter() - started
-        _same_settings(study, problem, sampler, seed, settings or {})
+        own = _settings_of(problem, sampler, seed, settings or {})
+        _same_settings(study, own)
         remember(study, key, problem)
         enqueue_baselines(study, problem)
         came_back, repeated, best = True, 0, Best()
         while came_back:  # what other workers are at counts too; and where one dies, its trial is left
             repeated = 0  # in a row, now that something may be left again
             while repeated < REPETITIONS and (done := _done(study)) < trials:
+                _refuse_others(name, study.user_attrs[SETTINGS], own)  # of a worker that began at the same moment
                 new = run_trial(study, problem, train, validate, seed, trials, best)
                 repeated = 0 if new else repeated + 1
-                progress("search", min(done + 1, trials), trials, {"best loss": _best_so_far(study)})
+                progress("search", min(done + 1, trials), trials, {"best loss": _best_so_far(study, problem)})
             came_back = wait_for_others(study, lambda whom: progress(f"waiting for {whom}", 0, 1, {}))
         reason = "nothing new within the budget was left to try" if repeated == REPETITIONS else ""
         searched = time.perf_counter() - started
         ends = last_trainings(study, problem, train, validate, finish, seed, best, progress)
-        had = _best_so_far(study)
+        had = _best_so_far(study, problem)
         if ends[0].loss > had:
             reason = f"{reason}; " if reason else ""
             reason += f"the best trial, of {had:.6g}, came out at {ends[0].loss:.6g} when it was trained again"
@@ -161,8 +165,8 @@ def check_settings(trials: int, seed: int, sampler: str, method: str) -> None:
     """
     if trials < 1:
         raise ValueError(f"trials={trials} tries nothing; give 1 or more")
-    if seed < 0:
-        raise ValueError(f"seed={seed}: a seed is 0 or more")
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed={seed!r}: a seed is a whole number, 0 or more")
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler={sampler!r} is not known; choose one of {', '.join(SAMPLERS)}")
     check_method(method)
@@ -172,9 +176,8 @@ def _done(study: Study) -> int:
     return len(study.get_trials(deepcopy=False, states=TAKEN))
 
 
-def _best_so_far(study: Study) -> float:
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return min((t.value for t in complete if t.value is not None), default=math.nan)
+def _best_so_far(study: Study, problem: Problem) -> float:
+    return min((t.value for t in judged(study, problem) if t.value is not None), default=math.nan)
 
 
 def check_study(
@@ -213,26 +216,30 @@ def _refuse_others(name: str, found: Mapping[str, Any], own: Mapping[str, Any]) 
         )
 
 
-def _same_settings(study: Study, problem: Problem, sampler: str, seed: int, settings: Mapping[str, Any]) -> None:
+def _settings_of(problem: Problem, sampler: str, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All that decides what the trials of a study are."""
+    weights = hashlib.sha256()
+    for name, value in problem.parent.state_dict().items():
+        weights.update(name.encode() + bytes_of(value))
+    space = {n: distribution_to_json(d) for n, d in problem.space.distributions().items()}
+    searched = json.dumps([space, problem.space.windows], sort_keys=True)
+    own = {"weights": weights.hexdigest(), "space": hashlib.sha256(searched.encode()).hexdigest()}
+    return own | _said(sampler, seed, problem.budget, settings)
+
+
+def _same_settings(study: Study, own: Mapping[str, Any]) -> None:
     """Refuse to go on with a study of another problem.
 
     Raises:
         ValueError: If it is one.
     """
-    weights = hashlib.sha256()
-    for layer in quant_layers(problem.parent).values():
-        weights.update(bytes_of(layer.weight))
-    space = {n: distribution_to_json(d) for n, d in problem.space.distributions().items()}
-    searched = json.dumps([space, problem.space.windows], sort_keys=True)
-    own = {"weights": weights.hexdigest(), "space": hashlib.sha256(searched.encode()).hexdigest()}
-    own |= _said(sampler, seed, problem.budget, settings)
     found = study.user_attrs.get(SETTINGS)
     if found is not None:
         _refuse_others(study.study_name, found, own)
     elif study.get_trials(deepcopy=False):
         raise ValueError(f"study {study.study_name!r} holds trials of something else; give another name with --study")
     else:
-        study.set_user_attr(SETTINGS, own)
+        study.set_user_attr(SETTINGS, dict(own))
 
 
 def _result(study: Study, problem: Problem, ends: list[End], reason: str, phases: Mapping[str, float]) -> Found:
@@ -251,6 +258,8 @@ def _result(study: Study, problem: Problem, ends: list[End], reason: str, phases
         ),
         "layers": layer_rows(problem, configuration),
         "groups": {g: {"channels": n, "of": problem.structure.sizes[g]} for g, n in configuration.sizes.items()},
+        "channels_fixed": problem.structure.coupling.why,
+        "latency": "measured" if problem.cost.times else "roofline",
         "windows": {name: list(choices) for name, choices in problem.space.windows.items()},
         "importance": importance(study),
         "sensitivity": {

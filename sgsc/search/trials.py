@@ -62,11 +62,11 @@ def run_trial(
 ) -> bool:
     """Run one, unless others took the last ones meanwhile; False where the sampler repeated one that there is."""
     trial = study.ask()
-    others = [t for t in study.get_trials(deepcopy=False, states=TAKEN) if t.number != trial.number]
-    if sum(t.state.is_finished() or t.number < trial.number for t in others) >= trials:
-        _give_back(study, trial)  # for whoever asks for more trials
-        return True
     try:
+        others = [t for t in study.get_trials(deepcopy=False, states=TAKEN) if t.number != trial.number]
+        if sum(t.state.is_finished() or t.number < trial.number for t in others) >= trials:
+            _give_back(study, trial)  # for whoever asks for more trials
+            return True
         with working(trial):
             return _judge(study, trial, problem, train, validate, seed, best)
     except optuna.exceptions.UpdateFinishedTrialError:  # taken for lost and failed meanwhile: it is in the queue again
@@ -107,7 +107,8 @@ def _judge(
     try:
         model = trained(problem, configuration, train, report, seed)
         value = float(validate(model))
-        best.see(value, trial.number, model)
+        if math.isfinite(value):
+            best.see(value, trial.number, model)
     except optuna.TrialPruned:
         study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
         return True
