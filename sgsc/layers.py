@@ -242,20 +242,29 @@ def is_conv1d(module: nn.Module) -> bool:
     return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
+def bound(module: nn.Module) -> str:
+    """Why a layer could not be swapped without losing something, or ''."""
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed (parametrization, weight_norm, spectral_norm, prune); remove that first"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it carries forward hooks, which a swapped layer would lose; remove them first"
+    return ""
+
+
 def _linear_of(conv1d: nn.Module) -> nn.Linear:
-    """The same layer as torch has it, the weight a copy; float checkpoints of either kind load into what it becomes."""
+    """The same layer as torch has it, the weight a copy; what it becomes takes transformers' float checkpoints."""
     source, bias = conv1d.weight, conv1d.bias
     made = nn.Linear(*source.shape, device="meta")  # pyright: ignore  a tensor, as is_conv1d has it
     made.weight = nn.Parameter(source.detach().t().contiguous(), requires_grad=source.requires_grad)  # pyright: ignore
     made.bias, made.turned = bias, True  # pyright: ignore
-    made._forward_hooks, made._forward_pre_hooks = conv1d._forward_hooks, conv1d._forward_pre_hooks
     return made.train(conv1d.training)
 
 
 def with_served_layers(model: nn.Module, wanted: Callable[[str], bool]) -> nn.Module:
     """Put layers that are served in place of wanted ones that hold the same weights in another form.
 
-    `QuantMultiheadAttention` for `nn.MultiheadAttention`, `nn.Linear` for transformers' Conv1D; shared stay shared.
+    `QuantMultiheadAttention` for `nn.MultiheadAttention`, `nn.Linear` for transformers' Conv1D that is not `bound`;
+    shared ones stay shared.
 
     Raises:
         ValueError: If one cannot be replaced; the message names it.
@@ -263,7 +272,8 @@ def with_served_layers(model: nn.Module, wanted: Callable[[str], bool]) -> nn.Mo
     made: dict[int, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         attention = isinstance(module, nn.MultiheadAttention)
-        if not (attention or is_conv1d(module)) or not (wanted(name) or id(module) in made):
+        served = attention or (is_conv1d(module) and not bound(module))
+        if not served or not (wanted(name) or id(module) in made):
             continue
         try:
             if id(module) not in made:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .layers import QUANTIZED, REFUSED, QuantLayer, is_conv1d, with_served_layers
+from .layers import QUANTIZED, REFUSED, QuantLayer, bound, is_conv1d, with_served_layers
 
 
 class Prepared(NamedTuple):
@@ -95,6 +95,8 @@ def prepare(model: nn.Module, *, quantizer: str = "integer", skip: Iterable[str]
 
 def _why_not(module: nn.Module) -> str:
     """Why a module with parameters stays float, or '' when it shall be quantized."""
+    if is_conv1d(module):
+        return bound(module)
     if not isinstance(module, tuple(QUANTIZED)):
         count = sum(p.numel() for p in module.parameters(recurse=False))
         return f"{type(module).__name__} has no quantized form ({count:,} parameters)"
@@ -103,11 +105,7 @@ def _why_not(module: nn.Module) -> str:
         return f"{type(module).__name__} overrides {base.__name__}.forward"
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
         return "an Embedding with max_norm or sparse gradients changes its table outside autograd"
-    if not isinstance(module._parameters.get("weight"), nn.Parameter):
-        return "its weight is computed (parametrization, weight_norm, spectral_norm, prune); remove that first"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "it carries forward hooks, which a swapped layer would lose; remove them first"
-    return ""
+    return bound(module)
 
 
 def _refuse_shared_weights(layers: dict[str, nn.Module]) -> None:

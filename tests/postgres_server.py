@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pwd
 import shutil
 import subprocess
 import tempfile
@@ -13,10 +14,20 @@ from pathlib import Path
 
 from sqlalchemy import create_engine, text
 
-DEBIAN = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-TOOLS = shutil.which("initdb") or (str(DEBIAN[-1]) if DEBIAN else None)
-INSTALLED = TOOLS is not None and importlib.util.find_spec("psycopg") is not None
-AS = {"user": "nobody", "extra_groups": []} if os.geteuid() == 0 else {}  # PostgreSQL refuses to run as root
+TOOLS = shutil.which("initdb") or next(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")), None)
+ROOT, OTHER = os.geteuid() == 0, "nobody"  # PostgreSQL refuses to run as root
+AS = {"user": OTHER, "extra_groups": []} if ROOT else {}
+
+
+def _can_run() -> bool:
+    try:
+        pwd.getpwnam(OTHER)
+    except KeyError:
+        return not ROOT
+    return True
+
+
+INSTALLED = TOOLS is not None and importlib.util.find_spec("psycopg") is not None and _can_run()
 
 
 class Server:
@@ -24,8 +35,8 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._tool("initdb", "--auth", "trust", "--username", "sgsc", "--no-sync")
-        self.start()
+        how = ("--auth", "trust", "--username", "sgsc", "--locale", "C", "--encoding", "UTF8", "--no-sync")
+        self._tool("initdb", *how)
 
     def start(self) -> None:
         """Begin, or begin again with what is there."""
@@ -53,12 +64,13 @@ class Server:
 @contextmanager
 def server() -> Iterator[Server]:
     """A server that runs while the block does."""
-    with tempfile.TemporaryDirectory(prefix="sgsc-") as name:
+    with tempfile.TemporaryDirectory(prefix="sgsc-", dir="/tmp") as name:  # a socket's path is short, and others enter
         folder = Path(name)
         if AS:
             shutil.chown(folder, AS["user"])
         made = Server(folder)
         try:
+            made.start()
             yield made
         finally:
             made.stop()

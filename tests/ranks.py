@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 from sgsc import load_checkpoint
 
-SECONDS = 120  # after which ranks that wait for one another are ended
+SECONDS = 240  # after which ranks that wait for one another are ended
 
 
 def what_ranks_wrote(work: Callable, count: int, folder: Path) -> list[dict]:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import sgsc
-from sgsc.layers import QuantLinear, quant_layers
+from sgsc.layers import quant_layers
+from sgsc.search.candidates import as_float
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +69,8 @@ def test_it_trains_packs_and_loads_into_the_float_model(gpt2, ids, tmp_path):
     assert far(packed(ids).logits, model(ids).logits) < 1e-5
 
 
-def test_one_that_is_skipped_or_carries_hooks_stays(gpt2, ids):
-    name = "transformer.h.0.mlp.c_fc"
+def test_one_that_is_skipped_or_carries_hooks_stays(gpt2, ids, tmp_path):
+    name = "transformer.h.0.attn.c_proj"  # a square one: the wrong way round it would load as well
     prepared = sgsc.prepare(gpt2, skip=[name])
     assert "named in skip" in prepared.left[name]
     assert type(prepared.model.get_submodule(name)).__name__ == "Conv1D"
@@ -78,9 +79,21 @@ def test_one_that_is_skipped_or_carries_hooks_stays(gpt2, ids):
     hooked.get_submodule(name).register_forward_hook(lambda *_: calls.append(1))
     prepared = sgsc.prepare(hooked)
     assert "forward hooks" in prepared.left[name]
-    assert not isinstance(prepared.model.get_submodule(name), QuantLinear)
+    assert type(prepared.model.get_submodule(name)).__name__ == "Conv1D"
     prepared.model(ids)
     assert calls == [1]
+    prepared.model.load_state_dict(hooked.state_dict())
+    assert torch.equal(prepared.model(ids).logits, sgsc.prepare(hooked).model(ids).logits)
+    sgsc.save(sgsc.pack(prepared.model.eval()), tmp_path / "m.sgsc")
+    again = sgsc.load_into(hooked, tmp_path / "m.sgsc")
+    assert far(again(ids).logits, prepared.model(ids).logits) < 1e-5
+
+
+def test_a_float_copy_of_it_is_made_of_linear_layers(gpt2, ids):
+    floats = as_float(sgsc.prepare(gpt2).model)
+    again = sgsc.prepare(floats).model
+    again.load_state_dict(floats.state_dict())
+    assert far(again(ids).logits, gpt2(ids).logits) < 0.02
 
 
 def test_weights_that_two_share_are_refused(gpt2):

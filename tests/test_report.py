@@ -16,6 +16,7 @@ import zlib
 
 import matplotlib as mpl
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from sgsc.report import page as pages
@@ -420,6 +421,18 @@ def test_what_is_measured_at_some_checks_is_a_line_through_them():
     for row in report["history"][1::2]:
         del row["accuracy"]
     assert (line_of(report, "quality").count("M"), line_of(report, "quality").count("L")) == (1, 9)
+
+
+@pytest.mark.parametrize("losses", [(0.3, 0.8), (2.2, 3.0), (1e-5, 1.0)])
+def test_a_logarithmic_axis_has_numbers(losses):
+    figure = Figure()
+    axes = figure.subplots()
+    axes.plot(losses)
+    plots.logarithmic(axes)
+    figure.draw_without_rendering()
+    labels = [t.get_text() for t in (*axes.get_yticklabels(), *axes.get_yticklabels(minor=True))]
+    low, high = axes.get_ylim()
+    assert len([text for text in labels if text and low <= float(text) <= high]) >= 2
 
 
 def test_without_a_target_a_step_the_final_one_is_drawn():

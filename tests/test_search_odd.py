@@ -71,11 +71,7 @@ class Tied(nn.Module):
 def test_a_layer_whose_weight_is_read_beside_it_keeps_its_channels():
     found = search(Tied().eval(), trials=12)
     assert not any("width.b" in name or "width.a" in name for name in found.report["windows"])
-    assert math_is_finite(found)
-
-
-def math_is_finite(found):
-    return np.isfinite(found.loss) and found.cost["mean_bits"] <= 4.0
+    assert np.isfinite(found.loss)
 
 
 class Twice(nn.Module):
@@ -258,18 +254,16 @@ def test_where_a_best_trial_comes_out_worse_the_best_baseline_is_trained_again_t
     )
     first = sorted((best, baseline), key=lambda t: t.value)[0]
     found = search(plain(), trials=14, storage=storage)
-    if first is best:
-        assert found.report["result"]["trial"] == baseline.number
+    assert first is best
+    assert found.report["result"]["trial"] == baseline.number
     assert found.loss <= baseline.value + 1e-6
     storage.engine.dispose()
 
 
 def test_a_loss_that_is_not_finite_is_nobodys_best():
-    best = trials_module.Best()
-    values = iter([-np.inf, *[1.0] * 20])
-    found = search(plain(), validate=lambda m: next(values))
-    assert found.loss == 1.0
-    assert best.loss == np.inf
+    values = iter([-np.inf, *[1.0] * 7])  # one a trial: the best network is kept, and not trained again
+    assert search(plain(), validate=lambda m: next(values)).loss == 1.0
+    assert next(values, None) is None
 
 
 def test_ctrl_c_right_after_a_trial_began_gives_it_back(monkeypatch):

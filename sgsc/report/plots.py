@@ -188,7 +188,12 @@ def logarithmic(axes: Any) -> None:
     """The vertical axis; its numbers without formulas, which would be shown as they are written."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-    axes.yaxis.set_minor_formatter(lambda y, _: "")
+
+    def between(y: float, _: object) -> str:  # where no power of ten may be in sight
+        low, high = axes.get_ylim()
+        return f"{y:.3g}" if high < 10 * low else ""
+
+    axes.yaxis.set_minor_formatter(between)
 
 
 def legend(figure: Any) -> None:

@@ -46,7 +46,8 @@ def as_float(model: nn.Module) -> nn.Module:
         made = base.__new__(base)
         nn.Module.__init__(made)
         made.__dict__ |= {k: v for k, v in layer.__dict__.items() if not k.startswith("_") or k == REVERSED}
-        made.__dict__.pop("input_quantizer", None)
+        for name_of in ("input_quantizer", "turned"):
+            made.__dict__.pop(name_of, None)
         made._parameters |= layer._parameters
         made._buffers |= layer._buffers
         floats[id(layer)] = made

@@ -12,10 +12,10 @@ from __future__ import annotations
 import copy
 import json
 import math
-import numbers
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name, limit in self.limits().items():
-            if not isinstance(limit, numbers.Real):
+            if not isinstance(limit, Real):
                 raise ValueError(f"budget {name}={limit!r}: want a number")
             object.__setattr__(self, name, float(limit))  # one of numpy's would not go into a study
         given = self.limits()

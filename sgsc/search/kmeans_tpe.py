@@ -189,7 +189,7 @@ class KMeansTPESampler(BaseSampler):
         return int((order[place] + rng.random()) / self._start * axis.count)
 
     def _random(self, axes: Mapping[str, Axis], rng: np.random.Generator, number: int, seen: set[Key]) -> Params:
-        """Stratified at random, within the budget, and new as long as anything is."""
+        """Stratified at random, within the budget, and new as long as anything is; of long ranges, in `TRIES` draws."""
         names, kinds = list(axes), list(axes.values())
         params: Params = {}
         for attempt in range(TRIES):

@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,16 @@ def search_network(
     if not isinstance(budget, Budget):
         raise ValueError(f"budget={budget!r}: want a Budget, such as Budget(bytes=50_000)")
     check_batches(batches)
-    started = time.perf_counter()
+    preparation["skip"] = tuple(preparation.get("skip", ()))
+    if isinstance(storage, (str, Path)):
+        opened, how = open_storage(storage), {"finish": finish, "settings": settings, "progress": progress}
+        how |= {"loss": loss, "batches": batches, "trials": trials, "seed": seed, "name": name, "sampler": sampler}
+        try:
+            return search_network(network, train, validate, budget, storage=opened, **how, **preparation)
+        finally:
+            opened.engine.dispose()
+    started, seed = time.perf_counter(), int(seed)
     storage = optuna.storages.InMemoryStorage() if storage is None else storage
-    storage = open_storage(storage) if isinstance(storage, (str, Path)) else storage
     key = digest(network, batches, seed, *(preparation.get(k) for k in ("method", "latency", "skip")))
     with writing(storage):
 
@@ -165,7 +173,7 @@ def check_settings(trials: int, seed: int, sampler: str, method: str) -> None:
     """
     if trials < 1:
         raise ValueError(f"trials={trials} tries nothing; give 1 or more")
-    if not isinstance(seed, int) or seed < 0:
+    if not isinstance(seed, Integral) or seed < 0:
         raise ValueError(f"seed={seed!r}: a seed is a whole number, 0 or more")
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler={sampler!r} is not known; choose one of {', '.join(SAMPLERS)}")
