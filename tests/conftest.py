@@ -41,6 +41,15 @@ def uninitialised_memory_is_nan():
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+@pytest.fixture
+def quiet_optuna():
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    yield
+    optuna.logging.set_verbosity(optuna.logging.INFO)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     random.seed(0)

@@ -36,6 +36,11 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x[pick], y[pick]
 
 
+def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    x, y = batch
+    return F.cross_entropy(model(x), y)
+
+
 @functools.cache
 def trained(norm: bool = False) -> tuple[nn.Module, PreservationSet]:
     net = network(norm)

@@ -18,20 +18,10 @@ from sgsc.search.cost import Budget, CostModel
 from sgsc.search.kmeans_tpe import KMeansTPESampler
 from sgsc.search.storage import WORKER, fail_stale, open_storage, open_study
 from sgsc.search.study import search_network
-from tests.small import blobs
+from tests.small import blobs, loss
 
+pytestmark = pytest.mark.usefixtures("quiet_optuna")
 BATCH = (blobs()[0].float()[:60], blobs()[1][:60])
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    yield
-    optuna.logging.set_verbosity(optuna.logging.INFO)
-
-
-def loss(model, batch):
-    return F.cross_entropy(model(batch[0]), batch[1])
 
 
 def train(model, report):

@@ -6,7 +6,6 @@ import sys
 import time
 from collections import Counter
 
-import optuna
 import pytest
 from optuna.trial import TrialState
 
@@ -17,7 +16,10 @@ from tests import postgres_server
 from tests.search_worker import SPACE
 from tests.test_search_storage import close, killed
 
-pytestmark = pytest.mark.skipif(not postgres_server.INSTALLED, reason="no PostgreSQL server, or no psycopg")
+pytestmark = [
+    pytest.mark.usefixtures("quiet_optuna"),
+    pytest.mark.skipif(not postgres_server.INSTALLED, reason="no PostgreSQL server, or no psycopg"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +31,7 @@ def server():
 @pytest.fixture
 def url(server):
     """A database of its own, empty."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    yield server.database(f"d{time.monotonic_ns()}")
-    optuna.logging.set_verbosity(optuna.logging.INFO)
+    return server.database(f"d{time.monotonic_ns()}")
 
 
 @pytest.fixture

@@ -18,11 +18,7 @@ from sgsc.search.kmeans_tpe import KMeansTPESampler, candidates, split
 BITS = (2, 3, 4, 6, 8)
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    yield
-    optuna.logging.set_verbosity(optuna.logging.INFO)
+pytestmark = pytest.mark.usefixtures("quiet_optuna")
 
 
 class TestConformance(BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnlySamplerTestCase):

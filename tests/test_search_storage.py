@@ -18,12 +18,7 @@ from sgsc.search.kmeans_tpe import KMeansTPESampler
 from sgsc.search.storage import StorageError, fail_stale, open_storage, open_study, working, writing
 from tests.search_worker import SPACE
 
-
-@pytest.fixture(autouse=True)
-def quiet():
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    yield
-    optuna.logging.set_verbosity(optuna.logging.INFO)
+pytestmark = pytest.mark.usefixtures("quiet_optuna")
 
 
 def opened(path):

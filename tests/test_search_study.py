@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import optuna
 import pytest
 import torch
-import torch.nn.functional as F
 from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 from torch import nn
@@ -27,18 +26,9 @@ from sgsc.search.problem import prepare_search
 from sgsc.search.remembered import digest
 from sgsc.search.storage import StorageError, given, open_storage, working
 from sgsc.search.study import search_network
-from tests.small import blobs
+from tests.small import blobs, loss
 
-
-@pytest.fixture(autouse=True)
-def quiet():
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    yield
-    optuna.logging.set_verbosity(optuna.logging.INFO)
-
-
-def loss(model, batch):
-    return F.cross_entropy(model(batch[0]), batch[1])
+pytestmark = pytest.mark.usefixtures("quiet_optuna")
 
 
 @pytest.fixture(scope="module")

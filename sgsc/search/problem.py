@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,10 +29,14 @@ class Problem:
     space: Space
     budget: Budget
     baselines: dict[str, Configuration]
+    asked: dict[tuple[Any, ...], bool] = field(default_factory=dict, repr=False)
 
     def feasible(self, params: Mapping[str, Any]) -> bool:
-        """Whether parameters are within the budget."""
-        return self.budget.holds(self.cost(self.space.configuration(params), self.budget.limits()))
+        """Whether parameters are within the budget; remembered, since after each trial all of a study are asked of."""
+        key = tuple(params[name] for name in self.space.windows)
+        if key not in self.asked:
+            self.asked[key] = self.budget.holds(self.cost(self.space.configuration(params), self.budget.limits()))
+        return self.asked[key]
 
     @property
     def monotone(self) -> tuple[str, ...]:

@@ -16,7 +16,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -114,17 +115,9 @@ def search_network(
         raise ValueError(f"budget={budget!r}: want a Budget, such as Budget(bytes=50_000)")
     check_batches(batches)
     preparation["skip"] = tuple(preparation.get("skip", ()))
-    if isinstance(storage, (str, Path)):
-        opened, how = open_storage(storage), {"finish": finish, "settings": settings, "progress": progress}
-        how |= {"loss": loss, "batches": batches, "trials": trials, "seed": seed, "name": name, "sampler": sampler}
-        try:
-            return search_network(network, train, validate, budget, storage=opened, **how, **preparation)
-        finally:
-            opened.engine.dispose()
     started, seed = time.perf_counter(), int(seed)
-    storage = optuna.storages.InMemoryStorage() if storage is None else storage
     key = digest(network, batches, seed, *(preparation.get(k) for k in ("method", "latency", "skip")))
-    with writing(storage):
+    with _opened(storage) as storage, writing(storage):
 
         def prepare(known: Mapping[str, Any] | None) -> tuple[Problem, optuna.samplers.BaseSampler]:
             problem = prepare_search(
@@ -163,6 +156,19 @@ def search_network(
         phases = {"preparation": prepared, "search": searched - prepared}
         phases["finish"] = time.perf_counter() - started - searched
         return _result(study, problem, ends, reason, phases)
+
+
+@contextmanager
+def _opened(storage: BaseStorage | str | Path | None) -> Iterator[BaseStorage]:
+    """The storage itself, one in memory for None, or the one that is named, closed in the end."""
+    if not isinstance(storage, (str, Path)):
+        yield optuna.storages.InMemoryStorage() if storage is None else storage
+        return
+    named = open_storage(storage)
+    try:
+        yield named
+    finally:
+        named.engine.dispose()
 
 
 def check_settings(trials: int, seed: int, sampler: str, method: str) -> None:
