@@ -149,7 +149,7 @@ def timed(run: Callable[[], Row]) -> Row:
 
 
 def measure_mixture(section: Section) -> None:
-    """One layer, forward and backward: time, multiplications and what is kept, against the number of candidates."""
+    """One layer, forward and backward: time and what is kept, against the number of candidates."""
     kinds = {"ours": (True, False), "ours, weights learn too": (True, True), "a product a pair": (False, False)}
     for count in CANDIDATES:
         for method, (together, learned) in kinds.items():

@@ -48,6 +48,8 @@ _HOME = {
     "search_network": "search.study",
     "StrategyTraining": "strategies.qat",
     "fold_batch_norms": "strategies.folding",
+    "load_derived": "strategies.derived",
+    "save_derived": "strategies.derived",
     "search_strategies": "strategies.search",
     "load_checkpoint": "checkpoint",
     "save_checkpoint": "checkpoint",
@@ -77,6 +79,7 @@ __all__ = [
     "fold_batch_norms",
     "load",
     "load_checkpoint",
+    "load_derived",
     "load_into",
     "nominal_bits",
     "pack",
@@ -85,6 +88,7 @@ __all__ = [
     "read",
     "save",
     "save_checkpoint",
+    "save_derived",
     "search_network",
     "search_strategies",
     "set_numerics",
@@ -106,6 +110,7 @@ if TYPE_CHECKING:
     from .search.kmeans_tpe import KMeansTPESampler
     from .search.study import search_network
     from .size import file_bits, float_bytes, nominal_bits
+    from .strategies.derived import load_derived, save_derived
     from .strategies.folding import fold_batch_norms
     from .strategies.qat import StrategyTraining
     from .strategies.search import search_strategies

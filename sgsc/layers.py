@@ -242,9 +242,15 @@ def is_conv1d(module: nn.Module) -> bool:
     return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
-def bound(module: nn.Module) -> str:
-    """Why a layer could not be swapped without losing something, or ''."""
-    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+def bound(module: nn.Module, base: type[nn.Module] | None = None) -> str:
+    """Why a layer could not be swapped without losing something, or ''; `base` is the type that is served."""
+    base = base or type(module)
+    for name in ("forward", "__call__", "_conv_forward"):
+        if getattr(type(module), name, None) is not getattr(base, name, None):
+            return f"{type(module).__name__} overrides {base.__name__}.{name}"
+        if name in module.__dict__:
+            return f"its {name} was replaced, which a swapped layer would not have"
+    if base is not nn.MultiheadAttention and not isinstance(module._parameters.get("weight"), nn.Parameter):
         return "its weight is computed (parametrization, weight_norm, spectral_norm, prune); remove that first"
     if module._forward_hooks or module._forward_pre_hooks:
         return "it carries forward hooks, which a swapped layer would lose; remove them first"
@@ -264,13 +270,18 @@ def with_served_layers(model: nn.Module, wanted: Callable[[str], bool]) -> nn.Mo
     """Put layers that are served in place of wanted ones that hold the same weights in another form.
 
     `QuantMultiheadAttention` for `nn.MultiheadAttention`, `nn.Linear` for transformers' Conv1D that is not `bound`;
-    shared ones stay shared.
+    shared ones stay shared. Encoder layers of torch that hold wanted ones lose their fast path, which reads weights and
+    calls no layer.
 
     Raises:
         ValueError: If one cannot be replaced; the message names it.
     """
     made: dict[int, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, nn.TransformerEncoderLayer):
+            prefix = f"{name}." if name else ""
+            if any(wanted(prefix + part) for part in ("self_attn", "linear1", "linear2")):
+                module.activation_relu_or_gelu = 0
         attention = isinstance(module, nn.MultiheadAttention)
         served = attention or (is_conv1d(module) and not bound(module))
         if not served or not (wanted(name) or id(module) in made):

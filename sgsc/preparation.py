@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .layers import QUANTIZED, REFUSED, QuantLayer, bound, is_conv1d, with_served_layers
+from .layers import QUANTIZED, REFUSED, QuantLayer, bound, is_conv1d, quant_layers, with_served_layers
+from .samples import evaluating, fed
+
+ATTENTION = nn.MultiheadAttention
 
 
 class Prepared(NamedTuple):
@@ -51,9 +57,17 @@ def prepare(model: nn.Module, *, quantizer: str = "integer", skip: Iterable[str]
         if not any(re.fullmatch(pattern, name) for name in names):
             raise ValueError(f"skip={pattern!r} matches no module; names look like {', '.join(names[1:4])}")
 
-    def skipped(name: str) -> bool:
+    # an attention layer stands or falls with its projections
+    whole = {n: why for n, m in model.named_modules() if isinstance(m, ATTENTION) and (why := bound(m, ATTENTION))}
+
+    def skipped(name: str) -> str:
         parents = [name[: m.start()] for m in re.finditer(r"\.", name)]
-        return any(re.fullmatch(pattern, part) for pattern in patterns for part in [name, *parents])
+        for part in [name, *parents]:
+            if any(re.fullmatch(pattern, part) for pattern in patterns):
+                return "named in skip"
+            if part in whole:
+                return whole[part] if part == name else f"it is part of {part!r}: {whole[part]}"
+        return ""
 
     if any(isinstance(m, QuantLayer) for m in model.modules()):
         raise ValueError("the model is already prepared; prepare its float version")
@@ -74,7 +88,7 @@ def prepare(model: nn.Module, *, quantizer: str = "integer", skip: Iterable[str]
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if next(module.parameters(recurse=False), None) is None and not isinstance(module, tuple(QUANTIZED)):
             continue
-        why = _why_not(module) if not skipped(name) else "named in skip"
+        why = skipped(name) or _why_not(module)
         if why:
             left[name] = why
             continue
@@ -100,20 +114,84 @@ def _why_not(module: nn.Module) -> str:
     if not isinstance(module, tuple(QUANTIZED)):
         count = sum(p.numel() for p in module.parameters(recurse=False))
         return f"{type(module).__name__} has no quantized form ({count:,} parameters)"
-    base = next(b for b in type(module).__mro__ if b in QUANTIZED)
-    if type(module).forward is not base.forward:
-        return f"{type(module).__name__} overrides {base.__name__}.forward"
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
         return "an Embedding with max_norm or sparse gradients changes its table outside autograd"
-    return bound(module)
+    return bound(module, next(b for b in type(module).__mro__ if b in QUANTIZED))
 
 
 def _refuse_shared_weights(layers: dict[str, nn.Module]) -> None:
     owner: dict[int, str] = {}
     for name, layer in layers.items():
-        first = owner.setdefault(id(layer.weight), name)
-        if first != name:
+        weight = layer._parameters.get("weight")  # one that is computed is another each time
+        if weight is not None and (first := owner.setdefault(id(weight), name)) != name:
             raise ValueError(
                 f"layers {first!r} and {name!r} share one weight, which would be quantized twice; give each its own "
                 f"(weight = nn.Parameter(weight.clone())), or leave both float with skip=[{first!r}, {name!r}]"
             )
+
+
+@contextmanager
+def unrounded(layers: Iterable[QuantLayer], poisoned: Iterable[QuantLayer] = ()) -> Iterator[None]:
+    """Layers compute with their float weights; of those `poisoned`, who reads one beside calling its layer gets NaN."""
+    weights = {layer: layer.weight for layer in layers}
+    try:
+        for layer, weight in weights.items():
+            layer.__dict__["handed"] = lambda _, weight=weight: weight  # in place of a quantized one
+        for layer in poisoned:
+            nan = layer.weight.detach().new_full((), math.nan).expand(layer.weight.shape)
+            layer._parameters["weight"] = nn.Parameter(nan, requires_grad=False)
+        yield
+    finally:
+        for layer, weight in weights.items():
+            layer.__dict__.pop("handed", None)
+            layer._parameters["weight"] = weight  # pyright: ignore  a parameter
+
+
+@torch.no_grad()
+def read_beside(model: nn.Module, network: nn.Module, inputs: Tensor) -> list[str]:
+    """Layers whose weight a model reads without calling them, as one does whose output is tied by `F.linear`.
+
+    What is read so is not rounded while training, and is not there once packed.
+
+    Args:
+        model: From `prepare`, inputs not quantized.
+        network: The float model, which answers with a tensor.
+        inputs: One batch.
+
+    Raises:
+        ValueError: If the prepared model fails, or answers otherwise than the float one for another reason.
+    """
+    layers = quant_layers(model)
+
+    def answers(of: nn.Module) -> Tensor:
+        with evaluating(of), torch.random.fork_rng():
+            torch.manual_seed(0)
+            return of(fed(of, inputs))
+
+    def off(poisoned: Iterable[QuantLayer]) -> bool:
+        with unrounded(layers.values(), poisoned):
+            return not alike(answers(model), wanted)
+
+    wanted = answers(network)
+    try:
+        if not off(layers.values()):
+            return []
+        found = [name for name, layer in layers.items() if off([layer])]
+        strange = off([]) and alike(answers(network), wanted)  # else it never answers the same
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"prepared, the model does not run ({type(error).__name__}: {error}): it wants more of a layer than its "
+            "forward and its weight; leave that layer float, by skip"
+        ) from None
+    if strange:
+        raise ValueError(
+            "prepared, with weights not rounded yet, the model answers otherwise than before: a layer does more than "
+            "its type says; leave that layer float, by skip"
+        )
+    return found
+
+
+def alike(answers: Tensor, wanted: Tensor) -> bool:
+    """Whether two answers differ by no more than sums in another order make."""
+    off = (answers - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
+    return bool(off <= torch.finfo(wanted.dtype).eps ** 0.5)

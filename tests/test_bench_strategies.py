@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from bench import strategies, strategy_claims, strategy_networks, strategy_peers
+from bench.strategy_claims import BEHIND
 from sgsc.demos.task import SCHEDULES
 from sgsc.strategies import fold_batch_norms
 
@@ -135,17 +136,17 @@ def test_claims_can_fail():
     assert len(of(*drawn(good, uniform, greedy))) == 3
     assert set(of(good, uniform, greedy).values()) == {False}  # one draw is too few
     assert of(*drawn(good, uniform), greedy) == {  # of either
-        **{"test accuracy ahead of best uniform": True, "test accuracy ahead of greedy": False},
+        **{f"test accuracy ahead of best uniform, {BEHIND}": True, f"test accuracy ahead of greedy, {BEHIND}": False},
         "test accuracy lost against float": True,
     }
     assert not of(*drawn(row("DQSS", 0.8785), uniform))["test accuracy lost against float"]
     for name in ("best uniform", "greedy"):
         behind = row(name, 0.88, ours_ahead=-0.0021, ours_ahead_error=0.001)
-        assert not of(*drawn(good, behind))[f"test accuracy ahead of {name}"]
+        assert not of(*drawn(good, behind))[f"test accuracy ahead of {name}, {BEHIND}"]
     one = row("uniform mse + kl", 0.879, ours_ahead=0.01, ours_ahead_error=0.001)
     two = row("uniform kl + mse", 0.881, ours_ahead=-0.0021, ours_ahead_error=0.001)
     said = of(*drawn(good, one, two))
-    assert said["test accuracy ahead of uniform kl + mse, the best by test of 2 such"] is False
+    assert said[f"test accuracy ahead of uniform kl + mse, the best by test of 2 such, {BEHIND}"] is False
     assert len(said) == 2
     few = [{**r, "test_samples": 50} for r in (good, uniform)]
     assert len(strategy_claims.network_claims([good, uniform, *few])) == 2  # nothing of one is told of the other

@@ -158,3 +158,60 @@ def test_a_layer_with_hooks_is_left():
     assert "forward hooks" in prepared.left["0"]
     x = torch.randn(4, 3)
     assert torch.allclose(prepared.model(x), net(x), atol=0.05)
+
+
+class Causal(nn.MultiheadAttention):
+    def forward(self, query, key, value, **how):
+        return super().forward(query, key, value, need_weights=False)
+
+
+class Standardised(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+
+
+def hooked():
+    made = nn.MultiheadAttention(8, 2, batch_first=True)
+    made.register_forward_hook(lambda module, given, made: (made[0] * 2, made[1]))
+    return made
+
+
+def replaced():
+    made = nn.Linear(8, 8)
+    before = made.forward
+    made.forward = lambda x: before(x) * 2
+    return made
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "why"),
+    [
+        (lambda: Causal(8, 2, batch_first=True), (3, 4, 8), "overrides MultiheadAttention.forward"),
+        (hooked, (3, 4, 8), "it carries forward hooks"),
+        (lambda: Standardised(2, 3, 3), (3, 2, 8, 8), "overrides Conv2d._conv_forward"),
+        (replaced, (3, 8), "its forward was replaced"),
+    ],
+)
+def test_a_layer_that_does_more_than_its_type_is_left_whole(layer, shape, why):
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = layer(), nn.LazyLinear(2)
+
+        def forward(self, x):
+            y = self.layer(x, x, x)[0] if isinstance(self.layer, nn.MultiheadAttention) else self.layer(x)
+            return self.head(y)
+
+    torch.manual_seed(0)
+    x, net = torch.randn(shape), Around().eval()
+    wanted = net(x)
+    prepared = prepare(net)
+    assert prepared.swapped == ("head",)
+    assert all(why in prepared.left[name] for name in prepared.left)
+    assert "layer" in prepared.left
+    assert (prepared.model(x) - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_layers_whose_weights_are_computed_do_not_share_them():
+    net = nn.Sequential(*(parametrizations.weight_norm(nn.Linear(4, 4)) for _ in range(3)), nn.Linear(4, 4))
+    assert prepare(net).swapped == ("3",)

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from sgsc import StrategyTraining, prepare, search_strategies
+from sgsc import StrategyTraining, load_into, pack, prepare, save, search_strategies
 from sgsc.layers import quant_layers
 from sgsc.quantizers import StaticInput
 from sgsc.samples import outputs
@@ -105,7 +106,9 @@ def test_answers_to_what_grids_are_fitted_to_are_not_kept():
 
 
 def test_a_strategy_of_training_is_none_of_a_search():
-    with pytest.raises(ValueError, match=r"trained=True is of sgsc.StrategyTraining"):
+    with pytest.raises(ValueError, match="'lsq' is not known without training; choose of max-abs, percentile"):
+        search_strategies(net(), data(), weights=["lsq"], **QUICK)
+    with pytest.raises(ValueError, match="trained=True: there is no such setting; there are bits_weights"):
         search_strategies(net(), data(), trained=True, **QUICK)
 
 
@@ -232,16 +235,135 @@ def test_an_input_strategy_without_a_grid_is_named():
         del INPUTS["nowhere"]
 
 
-def test_a_weight_strategy_without_a_grid_is_named():
+@pytest.mark.parametrize(
+    ("gives", "said"),
+    [
+        (lambda rows: torch.full((len(rows),), float("nan")), r"gives \(16,\) numbers, the least nan"),
+        (lambda rows: -rows.abs().amax(1), r"gives \(16,\) numbers, the least -"),
+        (lambda rows: rows.abs().amax(), r"gives \(\) numbers"),
+    ],
+)
+def test_a_weight_strategy_that_breaks_its_promise_is_named(gives, said):
     class Broken(WeightStrategy, name="broken"):
         def steps(self, rows, most):
-            return torch.full((len(rows),), float("nan"))
+            return gives(rows)
 
     try:
-        with pytest.raises(ValueError, match="strategy 'broken' finds a grid that is not finite for layer '0'"):
+        with pytest.raises(ValueError, match=f"layer '0': Broken.steps {said}"):
             search_strategies(net(), data(), weights=["broken"], **QUICK)
     finally:
         del WEIGHTS["broken"]
+
+
+@pytest.mark.parametrize("ends", [(1.0, -1.0), (float("nan"), 1.0)])
+def test_an_input_strategy_whose_ends_are_in_no_order_is_named(ends):
+    class Swapped(RangeStrategy, name="swapped"):
+        @classmethod
+        def ends(cls, seen, bits):
+            return ends
+
+    try:
+        with pytest.raises(
+            ValueError, match=r"strategy 'swapped' finds no grid for the input of layer '0': Swapped\.ends"
+        ):
+            search_strategies(net(), data(), inputs=["swapped"], **QUICK)
+    finally:
+        del INPUTS["swapped"]
+
+
+class Tied(nn.Module):
+    """An embedding that its output reads by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.body = nn.Embedding(12, 8), nn.Linear(8, 8)
+
+    def forward(self, ids):
+        return F.linear(self.body(self.table(ids)), self.table.weight)
+
+
+def test_a_layer_whose_weight_is_read_beside_calling_it_stays_float():
+    torch.manual_seed(0)
+    tied, ids = Tied().eval(), torch.randint(12, (40, 5))
+    found = search_strategies(tied, ids, **QUICK)
+    assert "its weight is read beside calling it" in found.report["left"]["table"]
+    assert list(found.choice) == ["body"]
+    assert torch.allclose(pack(found.model)(ids), outputs(found.model, ids), atol=1e-5)
+
+
+class Fast(nn.Module):
+    """An encoder, whose fast path calls no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 1)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(self.encoder(x).mean(1))
+
+
+def test_an_encoder_whose_attention_stays_float_is_rounded_all_the_same(tmp_path):
+    torch.manual_seed(0)
+    fast, x = Fast().eval(), torch.randn(40, 5, 16)
+    how = {"bits_weights": 2, "bits_activations": 2, "edge_bits": None, "skip": [r".*self_attn"], **QUICK}
+    found = search_strategies(fast, x, **how)
+    assert found.loss > 1e-3
+    off = (outputs(found.model, x) - outputs(fast, x)).abs().max()
+    assert off > 1e-2
+    save(pack(found.model), tmp_path / "model.sgsc")
+    packed = load_into(fast, tmp_path / "model.sgsc")
+    assert torch.allclose(outputs(packed, x), outputs(found.model, x), atol=1e-5)
+
+
+class More(nn.Linear):
+    """A layer that does more than its type."""
+
+    def twice(self, x):
+        return self(self(x))
+
+
+class Uses(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = More(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(self.body.twice(x))
+
+
+def test_a_layer_that_is_used_for_more_than_its_forward_is_an_error_with_a_way_out():
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"no attribute 'twice'.*leave that layer float, by skip"):
+        search_strategies(Uses(), data(), **QUICK)
+    assert list(search_strategies(Uses(), data(), skip=["body"], **QUICK).choice) == ["head"]
+
+
+class Random(nn.Module):
+    """Answers differently each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = net()
+
+    def forward(self, x):
+        return self.body(x + 0.1 * torch.randn_like(x))
+
+
+def test_a_network_that_draws_at_random_is_served():
+    assert set(search_strategies(Random(), data(), **QUICK).choice) == {"body.0", "body.2", "body.4"}
+
+
+def test_norms_that_need_their_batch_are_never_given_one_sample():
+    torch.manual_seed(0)
+    batch = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 4))
+    for count in (23, 44):  # 17 = 16 + 1 and 33 = 32 + 1 to fit to
+        assert search_strategies(batch, data(count), **QUICK).report["samples_fit"] % 16 == 1
+
+
+def test_pairs_of_inputs_and_targets_are_read_as_a_loader_gives_them():
+    pairs = DataLoader(TensorDataset(data(), torch.zeros(64)), batch_size=8)
+    assert search_strategies(net(), pairs, **QUICK).loss == search_strategies(net(), data(), **QUICK).loss
 
 
 def test_biases_that_cannot_be_whole_steps_are_left_and_counted():

@@ -311,14 +311,16 @@ def test_data_on_another_device_is_moved():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ([(data(4), torch.zeros(4))], "tuple"),  # with labels
-        (None, "NoneType"),
-        (data(4).numpy(), "ndarray"),
-        (torch.tensor(1.0), "single number"),
+        ([(data(4).numpy(), torch.zeros(4))], "a batch is a tuple; want tensors"),
+        (None, "a batch is a NoneType; want tensors"),
+        ([data(4).numpy()], "a batch is a ndarray; want tensors"),
+        (torch.tensor(1.0), "a batch is a single number; want tensors"),
+        (data(4).numpy(), r"is a ndarray; want a tensor .*torch.from_numpy"),
+        ({"ids": data(4)}, "is a dict; want a tensor .*a wrapper that takes one tensor"),
     ],
 )
 def test_data_that_is_no_batch_of_tensors_is_refused(given, said):
-    with pytest.raises(ValueError, match=f"a batch is a {said}; want tensors"):
+    with pytest.raises(ValueError, match=said):
         search_strategies(network(), given, **QUICK)
 
 
@@ -398,7 +400,12 @@ def test_a_network_that_has_diverged_is_refused():
         ({"bits_activations": 9}, "bits=9: strategies serve 2 to 8"),
         ({"edge_bits": 12}, "bits=12: strategies serve 2 to 8"),
         ({"loss": "l3"}, r"loss='l3' is not known; choose one of kl, l1"),
-        ({"steps": -1}, "steps=-1: want 0 or more"),
+        ({"steps": -1}, "steps=-1: want a whole number, 0 or more"),
+        ({"steps": 1.5}, "steps=1.5: want a whole number"),
+        ({"batch_size": 1.5}, "batch_size=1.5: want a whole number"),
+        ({"seed": "a"}, "seed='a': want a whole number"),
+        ({"loss": 3}, "loss=3 is not known"),
+        ({"foo": 1}, "foo=1: there is no such setting; there are bits_weights"),
         ({"select_share": 1.0}, "select_share=1.0"),
         ({"weights": ["lsq"]}, "'lsq' is not known without training"),
         ({"inputs": []}, "no strategy is named"),

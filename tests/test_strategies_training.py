@@ -5,9 +5,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sgsc import StrategyTraining
+from sgsc import (
+    StrategyTraining,
+    load_checkpoint,
+    load_derived,
+    save_checkpoint,
+    save_derived,
+    search_strategies,
+)
 from sgsc.layers import quant_layers
+from sgsc.strategies import INPUTS, WEIGHTS
 from sgsc.strategies.mixture import MixedInput, MixedWeights, mixtures
+from sgsc.strategies.registry import strategies
 
 from .test_strategies_search import data, network
 
@@ -133,7 +142,7 @@ def test_norms_train_on_unless_they_are_folded():
 
 def test_bad_input_is_refused():
     net, x, _ = problem()
-    with pytest.raises(ValueError, match="steps=0: want 1 or more"):
+    with pytest.raises(ValueError, match="steps=0: want a whole number, 1 or more"):
         run_of(net, x, steps=0)
     with pytest.raises(
         ValueError, match=r"'mse' is not known to training; choose of lsq, lsq\+, pact, straight-through"
@@ -141,3 +150,91 @@ def test_bad_input_is_refused():
         run_of(net, x, inputs=["mse"])
     with pytest.raises(ValueError, match="the loss is nan at step 0"):
         run_of(net, x).step(torch.tensor(float("nan")))
+    with pytest.raises(ValueError, match="the loss is a float; want a tensor of one number"):
+        run_of(net, x).step(1.0)
+    with pytest.raises(ValueError, match=r"the loss has shape \(2,\); want a tensor of one number"):
+        run_of(net, x).step(torch.ones(2))
+
+
+class Twice(nn.Module):
+    """Calls a layer two times."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.b(self.a(self.a(x).relu()).relu())
+
+
+@pytest.mark.parametrize("weights", strategies(WEIGHTS, None, True))
+@pytest.mark.parametrize("inputs", strategies(INPUTS, None, True))
+def test_a_layer_is_called_twice_before_a_backward_by_any_strategy(weights, inputs):
+    x, y = torch.randn(32, 8), torch.randint(4, (32,))
+    run = StrategyTraining(Twice(), x, steps=6, weights=[weights], inputs=[inputs])
+    while not run.done:
+        run.step(F.cross_entropy(run.model(x), y) + F.cross_entropy(run.model(x + 0.1), y))  # and two forwards
+
+
+def test_a_layer_is_called_twice_before_a_backward_of_a_mixture():
+    x, y = torch.randn(32, 8), torch.randint(4, (32,))
+    run = StrategyTraining(Twice(), x, steps=10)
+    while not run.done:
+        run.step(F.cross_entropy(run.model(x), y) + F.cross_entropy(run.model(x + 0.1), y))
+
+
+@pytest.mark.parametrize("done", [1, 5, 12])
+def test_a_training_goes_on_from_a_checkpoint_as_if_nothing_had_happened(done, tmp_path):
+    net, x, y = problem()
+
+    def steps(run, count):
+        for _ in range(count):
+            run.step(F.cross_entropy(run.model(x), y))
+
+    whole, before, after = (run_of(net, x) for _ in range(3))
+    steps(whole, 20)
+    steps(before, done)
+    save_checkpoint(tmp_path / "checkpoint", before.state_dict())
+    after.load_state_dict(load_checkpoint(tmp_path / "checkpoint"))
+    steps(after, 20 - done)
+    assert (after.choice, after.shares, after.stage) == (whole.choice, whole.shares, "settled")
+    state = after.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in whole.model.state_dict().items())
+    with pytest.raises(ValueError, match="20 steps are done; make a new StrategyTraining, then load"):
+        after.load_state_dict(before.state_dict())
+    for other, said in (
+        ({"steps": 21}, "steps=20 there, 21 here"),
+        ({"bits_weights": 4}, "bits_weights=3 there, 4 here"),
+    ):
+        with pytest.raises(ValueError, match=f"of a training with other arguments .*{said}"):
+            run_of(net, x, **other).load_state_dict(before.state_dict())
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_the_file_of_a_trained_network_is_that_network(fold, tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)).eval()
+    x, y = torch.randn(32, 1, 5, 5), torch.randint(3, (32,))
+    for names in zip(*(strategies(registry, None, True) for registry in (WEIGHTS, INPUTS)), strict=False):
+        run = StrategyTraining(net, x, steps=4, fold=fold, weights=[names[0]], inputs=[names[1]])
+        while not run.done:
+            run.step(F.cross_entropy(run.model(x), y))
+        save_derived(run.model, tmp_path / "derived")
+        assert torch.equal(load_derived(net, tmp_path / "derived")(x), run.model.eval()(x))
+    with pytest.raises(ValueError, match="holds no strategy, or a mixture of several"):
+        save_derived(StrategyTraining(net, x, steps=4).model, tmp_path / "other")
+
+
+def test_a_file_that_is_none_of_a_derived_network_or_of_another_is_refused(tmp_path):
+    net, x, _ = problem()
+    found = search_strategies(net, x, steps=2, skip=["3"])
+    save_derived(found.model, tmp_path / "derived")
+    assert torch.equal(load_derived(net, tmp_path / "derived")(x), found.model(x))
+    with pytest.raises(ValueError, match="does not fit the network: "):
+        load_derived(nn.Sequential(nn.Linear(3, 4)), tmp_path / "derived")
+    with pytest.raises(ValueError, match="is not the file of a derived network"):
+        load_derived(net, tmp_path / "none")
+    (tmp_path / "junk").write_bytes(b"junk" * 9)
+    with pytest.raises(ValueError, match="is not the file of a derived network"):
+        load_derived(net, tmp_path / "junk")

@@ -7,25 +7,25 @@ runs, unless the network cannot be packed; then the report says why.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from sgsc.artefact import save
-from sgsc.files import write_atomically
 from sgsc.layers import quant_layers
-from sgsc.packed import pack
+from sgsc.packed import pack, set_numerics
+from sgsc.packed.layers import NUMERICS, PackedProduct
 from sgsc.samples import device_of
 from sgsc.size import float_bytes
 from sgsc.strategies.data import samples_of
-from sgsc.strategies.qat import StrategyTraining, trained_settings
+from sgsc.strategies.derived import save_derived
+from sgsc.strategies.qat import StrategyTraining
 from sgsc.strategies.search import KEPT, layer_rows, search_strategies
-from sgsc.strategies.settings import StrategySettings, check_steps, divergence
+from sgsc.strategies.settings import check_steps, divergence, settings_of
 
 from .job import MODEL, Progress, float_model
 from .task import Task
@@ -78,7 +78,7 @@ def search(
     """
     started = time.perf_counter()
     check_steps(steps, 0)
-    StrategySettings(seed=seed, **settings)
+    settings_of(False, {"seed": seed, **settings})
     inputs = draw(task.train.tensors[0], samples, seed)
     network = float_model(task, seed, folder, progress).eval()
     how = {"steps": steps, "integer_bias": integer_bias, "seed": seed, "progress": progress}
@@ -115,7 +115,7 @@ def train(
     """
     started = time.perf_counter()
     check_steps(steps, 1)
-    trained_settings(seed=seed, **settings)
+    settings_of(True, {"seed": seed, **settings})
     inputs = draw(task.train.tensors[0], samples, seed)
     network = float_model(task, seed, folder, progress).eval()
     rate = task.learning_rate if rate is None else rate
@@ -175,15 +175,19 @@ def learn(
 
 
 def _report(task: Task, network: nn.Module, derived: nn.Module, inputs: Tensor, folder: Path) -> dict[str, Any]:
-    """What both ways have to say; writes the files and reads the test split."""
+    """What both ways have to say; writes the files, and reads the test split for all that are there to answer it."""
+    stored, packed = store(derived, inputs, folder, {"task": task.name})
     report = {
         **{"kind": "strategies", "task": task.name, "sources": task.sources, "samples": len(inputs)},
-        **{"float_bytes": float_bytes(network), **store(derived, inputs, folder, {"task": task.name})},
+        **{"float_bytes": float_bytes(network), **stored},
         "validation": {"float": evaluate(network, task.validation), "derived": evaluate(derived, task.validation)},
     }
     test = task.test()
     for name, model in (("float", network), ("derived", derived)):
         report |= {f"{name}_{key}": value for key, value in evaluate(model, test).items()}
+    if packed is not None:
+        for numerics, model in in_numerics(packed):
+            report |= {f"packed_{numerics}_{key}": value for key, value in evaluate(model, test).items()}
     return report
 
 
@@ -199,27 +203,36 @@ def search_any(
     """The same for a network and data of the user's own, without labels; returns the report."""
     found = search_strategies(network, calibration, seed=seed, progress=progress, **settings)
     kept = {"kind": "strategies", "task": type(network).__name__, "samples": len(calibration)}
-    return {**kept, "float_bytes": float_bytes(network), **found.report, **store(found.model, calibration, folder, {})}
+    stored, _ = store(found.model, calibration, folder, {})
+    return {**kept, "float_bytes": float_bytes(network), **found.report, **stored}
 
 
-def store(derived: nn.Module, inputs: Tensor, folder: Path, notes: dict[str, Any]) -> dict[str, Any]:
-    """Write the derived network; returns what the report says of its files."""
-    # a module in two places is stored in both
-    state = {name: value.contiguous().clone() for name, value in derived.state_dict().items()}
-    write_atomically(folder / DERIVED, safetensors.torch.save(state))
+def store(
+    derived: nn.Module, inputs: Tensor, folder: Path, notes: dict[str, Any]
+) -> tuple[dict[str, Any], nn.Module | None]:
+    """Write the derived network; returns what the report says of its files, and the packed network if there is one."""
+    save_derived(derived, folder / DERIVED)
     try:
         packed = pack(derived, remove=False)
-        answers_alike(packed, derived, inputs[:CHECKED].to(device_of(derived)))
+        inputs = inputs[:CHECKED].to(device_of(derived))
+        off = {f"packed_{n}_off": answers_alike(by, derived, inputs) for n, by in in_numerics(packed)}
         size = save(packed, folder / MODEL, notes={**notes, "strategies": True})
     except ValueError as error:
         (folder / MODEL).unlink(missing_ok=True)  # that of an older run must not stay
-        return {"stored_bytes": None, "not_packed": str(error)}
-    return {"stored_bytes": size, "not_packed": ""}
+        return {"stored_bytes": None, "not_packed": str(error)}, None
+    return {"stored_bytes": size, "not_packed": "", **off}, packed
+
+
+def in_numerics(packed: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """A packed network in each numerics, the last of them exact; one that does not multiply has only that."""
+    products = any(isinstance(m, PackedProduct) for m in packed.modules())
+    for numerics in reversed(NUMERICS) if products else NUMERICS[:1]:
+        yield numerics, set_numerics(packed, numerics) if products else packed
 
 
 @torch.no_grad()
-def answers_alike(packed: nn.Module, derived: nn.Module, inputs: Tensor) -> None:
-    """Refuse a packed network that does not answer as the derived one.
+def answers_alike(packed: nn.Module, derived: nn.Module, inputs: Tensor) -> float:
+    """How far the answers of a packed network are off those of the derived one, as a share of their norm.
 
     Raises:
         ValueError: If it does not run, as where the network reads a layer's weight beside calling it, or is far off.
@@ -237,3 +250,4 @@ def answers_alike(packed: nn.Module, derived: nn.Module, inputs: Tensor) -> None
         raise ValueError(
             f"packed, the network is off by {off:.2g} of the norm of its answers; leave layers float, by skip"
         )
+    return off.item()

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgsc.layers import QuantLayer, quant_layers
+from sgsc.preparation import unrounded
 from sgsc.quantizers import InputQuantizer
 from sgsc.samples import evaluating, fed
 
@@ -52,10 +53,8 @@ def float_answers(
         names: Of those that are asked for.
         batches: Inputs of the model.
     """
-    for layer in layers.values():
-        layer.__dict__["handed"] = lambda layer: layer.weight  # in place of a quantized one
     found: list[Answers] = []
-    try:
+    with unrounded(layers.values()):
         for batch in batches:
             answers: Answers = {name: [] for name in names}
             found.append(answers)
@@ -65,9 +64,6 @@ def float_answers(
                 lambda name, layer, _x, y, answers=answers: answers[name].append(_summed(layer, y)),
             ):
                 model(fed(model, batch))
-    finally:
-        for layer in layers.values():
-            layer.__dict__.pop("handed")
     return found
 
 

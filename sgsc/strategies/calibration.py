@@ -146,7 +146,7 @@ def given(args: tuple, kwargs: dict) -> Tensor:
 @torch.no_grad()
 def room(model: nn.Module, layers: Mapping[str, nn.Module], batch: Tensor) -> int:
     """Samples like those of a batch that may pass through together, for activations of about MOST_BYTES."""
-    largest = [1]
+    largest, few = [1], batch[:2]  # of one sample some norms have no statistics
 
     def look(_module: nn.Module, args: tuple, output: Any) -> None:
         largest.extend(t.numel() * t.element_size() for t in (*args, output) if isinstance(t, Tensor))
@@ -154,11 +154,11 @@ def room(model: nn.Module, layers: Mapping[str, nn.Module], batch: Tensor) -> in
     hooks = [m.register_forward_hook(look) for m in layers.values()]
     try:
         with evaluating(model):
-            model(fed(model, batch[:1]))
+            model(fed(model, few))
     finally:
         for hook in hooks:
             hook.remove()
-    return max(MOST_BYTES // (ALIVE * max(largest)), 1)
+    return max(MOST_BYTES * len(few) // (ALIVE * max(largest)), 1)
 
 
 def _pass(

@@ -1,8 +1,11 @@
-"""Calibration data: samples that users give in one tensor or in batches, checked, split, and batched anew."""
+"""Calibration data: samples that users give in one tensor or in batches, checked, split, and batched anew.
+
+They lie in memory once: batches are views.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,30 +15,42 @@ from sgsc.samples import device_of
 
 from .settings import StrategySettings
 
-
-def joined(batches: Sequence[Tensor], at_once: int) -> list[Tensor]:
-    """The same samples in batches of up to `at_once` of one shape."""
-    groups: dict[torch.Size, list[list[Tensor]]] = {}
-    for batch in batches:
-        alike = groups.setdefault(batch.shape[1:], [[]])
-        if sum(map(len, alike[-1])) + len(batch) > at_once and alike[-1]:
-            alike.append([])
-        alike[-1].append(batch)
-    return [torch.cat(group) for alike in groups.values() for group in alike]
+Calibration = Tensor | Iterable[Tensor | Sequence[Any]]
 
 
-def samples_of(calibration: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    """Each sample as a batch of its own.
+def joined(samples: Sequence[Tensor]) -> list[Tensor]:
+    """The same samples, one tensor a shape."""
+    groups: dict[torch.Size, list[Tensor]] = {}
+    for sample in samples:
+        groups.setdefault(sample.shape[1:], []).append(sample)
+    return [torch.cat(alike) for alike in groups.values()]
+
+
+def batches_of(whole: Sequence[Tensor], at_once: int) -> list[Tensor]:
+    """Views of up to `at_once` samples, of one size as far as may be: some models do not take a batch of one."""
+    return [part for alike in whole for part in alike.tensor_split(-(-len(alike) // at_once))]
+
+
+def samples_of(calibration: Calibration) -> list[Tensor]:
+    """Each sample as a batch of its own; of batches (inputs, targets, ...) the inputs.
 
     Raises:
         ValueError: If there is none, or one holds NaN or infinity.
     """
     one = isinstance(calibration, Tensor) or not isinstance(calibration, Iterable)
     given: list[Any] = [calibration] if one else list(calibration)
+    if isinstance(calibration, Mapping) or (hasattr(calibration, "__array__") and not one):
+        raise ValueError(
+            f"calibration data is a {type(calibration).__name__}; want a tensor (samples, ...), or batches of tensors: "
+            "of an array torch.from_numpy(...), of several inputs those of a wrapper that takes one tensor"
+        )
+    given = [b[0] if isinstance(b, (tuple, list)) and len(b) and isinstance(b[0], Tensor) else b for b in given]
     for batch in given:
         if not isinstance(batch, Tensor) or not batch.dim():
             said = "single number" if isinstance(batch, Tensor) else type(batch).__name__
-            raise ValueError(f"calibration data: a batch is a {said}; want tensors (samples, ...)")
+            raise ValueError(
+                f"calibration data: a batch is a {said}; want tensors (samples, ...), alone or first in a tuple"
+            )
     samples = [sample for batch in given if batch.numel() for sample in batch.split(1)]
     if not samples:
         raise ValueError("no calibration data: want a tensor (samples, ...) of inputs, or a list of such batches")
@@ -46,9 +61,9 @@ def samples_of(calibration: Tensor | Iterable[Tensor]) -> list[Tensor]:
 
 
 def split(
-    calibration: Tensor | Sequence[Tensor], network: nn.Module, settings: StrategySettings
+    calibration: Calibration, network: nn.Module, settings: StrategySettings
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Batches to fit to and batches to select by, on the network's device; a single sample serves both.
+    """Samples to fit to and to select by, on the network's device, one tensor a shape; a single sample serves both.
 
     Of a training all are fitted to.
 
@@ -69,7 +84,7 @@ def split(
     device = device_of(network)
     moved = [samples[i].to(device) for i in order]
     if settings.trained:  # the data that trains chooses
-        return joined(moved, settings.batch_size), []
+        return joined(moved), []
     count = min(max(round(settings.select_share * len(samples)), 1), len(samples) - 1)
     parts = (moved[count:], moved[:count]) if len(moved) > 1 else (moved, moved)
-    return joined(parts[0], settings.batch_size), joined(parts[1], settings.batch_size)
+    return joined(parts[0]), joined(parts[1])

@@ -7,7 +7,7 @@ in evaluation mode. Its grids are then those of what is deployed, and its rows n
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -53,7 +53,7 @@ def fold_batch_norms(model: nn.Module) -> Folded:
             calls.setdefault(id(modules[str(node.target)]), []).append(node)
     folded, left = [], {}
     for name in norms:
-        why = _why_not(modules, calls, modules[name], read)
+        why = _why_not(modules, calls, name, read)
         if why:
             left[name] = why
             continue
@@ -71,10 +71,15 @@ def fold_batch_norms(model: nn.Module) -> Folded:
     return Folded(model, tuple(folded), left)
 
 
-def _why_not(modules: dict[str, nn.Module], calls: dict[int, list[fx.Node]], norm: nn.Module, read: set[str]) -> str:
+def _why_not(modules: dict[str, nn.Module], calls: dict[int, list[fx.Node]], name: str, read: set[str]) -> str:
+    norm: Any = modules[name]
     nodes = calls.get(id(norm), [])
     if len(nodes) != 1:
         return f"it is called {len(nodes)} times"
+    if any(modules[of] is norm for of in read if of in modules):
+        return "its parameters are read beside calling it"
+    if norm._forward_hooks or norm._forward_pre_hooks:
+        return "it carries forward hooks, which would be gone"
     if norm.running_mean is None:
         return "it keeps no running statistics"
     source = nodes[0].args[0] if nodes[0].args else None
@@ -89,7 +94,11 @@ def _why_not(modules: dict[str, nn.Module], calls: dict[int, list[fx.Node]], nor
         return f"the weight of {source.target} is computed, or it carries hooks"
     if layer.weight.shape[0] != norm.num_features:
         return f"{source.target} has {layer.weight.shape[0]} channels and the norm {norm.num_features}"
-    if str(source.target) in read or len(calls[id(layer)]) != 1 or len(source.users) != 1:
+    if (
+        any(modules[of] is layer for of in read if of in modules)
+        or len(calls[id(layer)]) != 1
+        or len(source.users) != 1
+    ):
         return f"{source.target} is read by others too"
     if sum(layer.weight is p for m in modules.values() for p in m._parameters.values()) > 1:
         return f"{source.target} shares its weight"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from sgsc.layers import QuantEmbedding, QuantLayer, quant_layers
-from sgsc.preparation import prepare
+from sgsc.preparation import Prepared, alike, prepare, read_beside
 from sgsc.quantizers import InputQuantizer, Quantizer
 from sgsc.samples import evaluating, fed
 
 from .biases import Answers, correct_bias, correct_biases, float_answers, mean, mean_inputs, own_biases
 from .calibration import Calls, calibrate, count_calls, room
-from .data import joined, split
+from .data import Calibration, batches_of, split
 from .folding import Folded, fold_batch_norms
 from .registry import INPUTS, WEIGHTS, strategies
 from .settings import LOSSES, Loss, StrategySettings
@@ -206,7 +207,7 @@ class Problem:
 
 
 def make_problem(
-    network: nn.Module, calibration: Tensor | Sequence[Tensor], settings: StrategySettings, fold: bool = True
+    network: nn.Module, calibration: Calibration, settings: StrategySettings, fold: bool = True
 ) -> Problem:
     """Fold, prepare, and find every candidate's grid; see `search_strategies` for network and data.
 
@@ -219,7 +220,8 @@ def make_problem(
     judge = LOSSES[settings.loss] if isinstance(settings.loss, str) else settings.loss
     of_weights = strategies(WEIGHTS, settings.weights, settings.trained)
     of_inputs = strategies(INPUTS, settings.inputs, settings.trained)
-    fit, select = split(calibration, network, settings)
+    to_fit, to_select = split(calibration, network, settings)
+    fit, select = (batches_of(whole, settings.batch_size) for whole in (to_fit, to_select))
     with torch.no_grad(), evaluating(network):
         first = _answer(network, fit[0], settings.loss)
         for x in fit[1:]:
@@ -227,12 +229,12 @@ def make_problem(
         wanted = [_answer(network, x, settings.loss) for x in select]
     _check_loss(judge, first)
     folded = _folded(network, fit[0], first) if fold else Folded(copy.deepcopy(network).eval(), (), {})
-    prepared = prepare(folded.model, quantizer="lsq8", skip=settings.skip)
+    prepared = _prepared(folded.model, settings.skip, fit[0])
     quantizers = {id(p) for layer in quant_layers(prepared.model).values() for p in layer.weight_quantizer.parameters()}
     learns = [n for n, p in prepared.model.named_parameters() if p.requires_grad and id(p) not in quantizers]
     model = prepared.model.eval().requires_grad_(False)
     found = quant_layers(model)
-    together = joined(fit, room(model, found, fit[0]))
+    together = batches_of(to_fit, room(model, found, fit[0]))
     calls = count_calls(model, found, together).of_all()
     edges = {calls.first[0], calls.last[-1]}
     layers = {name: found[name] for name in calls.last}
@@ -307,13 +309,26 @@ def _check_loss(loss: Loss, outputs: Tensor) -> None:
         raise ValueError(f"loss of the model's answers with themselves is {said}; want a tensor of one number")
 
 
+def _prepared(network: nn.Module, skip: Iterable[str], x: Tensor) -> Prepared:
+    """As `prepare`, but layers stay float whose weight is read beside calling them."""
+    prepared = prepare(network, quantizer="lsq8", skip=skip)
+    beside = read_beside(prepared.model, network, x)
+    if not beside:
+        return prepared
+    known = dict(network.named_modules())
+    beside = [name if name in known else name.rpartition(".")[0] for name in beside]  # a projection of an attention
+    prepared = prepare(network, quantizer="lsq8", skip=[*skip, *map(re.escape, beside)])
+    why = "its weight is read beside calling it, as where embedding and output are tied"
+    return prepared._replace(left=prepared.left | dict.fromkeys(beside, why))
+
+
 def _folded(network: nn.Module, x: Tensor, wanted: Tensor) -> Folded:
     """Norms folded, unless the network then answers otherwise: its graph cannot tell everything."""
     folded = fold_batch_norms(network)
     if folded.folded:
         with torch.no_grad():
-            off = (folded.model(fed(network, x)) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
-        if not off <= torch.finfo(wanted.dtype).eps ** 0.5:
+            answers = folded.model(fed(network, x))
+        if not alike(answers, wanted):
             why = dict.fromkeys(folded.folded, "folded, the network answers otherwise")
             return Folded(copy.deepcopy(network).eval(), (), {**folded.left, **why})
     return folded

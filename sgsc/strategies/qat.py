@@ -10,7 +10,7 @@ settled    every layer keeps its leading candidate; the learning rate starts ane
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,26 +18,15 @@ from torch import Tensor, nn
 
 from sgsc.layers import quant_layers
 
+from .data import Calibration
 from .mixture import MixedInput, MixedWeights, entropy, mixtures, set_temperature, settle
 from .problem import Choice, make_problem
 from .search import COLDEST, RATE, Shares, shares_in
-from .settings import StrategySettings, check_steps
+from .settings import check_steps, settings_of
 
 WARM, SEARCH = 0.1, 0.3  # shares of the steps; the rest is settled
 SHARP = 1.0  # weight of the entropy at the end of the search, in units of the loss at its start
 CLIP = 1.0  # norm of all gradients of weights and grids
-
-
-def trained_settings(**settings: Any) -> StrategySettings:
-    """Settings of a training.
-
-    Raises:
-        ValueError: If one of them is of the search without training, or out of its range.
-    """
-    for name in ("loss", "select_share", "correct_bias"):
-        if name in settings:
-            raise ValueError(f"{name}={settings[name]!r} is of the search without training; leave it out")
-    return StrategySettings(trained=True, **settings)
 
 
 class StrategyTraining:
@@ -50,7 +39,7 @@ class StrategyTraining:
 
     Args:
         network: Trained, in float; it is left as it is.
-        calibration: Inputs, (samples, ...) or a list of such batches, that learned grids start from.
+        calibration: Inputs that learned grids start from, as `search_strategies` takes them.
         steps: Of the whole training.
         fold: Whether batch norms are folded before; else they train on, and stay.
         rate: Peak of the learning rate of the weights; shares have their own.
@@ -75,7 +64,7 @@ class StrategyTraining:
     def __init__(
         self,
         network: nn.Module,
-        calibration: Tensor | Sequence[Tensor],
+        calibration: Calibration,
         *,
         steps: int,
         fold: bool = False,
@@ -85,12 +74,15 @@ class StrategyTraining:
         **settings: Any,
     ) -> None:
         check_steps(steps, 1)
-        self.settings = trained_settings(bits_activations=bits_activations, **settings)
+        self.settings = settings_of(True, {"bits_activations": bits_activations, **settings})
         problem = make_problem(network, calibration, self.settings, fold)
         self.model = problem.model
         for name in problem.learns:  # the search has all weights frozen
             self.model.get_parameter(name).requires_grad_(True)
         self.steps, self.done_steps, self.rate = steps, 0, rate
+        self.arguments = {"steps": steps, "rate": rate, "fold": fold} | {
+            k: str(v) for k, v in vars(self.settings).items()
+        }
         self.bits, self.left = problem.bits, problem.left
         self.choice: Choice = {}
         self.shares: Shares = {}
@@ -123,11 +115,14 @@ class StrategyTraining:
         """Learn from the loss of one batch; returns what it was made of.
 
         Raises:
-            ValueError: If the loss is NaN or infinite, or there is nothing that it could train.
+            ValueError: If the loss is not one number, NaN or infinite, or there is nothing that it could train.
             RuntimeError: If all steps are done.
         """
         if self.done:
             raise RuntimeError(f"all {self.steps} steps are done; make a new StrategyTraining to go on")
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            said = f"has shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"is a {type(loss).__name__}"
+            raise ValueError(f"the loss {said}; want a tensor of one number, such as a mean over the batch")
         value = loss.item()
         if not math.isfinite(value):
             raise ValueError(f"the loss is {value} at step {self.done_steps}; lower the rate, or look at the data")
@@ -157,6 +152,48 @@ class StrategyTraining:
         if not self.choice and self.done_steps >= min(self.warm + self.search, self.steps):
             self._settle()
         return said | {"learning_rate": self.rate * factor}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run made with the same arguments needs to go on as this one would have; `save_checkpoint` takes it."""
+        return {
+            **{"arguments": self.arguments, "done": self.done_steps, "began": self.began, "first": self.first},
+            **{"choice": dict(self.choice), "shares": dict(self.shares), "model": self.model.state_dict()},
+            "temperature": next((m.temperature for m in mixtures(self.model)), 1.0),
+            "optimiser": self.optimiser.state_dict(),
+            "of_shares": None if self.of_shares is None else self.of_shares.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`, for a run that has not begun.
+
+        Raises:
+            ValueError: If this one has begun, or was made with other arguments.
+        """
+        if self.done_steps:
+            raise ValueError(f"{self.done_steps} steps are done; make a new StrategyTraining, then load")
+        try:
+            for name, value in self.arguments.items():
+                if state["arguments"][name] != value:
+                    raise ValueError(f"{name}={state['arguments'][name]} there, {value} here")
+            settled = state["choice"] and not self.choice
+            for name, layer in quant_layers(self.model).items() if settled else ():
+                quantizers = layer.weight_quantizer, layer.input_quantizer
+                for mixed, chosen in zip(quantizers, state["choice"][name], strict=True):
+                    if isinstance(mixed, (MixedWeights, MixedInput)):
+                        mixed.logits.data[mixed.names.index(chosen)] = 1.0  # pyright: ignore  it is one of them
+            if settled:
+                self._settle()
+            self.model.load_state_dict(state["model"])
+            self._start()
+            self.optimiser.load_state_dict(state["optimiser"])
+            if self.of_shares is not None:
+                self.of_shares.load_state_dict(state["of_shares"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise ValueError(f"the state is of a training with other arguments ({said})") from None
+        set_temperature(self.model, state["temperature"])
+        self.done_steps, self.began, self.first = state["done"], state["began"], state["first"]
+        self.choice, self.shares = state["choice"], state["shares"]
 
     def _settle(self) -> None:
         self.shares = shares_in(quant_layers(self.model))

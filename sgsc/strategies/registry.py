@@ -88,13 +88,14 @@ class WeightStrategy(Quantizer):
             ValueError: If a weight is NaN or infinite.
         """
         scale = self.found(rows)
-        self.scale.copy_(scale if where is None else torch.where(where, scale, self.scale))
+        # not in place: the backward of a forward before may still want the old ones
+        self.scale = scale if where is None else torch.where(where, scale, self.scale)
 
     def found(self, rows: Tensor) -> Tensor:
         """(C, K) -> (C,) steps.
 
         Raises:
-            ValueError: If a weight is NaN or infinite.
+            ValueError: If a weight is NaN or infinite, or `steps` does not keep its promise.
         """
         if not torch.isfinite(rows).all():
             raise ValueError("weights hold NaN or infinity and have no grid; the model's training has diverged")
@@ -107,7 +108,13 @@ class WeightStrategy(Quantizer):
         codes = int(2 ** (int(self.bit_depth.max()) - 1) - 1)
         # magnitudes up to 2: squares of the largest weights of float32 would overflow, of the least vanish; the unit is
         # a power of two, so that a step rounds here as it does there
-        steps = self.steps(seen / unit, max(codes, 1)).clamp_min(1e-6) * unit[:, 0]
+        steps = self.steps(seen / unit, max(codes, 1))
+        if steps.shape != seen.shape[:1] or not (steps >= 0).all():
+            raise ValueError(
+                f"{type(self).__name__}.steps gives {tuple(steps.shape)} numbers, the least {steps.min().item():.3g}; "
+                f"want {tuple(seen.shape[:1])}, none negative"
+            )
+        steps = steps.clamp_min(1e-6) * unit[:, 0]
         return steps.bfloat16().to(rows.dtype).clamp_min(SMALLEST_STEP).expand(len(rows)).contiguous()
 
     @abstractmethod
@@ -140,8 +147,15 @@ class RangeStrategy(InputStrategy, StaticInput):
 
     @classmethod
     def fitted(cls, seen: InputStatistics, bits: int) -> InputQuantizer:
-        """See `InputStrategy`."""
-        return cls(*grid_between(*cls.ends(seen, check_bits(bits)), bits))
+        """See `InputStrategy`.
+
+        Raises:
+            ValueError: If the ends are not in order.
+        """
+        low, high = cls.ends(seen, check_bits(bits))
+        if not low <= high:
+            raise ValueError(f"{cls.__name__}.ends gives {low} and {high}; want the lower first")
+        return cls(*grid_between(low, high, bits))
 
     @classmethod
     @abstractmethod

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,9 +27,10 @@ from sgsc.layers import QuantLayer, quant_layers
 from sgsc.samples import fed
 
 from .biases import round_biases
+from .data import Calibration
 from .mixture import MixedInput, MixedWeights, entropy, mixtures, set_temperature
 from .problem import Choice, Derived, Problem, make_problem
-from .settings import StrategySettings, check_steps
+from .settings import check_steps, settings_of
 from .settled import Settled
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
@@ -72,7 +73,7 @@ class Strategies:
 @torch.enable_grad()
 def search_strategies(
     model: nn.Module,
-    calibration: Tensor | Sequence[Tensor],
+    calibration: Calibration,
     *,
     steps: int = 100,
     integer_bias: bool = False,
@@ -83,7 +84,8 @@ def search_strategies(
 
     Args:
         model: Trained, in float; it is left as it is. Batch norms are folded where its graph allows it.
-        calibration: Inputs, (samples, ...) or a list of such batches, of the kind that the model will see; no targets.
+        calibration: Inputs, (samples, ...), or batches of them, of the kind that the model will see; of batches of
+            inputs and targets, as a DataLoader gives them, the inputs are taken.
         steps: Of Adam on the mixture.
         integer_bias: Round biases to steps of the int32 sums of integer kernels (ours need no such rounding); the loss
             is that of rounded biases.
@@ -96,9 +98,7 @@ def search_strategies(
             called or cannot be quantized, or an argument is out of its range.
     """
     check_steps(steps, 0)
-    wanted = StrategySettings(**settings)
-    if wanted.trained:
-        raise ValueError("trained=True is of sgsc.StrategyTraining; a search without training chooses among others")
+    wanted = settings_of(False, settings)
     started = time.perf_counter()
     problem = make_problem(model, calibration, wanted)
     clock = {"calibration": time.perf_counter() - started}

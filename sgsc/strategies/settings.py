@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,14 +29,14 @@ def distance(outputs: Tensor, wanted: Tensor) -> Tensor:
 LOSSES: dict[str, Loss] = {"kl": divergence, "l1": distance}
 
 
-def check_steps(steps: int, least: int) -> None:
-    """Refuse a number of steps that makes no search or training.
+def check_steps(steps: int, least: int, name: str = "steps") -> None:
+    """Refuse a number of steps, or of what is named, that makes no search or training.
 
     Raises:
-        ValueError: If there are fewer than that.
+        ValueError: If it is no whole number, or there are fewer than that.
     """
-    if steps < least:
-        raise ValueError(f"steps={steps}: want {least} or more")
+    if not isinstance(steps, Integral) or steps < least:
+        raise ValueError(f"{name}={steps!r}: want a whole number, {least} or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +85,12 @@ class StrategySettings:
         for bits in (self.bits_weights, self.bits_activations, self.edge_bits):
             if bits is not None:
                 check_bits(bits)
-        if not 0 < self.select_share < 1 or self.batch_size < 1:
-            raise ValueError(
-                f"select_share={self.select_share}, batch_size={self.batch_size}: want a share of 1, and 1 sample or "
-                "more"
-            )
-        if isinstance(self.loss, str) and self.loss not in LOSSES:
+        if not 0 < self.select_share < 1:
+            raise ValueError(f"select_share={self.select_share}: want a share of 1, such as 0.25")
+        check_steps(self.batch_size, 1, "batch_size")
+        if not isinstance(self.seed, Integral):
+            raise ValueError(f"seed={self.seed!r}: want a whole number")
+        if not callable(self.loss) and self.loss not in LOSSES:
             raise ValueError(f"loss={self.loss!r} is not known; choose one of {', '.join(LOSSES)}, or pass a function")
         strategies(WEIGHTS, self.weights, self.trained)
         strategies(INPUTS, self.inputs, self.trained)
@@ -97,3 +99,19 @@ class StrategySettings:
         """Bits of the weight and of the input of a layer, at an edge of the network or within."""
         least = (self.edge_bits or 0) if edge else 0
         return max(least, self.bits_weights), self.bits_activations and max(least, self.bits_activations)
+
+
+def settings_of(trained: bool, named: dict[str, Any]) -> StrategySettings:
+    """Settings by name.
+
+    Raises:
+        ValueError: If there is none of a name, one is of the other purpose, or out of its range.
+    """
+    other = ("loss", "select_share", "correct_bias") if trained else ()
+    for name in named:
+        if name in other:
+            raise ValueError(f"{name}={named[name]!r} is of the search without training; leave it out")
+        known = [f.name for f in fields(StrategySettings) if f.name not in ("trained", *other)]
+        if name not in known:
+            raise ValueError(f"{name}={named[name]!r}: there is no such setting; there are {', '.join(known)}")
+    return StrategySettings(trained=trained, **named)

@@ -213,7 +213,8 @@ class MinMaxInput(LearnedInput, name="straight-through"):
 
     def grid(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `InputQuantizer`."""
-        return self.step.detach(), self.code_min, self.code_max, torch.zeros_like(self.code_min)
+        # copies: a forward that follows moves them before the backward of this one
+        return self.step.detach().clone(), self.code_min.clone(), self.code_max.clone(), torch.zeros_like(self.code_min)
 
     @torch.no_grad()
     def follow(self, x: Tensor) -> None:
