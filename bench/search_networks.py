@@ -15,6 +15,7 @@ first row of a call hold the float network's training too, where it was not ther
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import resource
@@ -120,7 +121,9 @@ class Network:
         """Of a trial and of a winner."""
         steps = self.plan.steps or round(0.1 * self.task.compress_steps)
         finish = self.plan.finish_steps or self.task.compress_steps
-        return Schedule(self.task.to(self.device), self.device, self.seed, steps, finish)
+        return Schedule(
+            self.task.to(self.device), self.device, self.seed, steps, finish, copy.deepcopy(self.float).to(self.device)
+        )
 
     def problem(self, budget: Budget) -> Problem:
         """Sensitivity, space and baselines within a budget."""

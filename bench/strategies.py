@@ -239,7 +239,7 @@ def _train(of: Network, steps: int, seed: int, names: tuple[str, str] | None, ra
     colour = of.train.tensors[0].shape[1] == 3
     data = batches(of.train, 64, torch.Generator().manual_seed(seed), mirror_and_shift if colour else shift)
     moved = (tuple(t.to(device_of(of.model)) for t in batch) for batch in data)
-    course = learn(run, of.model, moved, nn.functional.cross_entropy, seed=seed)
+    course = learn(run, of.model, moved, seed=seed)
     kinds = {
         f"different_{side}s": len({pair[i] for pair in run.choice.values()})
         for i, side in enumerate(("weight", "input"))

@@ -35,7 +35,7 @@ from sgsc.preservation import PreservationSet, quotas
 from sgsc.size import float_bytes, nominal_bits
 
 from .task import Task, data_hash
-from .training import decayed, drawn_by, evaluate, samples_of, schedule, train
+from .training import answered, decayed, drawn_by, evaluate, samples_of, schedule, train
 
 MODEL, FLOAT, KEPT, CHECKPOINT = "model.sgsc", "float.safetensors", "preservation.safetensors", "checkpoint.safetensors"
 REPORTS = ("report.json", "certificate.json", "report.html")  # written last: those of an older run must not stay
@@ -184,7 +184,9 @@ def compress(
     clock.lap("selection")
     model = prepare(network, quantizer=quantizer).model
     file = _file(task, config.seed, network)
-    run, outcome = _train_compressed(there, config, model, keep, folder, settings, saved, progress, file)
+    run, outcome = _train_compressed(
+        there, config, network.eval(), model, keep, folder, settings, saved, progress, file
+    )
     clock.lap("compression")
     packed = pack(model.cpu())
     size = save(packed, folder / MODEL, **file)
@@ -236,6 +238,7 @@ def _run_of(
 def _train_compressed(
     task: Task,
     config: CompressionConfig,
+    network: nn.Module,
     model: nn.Module,
     keep: PreservationSet,
     folder: Path,
@@ -260,7 +263,7 @@ def _train_compressed(
         model.train()
         x, y = next(data)
         with drawn_by(config.seed, run.steps, x.device), task.autocast():
-            loss = run.loss(task.loss(model(x), y))
+            loss = run.loss(task.loss(model(x), y, answered(network, x) if task.distilled else None))
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

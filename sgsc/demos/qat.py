@@ -1,8 +1,8 @@
 """Uniform quantization-aware training of a demo task: what learned widths must beat at equal bytes.
 
-The same data, batches, augmentation, optimiser, learning rate, schedule and clipping as `job` gives the compression,
-and the task's loss alone. Every layer has one fixed width, but the first and the last have 8 bits, as is usual
-(arXiv 1902.08153, section 3): at 2 bits they would cost the baseline more accuracy than they save bytes.
+The same data, batches, augmentation, optimiser, learning rate, schedule, clipping and teacher as `job` gives the
+compression, and the task's loss alone. Every layer has one fixed width, but the first and the last have 8 bits, as is
+usual (arXiv 1902.08153, section 3): at 2 bits they would cost the baseline more accuracy than they save bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sgsc.preparation import prepare
 from sgsc.size import float_bytes
 
 from .task import Task
-from .training import decayed, drawn_by, evaluate, samples_of, schedule
+from .training import answered, decayed, drawn_by, evaluate, samples_of, schedule
 
 EDGES = 8  # bits of the first and the last layer
 
@@ -44,13 +44,23 @@ def train_uniform(task: Task, network: nn.Module, bits: int, steps: int, seed: i
     if steps < 1:
         raise ValueError(f"steps={steps} trains nothing; give 1 or more")
     task = task.to(device)
-    model = uniform(network.to(device), bits)
-    tune(task, model, steps, seed)
+    network = network.to(device).eval()
+    model = uniform(network, bits)
+    tune(task, model, steps, seed, teacher=network if task.distilled else None)
     return pack(model.cpu())
 
 
-def tune(task: Task, model: nn.Module, steps: int, seed: int, watch: Callable[[int], None] = lambda done: None) -> None:
+def tune(
+    task: Task,
+    model: nn.Module,
+    steps: int,
+    seed: int,
+    watch: Callable[[int], None] = lambda done: None,
+    teacher: nn.Module | None = None,
+) -> None:
     """Train a model of LSQ layers in place, where it is; `watch` is called with the number of steps done, after each.
+
+    The answers of `teacher`, the float network in evaluation mode at the same place, are learned in place of labels.
 
     The steps of the quantizers learn at a rate relative to their start, without decay: an optimiser that normalises
     gradients would else move those of few bits and of many equally far.
@@ -69,7 +79,7 @@ def tune(task: Task, model: nn.Module, steps: int, seed: int, watch: Callable[[i
             group["lr"] = rate * group["of"]
         x, y = next(data)
         with drawn_by(seed, done, x.device), task.autocast():
-            loss = task.loss(model(x), y)
+            loss = task.loss(model(x), y, None if teacher is None else answered(teacher, x))
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

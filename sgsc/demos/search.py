@@ -6,10 +6,11 @@ The run folder holds model.sgsc, float.safetensors, winner.safetensors (the winn
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class Schedule:
         seed: Of the batches.
         steps: Optimiser steps of a candidate.
         finish_steps: Of the winner.
+        teacher: The float network, at `device`, in evaluation mode.
     """
 
     task: Task
@@ -64,6 +66,7 @@ class Schedule:
     seed: int
     steps: int
     finish_steps: int
+    teacher: nn.Module | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.finish_steps < 1:
@@ -78,11 +81,11 @@ class Schedule:
             if done == max(round(MIDDLE * self.steps), 1):
                 report(self.loss(model))
 
-        tune(self.task, model.to(self.device), self.steps, self.seed, middle)
+        tune(self.task, model.to(self.device), self.steps, self.seed, middle, self.teacher)
 
     def long(self, model: nn.Module, report: Callable[[float], None]) -> None:
         """Train a winner."""
-        tune(self.task, model.to(self.device), self.finish_steps, self.seed)
+        tune(self.task, model.to(self.device), self.finish_steps, self.seed, teacher=self.teacher)
 
     def loss(self, model: nn.Module) -> float:
         """On validation samples."""
@@ -190,6 +193,7 @@ def search(
     check_study(opened, name, sampler, seed, limits, settings)
     if network is None:
         network = float_model(task.to(device), seed, folder, progress).cpu().eval()
+    how = replace(how, teacher=copy.deepcopy(network).to(device))
     after = time.perf_counter() - started
     found = search_network(
         network,

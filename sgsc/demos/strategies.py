@@ -25,11 +25,11 @@ from sgsc.strategies.data import samples_of
 from sgsc.strategies.derived import save_derived
 from sgsc.strategies.qat import StrategyTraining
 from sgsc.strategies.search import KEPT, layer_rows, search_strategies
-from sgsc.strategies.settings import check_steps, divergence, settings_of
+from sgsc.strategies.settings import check_steps, settings_of
 
 from .job import MODEL, Progress, float_model
-from .task import Task
-from .training import drawn_by, evaluate
+from .task import Task, taught
+from .training import answered, drawn_by, evaluate
 from .training import samples_of as batches_of
 
 DERIVED = "derived.safetensors"
@@ -121,7 +121,7 @@ def train(
     rate = task.learning_rate if rate is None else rate
     run = StrategyTraining(network, inputs, steps=steps, rate=rate, seed=seed, **settings)
     data = batches_of(task, torch.Generator().manual_seed(seed))
-    course = learn(run, network, data, task.loss, seed=seed, autocast=task.autocast, progress=progress)
+    course = learn(run, network, data, seed=seed, autocast=task.autocast, progress=progress)
     report = _report(task, network, run.model.eval(), inputs, folder)
     return report | {
         **{key: getattr(run.settings, key) for key in KEPT},
@@ -134,8 +134,7 @@ def train(
 def learn(
     run: StrategyTraining,
     network: nn.Module,
-    data: Iterable[tuple[Tensor, Tensor]],
-    loss: Callable[[Tensor, Tensor], Tensor],
+    data: Iterable[tuple[Tensor, ...]],
     *,
     seed: int = 0,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
@@ -143,14 +142,12 @@ def learn(
 ) -> list[dict[str, Any]]:
     """All steps of a training; returns what each was made of.
 
-    Half of the loss is that of the answers of the float network, logits, classes last: the labels alone forget what few
-    steps do not show.
+    The loss is `taught` by the answers of the float network.
 
     Args:
         run: The training.
         network: The float network, in evaluation mode.
-        data: Batches of inputs and targets, as many as there are steps or more.
-        loss: (outputs, targets) -> scalar.
+        data: Batches, inputs first, as many as there are steps or more; targets are not needed.
         seed: Of dropout.
         autocast: Context of the forward passes.
         progress: Called as progress(phase, step, steps, values).
@@ -159,12 +156,9 @@ def learn(
         ValueError: If the data ends before the training.
     """
     course: list[dict[str, Any]] = []
-    for x, y in data:
+    for x, *_ in data:
         with drawn_by(seed, len(course), x.device), autocast():
-            with torch.no_grad():
-                wanted = network(x)
-            outputs = run.model(x)
-            value = 0.5 * loss(outputs, y) + 0.5 * divergence(outputs, wanted)
+            value = taught(run.model(x), answered(network, x))
         stage = run.stage
         said = run.step(value)
         course.append({"step": len(course), "stage": stage, **said})

@@ -114,6 +114,12 @@ def decayed(parameters: Iterable[nn.Parameter], decay: float, **more: Any) -> li
     return [{"params": some, "weight_decay": of, **more} for some, of in groups]
 
 
+@torch.no_grad()
+def answered(network: nn.Module, x: Tensor) -> Tensor:
+    """What a network in evaluation mode answers, to be learned from."""
+    return network(x)
+
+
 def _schedule(step: int, steps: int) -> float:
     """Share of the peak learning rate: linear over the first tenth, then a cosine that would reach 0 after the last."""
     warm = max(steps // 10, 1)
