@@ -14,12 +14,12 @@ from sgsc import load_into
 from sgsc.cli import main
 from sgsc.demos import strategies as demo
 from sgsc.demos.strategies import answers_alike
+from sgsc.demos.task import TEMPERATURE, taught
 from sgsc.demos.tasks import load
 from sgsc.demos.training import evaluate
 from sgsc.report import strategies_summary
 from sgsc.report.strategies_page import render_strategies
 from sgsc.strategies import StrategyTraining
-from sgsc.strategies.settings import divergence
 
 QUICK = ["--samples", "48", "--steps", "3", "--weights", "max-abs,mse", "--inputs", "min-max,mse,kl"]
 TASK = ["strategies", "digits", "--limit", "64", "--float-steps", "20"]
@@ -93,7 +93,7 @@ def test_a_task_is_trained_with_strategies_that_learn(tmp_path, capsys, monkeypa
     how = ["--train", "40", "--samples", "32", "--weights", "lsq,dorefa", "--inputs", "pact", "--bits-weights", "2"]
     how += ["--bits-activations", "3", "--edge-bits", "0", "--rate", "0.002", "--precision", "bfloat16"]
     seen = []
-    monkeypatch.setattr(demo, "divergence", lambda *both: seen.append(both[0].dtype) or divergence(*both))
+    monkeypatch.setattr(demo, "taught", lambda *both: seen.append(both[0].dtype) or taught(*both))
     assert main(["strategies", "digits", "--limit", "200", "--float-steps", "60", *how, "--out", str(tmp_path)]) == 0
     assert set(seen) == {torch.bfloat16}
     assert len(seen) == 40
@@ -124,21 +124,20 @@ def test_a_task_is_trained_with_strategies_that_learn(tmp_path, capsys, monkeypa
     assert losses[0] < 0.7 * losses[1]
 
 
-def test_half_of_the_loss_of_a_training_is_that_of_the_float_answers():
+def test_a_training_learns_the_float_answers_and_needs_no_labels():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
-    x, y = torch.randn(16, 4), torch.randint(3, (16,))
+    x = torch.randn(16, 4)
     run = StrategyTraining(network, x, steps=2, weights=["lsq"], inputs=["lsq"])
     with torch.no_grad():
-        outputs, wanted = run.model(x), network(x)
+        outputs, wanted = run.model(x) / TEMPERATURE, network(x) / TEMPERATURE
     kl = (wanted.softmax(1) * (wanted.log_softmax(1) - outputs.log_softmax(1))).sum(1).mean()
-    first = 0.5 * nn.functional.cross_entropy(outputs, y) + 0.5 * kl
-    course = demo.learn(run, network, [(x, y)] * 3, nn.functional.cross_entropy)
-    assert course[0]["loss"] == pytest.approx(first.item(), rel=1e-5)
+    course = demo.learn(run, network, [(x,)] * 3)
+    assert course[0]["loss"] == pytest.approx(TEMPERATURE**2 * kl.item(), rel=1e-5)
     assert len(course) == 2
     run = StrategyTraining(network, x, steps=2, weights=["lsq"], inputs=["lsq"])
     with pytest.raises(ValueError, match="ended after 1 of 2 steps; pass one that begins again"):
-        demo.learn(run, network, [(x, y)], nn.functional.cross_entropy)
+        demo.learn(run, network, [(x,)])
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,14 @@ import copy
 from dataclasses import replace
 
 import pytest
+import safetensors.torch
 import torch
+from torch.utils.data import TensorDataset
 
+from sgsc.config import CompressionConfig
 from sgsc.demos import evaluate, load, qat, train
+from sgsc.demos.job import FLOAT, compress
+from sgsc.demos.search import Schedule
 from sgsc.layers import quant_layers
 from sgsc.packed import PackedLayer, pack
 
@@ -80,3 +85,37 @@ def test_text_is_served_too():
     found = widths(qat.train_uniform(task, task.build(), 4, steps=1, seed=0))
     assert found["token"] == found["head"] == {8}
     assert found["blocks.0.up"] == found["position"] == {4}
+
+
+def unlabelled(task):
+    """The same inputs, each named as another class."""
+    x, y = task.train.tensors
+    return replace(task, train=TensorDataset(x, (y + 1) % 10))
+
+
+def test_a_task_that_is_distilled_learns_the_float_answers_and_no_labels(trained):
+    task, network = trained
+    wrong = unlabelled(task)
+    taught = qat.train_uniform(replace(wrong, distilled=True), copy.deepcopy(network), 2, steps=60, seed=0)
+    assert evaluate(taught, task.validation)["accuracy"] > 0.9
+    assert evaluate(qat.train_uniform(wrong, copy.deepcopy(network), 2, 60, 0), task.validation)["accuracy"] < 0.5
+
+
+def test_candidates_and_winners_of_a_search_learn_the_float_answers(trained):
+    task, network = trained
+    for fit in (Schedule.short, Schedule.long):
+        model = qat.uniform(copy.deepcopy(network), 2)
+        how = Schedule(unlabelled(task), "cpu", 0, 60, 60, network)
+        fit(how, model, lambda loss: None)
+        assert evaluate(model, task.validation)["accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_a_compression_learns_the_float_answers_where_its_task_says_so(trained, distilled, tmp_path):
+    task, network = trained
+    safetensors.torch.save_file(network.state_dict(), tmp_path / FLOAT)
+    task = replace(unlabelled(task), distilled=distilled, start=network.state_dict)
+    config = CompressionConfig(target_size=0.1, steps=60, preservation_weight=0.0, tolerance=0.9, margin_tolerance=1.0)
+    found = compress(task, config, tmp_path)
+    accuracy = found.report["history"][-1]["accuracy"]
+    assert accuracy > 0.9 if distilled else accuracy < 0.5
