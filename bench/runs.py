@@ -248,7 +248,7 @@ class Section:
             guard = report["guard"]
             tail = {key: guard[key] for key in ("worst_class", "tail") if key in guard}
             made = summary(report) | {"steps": report["settings"]["config"]["steps"], **tail}
-            made |= {"precision": report["settings"]["precision"]}
+            made |= {key: report["settings"][key] for key in ("precision", "distilled")}
             made |= {"resumed": True} if resumed else {}  # its seconds are those of its last part
             return made | {"float_seconds": report["seconds_by_phase"]["float training"]}
 

@@ -22,10 +22,11 @@ def grouped(rows: Sequence[Row], *keys: str) -> list[list[Row]]:
 
 
 def steps(group: Sequence[Row]) -> str:
-    """The schedule, steps of the compression where there are any, precision and device where not float32 on a CPU."""
+    """The schedule, steps if there are any, precision and device where not float32 on a CPU, whether distilled."""
     counts = sorted({row["steps"] for row in group if "steps" in row})
     said = [group[0]["schedule"], "/".join(f"{n:,}" for n in counts)]
     said += sorted({row.get("precision", "float32") for row in group} - {"float32"})
+    said += ["distilled"] if any(row.get("distilled") for row in group) else []
     said += sorted({row["device"] for row in group if "device" in row})
     return ", ".join(filter(None, said))
 
@@ -71,7 +72,7 @@ def curve(rows: Sequence[Row]) -> str:
     ordered = [{**row, "named": _name(row)} for row in sorted(there, key=lambda row: row["schedule"] != "full")]
     lines = [
         [group[0]["named"], steps(group), seeds(group), stored(group), *quality(group), *harm(group), _seconds(group)]
-        for group in grouped(ordered, "schedule", "device", "named", "steps", "precision")
+        for group in grouped(ordered, "schedule", "device", "named", "steps", "precision", "distilled")
     ]
     head = ["method", "schedule, steps", "seeds", "stored, % of float32 bytes", *judged(rows)]
     head += ["guard regressions", "their 95 % bound, %", "seconds"]

@@ -29,6 +29,7 @@ _HOME = {
     "pack": "packed",
     "set_numerics": "packed",
     "adopt_widths": "averaging",
+    "distilled": "distillation",
     "prepare": "preparation",
     "quantize_together": "together",
     "PreservationSet": "preservation",
@@ -72,6 +73,7 @@ __all__ = [
     "StrategyTraining",
     "adopt_widths",
     "certify",
+    "distilled",
     "fake_quantize",
     "fake_quantize_many",
     "file_bits",
@@ -101,6 +103,7 @@ if TYPE_CHECKING:
     from .certificate import certify
     from .checkpoint import load_checkpoint, save_checkpoint
     from .compression import SelfCompression
+    from .distillation import distilled
     from .kernels import fake_quantize, fake_quantize_many
     from .layers import QuantConv1d, QuantConv2d, QuantEmbedding, QuantLinear, QuantMultiheadAttention
     from .packed import PackedConv1d, PackedConv2d, PackedEmbedding, PackedLinear, pack, set_numerics

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import claims, readme, record, runs, sgsc, sgsc_claims, sgsc_peers, uniform
+from bench import claims, readme, record, runs, sgsc, sgsc_claims, sgsc_peers, sgsc_tables, uniform
 from sgsc import cli, report
 from sgsc.certificate import allowed
 from sgsc.demos import job, jpeg, load
@@ -600,3 +600,9 @@ def test_a_row_keeps_the_stamp_that_it_has(tmp_path, commit):
     assert [(row["n"], row["commit"]) for row in found["rows"]] == [(1, "abc"), (2, "def")]
     assert found["claims"][0]["commit"] == "def"
     assert claims.main(["--results", str(tmp_path)]) == 0
+
+
+def test_a_network_that_learned_the_float_answers_is_said_to_be_distilled():
+    row = {"schedule": "reduced", "steps": 500, "precision": "bfloat16", "distilled": True}
+    assert sgsc_tables.steps([row, {**row, "distilled": False}]) == "reduced, 500, bfloat16, distilled"
+    assert sgsc_tables.steps([{**row, "distilled": False}]) == "reduced, 500, bfloat16"

@@ -14,9 +14,9 @@ from sgsc import load_into
 from sgsc.cli import main
 from sgsc.demos import strategies as demo
 from sgsc.demos.strategies import answers_alike
-from sgsc.demos.task import TEMPERATURE, taught
 from sgsc.demos.tasks import load
 from sgsc.demos.training import evaluate
+from sgsc.distillation import TEMPERATURE, distilled
 from sgsc.report import strategies_summary
 from sgsc.report.strategies_page import render_strategies
 from sgsc.strategies import StrategyTraining
@@ -93,7 +93,7 @@ def test_a_task_is_trained_with_strategies_that_learn(tmp_path, capsys, monkeypa
     how = ["--train", "40", "--samples", "32", "--weights", "lsq,dorefa", "--inputs", "pact", "--bits-weights", "2"]
     how += ["--bits-activations", "3", "--edge-bits", "0", "--rate", "0.002", "--precision", "bfloat16"]
     seen = []
-    monkeypatch.setattr(demo, "taught", lambda *both: seen.append(both[0].dtype) or taught(*both))
+    monkeypatch.setattr(demo, "distilled", lambda *both: seen.append(both[0].dtype) or distilled(*both))
     assert main(["strategies", "digits", "--limit", "200", "--float-steps", "60", *how, "--out", str(tmp_path)]) == 0
     assert set(seen) == {torch.bfloat16}
     assert len(seen) == 40

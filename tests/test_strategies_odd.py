@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sgsc import StrategyTraining, load_into, pack, prepare, save, search_strategies
+from sgsc.distillation import divergence
 from sgsc.layers import quant_layers
 from sgsc.quantizers import StaticInput
 from sgsc.samples import outputs
@@ -16,7 +17,6 @@ from sgsc.strategies import INPUTS, WEIGHTS, StrategySettings, make_problem
 from sgsc.strategies.biases import round_biases
 from sgsc.strategies.calibration import calibrate
 from sgsc.strategies.registry import RangeStrategy, WeightStrategy
-from sgsc.strategies.settings import divergence
 from sgsc.strategies.settled import Settled
 
 QUICK = {"steps": 4, "batch_size": 16}

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from sgsc import fold_batch_norms, load_into, pack, save, search_strategies
+from sgsc.distillation import distilled, divergence
 from sgsc.layers import quant_layers
 from sgsc.quantizers import StaticInput
 from sgsc.strategies import INPUTS, WEIGHTS, StrategySettings, make_problem
 from sgsc.strategies.search import greedy
-from sgsc.strategies.settings import distance, divergence
+from sgsc.strategies.settings import distance
 from sgsc.strategies.settled import Settled
 
 
@@ -445,3 +446,15 @@ def test_attention_and_half_precision_are_served():
     with torch.no_grad():
         torch.testing.assert_close(found.model(x), net(x), rtol=0.1, atol=0.1)
     assert found.model(x).dtype == torch.bfloat16
+
+
+def test_a_network_is_distilled_at_a_temperature():
+    a, b = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    for temperature in (1.0, 3.0):
+        p, q = (t.div(temperature).softmax(-1).double() for t in (b, a))
+        wanted = temperature**2 * (p * (p / q).log()).sum(-1).mean().item()
+        assert distilled(a, b, temperature).item() == pytest.approx(wanted, rel=1e-4)
+    assert distilled(a, b).item() == distilled(a, b, 4.0).item()
+    for wrong in (0.0, float("nan")):
+        with pytest.raises(ValueError, match="want a number above 0"):
+            distilled(a, b, wrong)

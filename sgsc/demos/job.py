@@ -156,7 +156,7 @@ def compress(
         raise ValueError(f"quantizer={quantizer!r}: want one whose widths are learned: {', '.join(LEARNED)}")
     settings = {"config": config.as_dict(), "task": task.name, "samples": samples, "data": data_hash(task)}
     settings |= {"quantizer": quantizer, "shares": shares}
-    settings |= {"precision": task.precision, "weight_decay": task.weight_decay}
+    settings |= {"precision": task.precision, "weight_decay": task.weight_decay, "distilled": task.distilled}
     saved = load_checkpoint(folder / CHECKPOINT) if resume else None
     found = _settings(saved)
     if saved is not None and {name: found.get(name) for name in settings} != settings:

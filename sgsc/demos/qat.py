@@ -98,7 +98,7 @@ def run(task: Task, network: nn.Module, bits: int, steps: int, seed: int, device
     before, after = evaluate(network, test), evaluate(packed, test)
     return {
         **{"task": task.name, "bits": bits, "seed": seed, "steps": steps},
-        **{"device": device, "precision": task.precision},
+        **{"device": device, "precision": task.precision, "distilled": task.distilled},
         **{"float_bytes": total, "stored_bytes": size, "stored_ratio": size / total},
         **{"float_accuracy": before["accuracy"], "packed_accuracy": after["accuracy"]},
         **{"float_loss": before["loss"], "packed_loss": after["loss"]},

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sgsc.artefact import save
+from sgsc.distillation import distilled
 from sgsc.layers import quant_layers
 from sgsc.packed import pack, set_numerics
 from sgsc.packed.layers import NUMERICS, PackedProduct
@@ -28,7 +29,7 @@ from sgsc.strategies.search import KEPT, layer_rows, search_strategies
 from sgsc.strategies.settings import check_steps, settings_of
 
 from .job import MODEL, Progress, float_model
-from .task import Task, taught
+from .task import Task
 from .training import answered, drawn_by, evaluate
 from .training import samples_of as batches_of
 
@@ -142,7 +143,7 @@ def learn(
 ) -> list[dict[str, Any]]:
     """All steps of a training; returns what each was made of.
 
-    The loss is `taught` by the answers of the float network.
+    It learns the answers of the float network.
 
     Args:
         run: The training.
@@ -158,7 +159,7 @@ def learn(
     course: list[dict[str, Any]] = []
     for x, *_ in data:
         with drawn_by(seed, len(course), x.device), autocast():
-            value = taught(run.model(x), answered(network, x))
+            value = distilled(run.model(x), answered(network, x))
         stage = run.stage
         said = run.step(value)
         course.append({"step": len(course), "stage": stage, **said})

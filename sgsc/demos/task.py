@@ -17,12 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from sgsc.strategies.settings import divergence
+from sgsc.distillation import distilled
 
 from .models import ARCHITECTURES
 
 SPLITS = ("train", "validation", "guard", "test")
-TEMPERATURE = 4.0
 PRECISIONS = ("float32", "bfloat16")
 # The next character is often a near tie, which any change flips, and so is the class of some photographs: these start
 # with a tolerance, digits with none. Those of the last three are for a GPU. A set of many samples is not learned by
@@ -57,16 +56,6 @@ SCHEDULES: dict[str, dict[str, Any]] = {
         "shakespeare": (2500, 4000, 32, 2e-3, 0.01, 0.03, 500, False),
     }.items()
 }
-
-
-def taught(outputs: Tensor, wanted: Tensor) -> Tensor:
-    """Distance from the float network's answers, logits (..., classes) both (Hinton et al. 2015, arXiv 1503.02531).
-
-    In place of labels, which forget what few steps do not show. ResNet-20 at 8 % of its bytes after 80 steps: right on
-    validation and guard, 2,048 images each: by labels 85.4 %, by answers at the temperatures 1, 2, 4, 8, 16 86, 87, 89,
-    89, 88 %, by half of each 86 to 87 %.
-    """
-    return TEMPERATURE**2 * divergence(outputs / TEMPERATURE, wanted / TEMPERATURE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,9 +124,9 @@ class Task:
         return ARCHITECTURES[name](**arguments)
 
     def loss(self, outputs: Tensor, targets: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """Mean cross entropy in nats: (..., classes) float and (...) int64 -> a scalar; or what is `taught`."""
+        """Mean cross entropy in nats: (..., classes) float and (...) int64 -> a scalar; `distilled` from `wanted`, if any."""
         if wanted is not None:
-            return taught(outputs, wanted)
+            return distilled(outputs, wanted)
         return F.cross_entropy(outputs.flatten(0, -2).float(), targets.flatten())
 
     def autocast(self) -> torch.autocast:

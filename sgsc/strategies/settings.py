@@ -7,18 +7,13 @@ from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from sgsc.distillation import divergence
 
 from .registry import INPUTS, WEIGHTS, check_bits, strategies
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-def divergence(outputs: Tensor, wanted: Tensor) -> Tensor:
-    """Mean KL divergence, in nats, of the answers of `outputs` from those of `wanted`, logits (..., classes) both."""
-    got, of = (t.flatten(0, -2).float().log_softmax(-1) for t in (outputs, wanted))
-    return F.kl_div(got, of, reduction="batchmean", log_target=True)
 
 
 def distance(outputs: Tensor, wanted: Tensor) -> Tensor:
