@@ -124,7 +124,7 @@ class Task:
         return ARCHITECTURES[name](**arguments)
 
     def loss(self, outputs: Tensor, targets: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """Mean cross entropy in nats: (..., classes) float and (...) int64 -> a scalar; `distilled` from `wanted`, if any."""
+        """Mean cross entropy in nats: (..., classes) float and (...) int64 -> a scalar; `distilled`, if wanted."""
         if wanted is not None:
             return distilled(outputs, wanted)
         return F.cross_entropy(outputs.flatten(0, -2).float(), targets.flatten())
