@@ -28,9 +28,9 @@ PRECISIONS = ("float32", "bfloat16")
 # heart: what it keeps right is right on samples like them too. Names are: the more steps, the more of them, unless
 # weights decay (validation and guard, seed 0: float 1.694 nats with a decay of 0.01, 1.660 with 1). Distilled is what
 # starts from weights trained to their end: a float network that has more to learn goes on better with labels.
-COLUMNS = "float_steps compress_steps batch_size learning_rate weight_decay tolerance samples distilled".split()
+COLUMNS = ("float_steps", "compress_steps", "batch_size", "learning_rate", "weight_decay", "tolerance", "samples")
 SCHEDULES: dict[str, dict[str, Any]] = {
-    name: dict(zip(COLUMNS, row, strict=True))
+    name: dict(zip((*COLUMNS, "distilled"), row, strict=True))
     for name, row in {
         "digits": (500, 1000, 64, 3e-3, 0.01, 0.0, 200, False),
         "char-lm": (900, 900, 32, 3e-3, 0.01, 0.03, 200, False),
