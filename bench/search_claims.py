@@ -213,7 +213,10 @@ def network_table(rows: Rows) -> str:
     note = (
         "Mean over the seeds (least to most). Chosen by validation samples; the test split answers once. Steps of a "
         f"trial and of the last training: {every}. The searches had 80 % of the bytes of the smaller of the other two "
-        "(bench/search_networks.py)."
+        "(bench/search_networks.py). "
+    )
+    note += (
+        "All learned the float network's answers." if all(r.get("distilled") for r in rows) else "All learned labels."
     )
     return "\n\n".join([table(head, lines, text=2), note, *said])
 

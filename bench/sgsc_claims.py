@@ -144,11 +144,17 @@ def ahead(rows: list[Row], need: int) -> list[Row]:
     return found
 
 
+def taught(row: Row) -> bool:
+    """Whether it learned the float network's answers."""
+    return bool(row.get("distilled"))
+
+
 def lead(text: str, pairs: Sequence[tuple[Row, Row]], need: int, target: float | None = None) -> Row:
     """A claim on how far the first of each pair is ahead of the second: beyond chance, or at least `target`.
 
-    In nats where text is judged, else accuracy.
+    In nats where text is judged, else accuracy. One that learned from labels is no match for one that was distilled.
     """
+    pairs = [(mine, point) for mine, point in pairs if taught(mine) == taught(point)]
     loss = any("packed_loss" in mine and mine["task"] in ("names", "shakespeare") for mine, _ in pairs)
     key, sign, unit = ("packed_loss", -1, "nats") if loss else ("packed_accuracy", 1, "share")
     leads = [
@@ -222,7 +228,7 @@ def ablated(rows: list[Row]) -> list[Row]:
                     (row, mine)
                     for row in pick(of, method=other)
                     for mine in pick(of, method="with", seed=row["seed"])
-                    if abs(mine["stored_bytes"] / row["stored_bytes"] - 1) <= OFF_TARGET
+                    if abs(mine["stored_bytes"] / row["stored_bytes"] - 1) <= OFF_TARGET and taught(mine) == taught(row)
                 ]
                 for what, unit, value in SUFFERED:
                     leads = [

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .cells import cell, spread, table
+from .sgsc_claims import taught
 
 Row = Mapping[str, Any]
 LOSS = ("names", "shakespeare")  # tasks that are judged by nats a character; the others by accuracy
@@ -26,7 +27,7 @@ def steps(group: Sequence[Row]) -> str:
     counts = sorted({row["steps"] for row in group if "steps" in row})
     said = [group[0]["schedule"], "/".join(f"{n:,}" for n in counts)]
     said += sorted({row.get("precision", "float32") for row in group} - {"float32"})
-    said += ["distilled"] if any(row.get("distilled") for row in group) else []
+    said += ["distilled"] if taught(group[0]) else []
     said += sorted({row["device"] for row in group if "device" in row})
     return ", ".join(filter(None, said))
 
@@ -69,7 +70,10 @@ def judged(rows: Sequence[Row]) -> list[str]:
 def curve(rows: Sequence[Row]) -> str:
     """Compression, and uniform training and other libraries where they were run: a target or a width a line."""
     there = [row for row in rows if "missing" not in row]
-    ordered = [{**row, "named": _name(row)} for row in sorted(there, key=lambda row: row["schedule"] != "full")]
+    ordered = [
+        {**row, "named": _name(row), "distilled": taught(row)}
+        for row in sorted(there, key=lambda row: row["schedule"] != "full")
+    ]
     lines = [
         [group[0]["named"], steps(group), seeds(group), stored(group), *quality(group), *harm(group), _seconds(group)]
         for group in grouped(ordered, "schedule", "device", "named", "steps", "precision", "distilled")
@@ -115,7 +119,8 @@ SETS = {"with": "with the set", "random": "with one drawn at random", "without":
 def ablation(rows: Sequence[Row]) -> str:
     """With and without the preservation set: what broke, in all, in the worst class and in the hard tail."""
     lines = []
-    for group in grouped(rows, "schedule", "device", "task", "target_size", "method"):
+    rows = [{**row, "distilled": taught(row)} for row in rows]
+    for group in grouped(rows, "schedule", "device", "task", "target_size", "method", "distilled"):
         first = group[0]
         kept = spread([row["preservation_regressions"] for row in group], ".3g")
         lines.append(

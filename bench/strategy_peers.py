@@ -3,7 +3,8 @@
 Weights alone are rounded by the libraries of bench/sgsc_peers.py. With inputs, at 8 bits, a network is exported and
 quantized by torchao's PT2E with its X86InductorQuantizer as it is by itself; and, at any bits, by Brevitas layer by
 layer, as the example of its PTQ does: statistics, then biases that are corrected. All have weights a channel, inputs a
-tensor, norms folded, and are calibrated on the samples that calibrate ours. CONTRIBUTING.md says how they install.
+tensor, norms folded, and are calibrated on the samples that calibrate ours; tables of embeddings are rows too, but PT2E
+leaves them float. CONTRIBUTING.md says how they install.
 """
 
 from __future__ import annotations
@@ -36,18 +37,17 @@ def by_others(make: Callable[[], nn.Module], judge: Callable[[nn.Module], Row]) 
 
 @torch.no_grad()
 def rounded(model: nn.Module, library: str, widths: Mapping[str, tuple[int, int | None]]) -> nn.Module:
-    """The model with weights as a library rounds them to the widths of its layers; embeddings and inputs stay float."""
+    """The model with weights, tables of embeddings too, as a library rounds rows to the widths of its layers."""
     for name, (bits, _) in widths.items():
-        if not isinstance(layer := model.get_submodule(name), nn.Embedding):
-            rows = layer.get_parameter("weight")
-            rows.copy_(LIBRARIES[library][0](rows.flatten(1).clone(), bits, ROW)[0].view_as(rows))
+        rows = model.get_submodule(name).get_parameter("weight")
+        rows.copy_(LIBRARIES[library][0](rows.flatten(1).clone(), bits, ROW)[0].view_as(rows))
     return model
 
 
 def calibrated(
     model: nn.Module, inputs: Tensor, widths: Mapping[str, tuple[int, int | None]], ending: str
 ) -> nn.Module:
-    """The model with weights and inputs by Brevitas at the widths of its layers; embeddings stay float.
+    """The model with weights and inputs by Brevitas at the widths of its layers.
 
     Weights are symmetric, inputs have a zero point. Ranges are Brevitas's own, the largest weight and all but a share
     of 1e-5 of the inputs, or, where `ending` is "MSE", those of least squared error.
@@ -68,6 +68,13 @@ def calibrated(
         "bias_quant": None,
         "return_quant_tensor": False,
     }
+    for name, (width, _) in widths.items():
+        if isinstance(table := model.get_submodule(name), nn.Embedding):  # its own has one step for all rows
+            rows = layers.QuantLinear(
+                *reversed(table.weight.shape), bias=False, weight_quant=how["weight_quant"], weight_bit_width=width
+            )
+            rows.weight = table.weight
+            table.weight = nn.Parameter(rows.eval().quant_weight().value.detach())
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
     others = [name for name, m in model.named_modules() if isinstance(m, kinds) and id(m) not in bits]
     made = layerwise_quantize(model, {k: (getattr(layers, f"Quant{k.__name__}"), how) for k in kinds}, others)

@@ -111,7 +111,9 @@ def _check_purpose(options: argparse.Namespace) -> None:
             raise ValueError("--rate is of a training; name its steps too, with --train STEPS")
         return
     if options.model:
-        raise ValueError("--train needs a task, whose data has labels; train your own network by sgsc.StrategyTraining")
+        raise ValueError(
+            "--train needs a task, which brings batches along; train your own network by sgsc.StrategyTraining"
+        )
     of_search = {
         **{"--steps": options.steps is not None, "--loss": options.loss is not None},
         **{"--integer-bias": options.integer_bias, "--no-correct-bias": options.no_correct_bias},

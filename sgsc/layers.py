@@ -250,7 +250,10 @@ def bound(module: nn.Module, base: type[nn.Module] | None = None) -> str:
             return f"{type(module).__name__} overrides {base.__name__}.{name}"
         if name in module.__dict__:
             return f"its {name} was replaced, which a swapped layer would not have"
-    if base is not nn.MultiheadAttention and not isinstance(module._parameters.get("weight"), nn.Parameter):
+    parts = [module, module.out_proj] if isinstance(module, nn.MultiheadAttention) else [module]
+    if any("parametrizations" in part._modules for part in parts) or (
+        base is not nn.MultiheadAttention and not isinstance(module._parameters.get("weight"), nn.Parameter)
+    ):
         return "its weight is computed (parametrization, weight_norm, spectral_norm, prune); remove that first"
     if module._forward_hooks or module._forward_pre_hooks:
         return "it carries forward hooks, which a swapped layer would lose; remove them first"
@@ -278,10 +281,10 @@ def with_served_layers(model: nn.Module, wanted: Callable[[str], bool]) -> nn.Mo
     """
     made: dict[int, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, nn.TransformerEncoderLayer):
-            prefix = f"{name}." if name else ""
-            if any(wanted(prefix + part) for part in ("self_attn", "linear1", "linear2")):
-                module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder):
+            parts = [f"{name}.{part}".strip(".") for part, _ in module.named_modules()]
+            if any(map(wanted, parts)):
+                module.__dict__.update(activation_relu_or_gelu=False, use_nested_tensor=False)
         attention = isinstance(module, nn.MultiheadAttention)
         served = attention or (is_conv1d(module) and not bound(module))
         if not served or not (wanted(name) or id(module) in made):

@@ -604,5 +604,11 @@ def test_a_row_keeps_the_stamp_that_it_has(tmp_path, commit):
 
 def test_a_network_that_learned_the_float_answers_is_said_to_be_distilled():
     row = {"schedule": "reduced", "steps": 500, "precision": "bfloat16", "distilled": True}
-    assert sgsc_tables.steps([row, {**row, "distilled": False}]) == "reduced, 500, bfloat16, distilled"
+    assert sgsc_tables.steps([row]) == "reduced, 500, bfloat16, distilled"
     assert sgsc_tables.steps([{**row, "distilled": False}]) == "reduced, 500, bfloat16"
+
+
+def test_what_learned_from_labels_is_no_match_for_what_was_distilled():
+    mine, other = ({"seed": 0, "task": "resnet20", "packed_accuracy": 0.9, "distilled": d} for d in (True, None))
+    assert sgsc_claims.lead("ahead", [(mine, other)], 1, 0.0)["measured"] is None
+    assert sgsc_claims.lead("ahead", [(mine, {**other, "distilled": True})], 1, 0.0)["holds"]

@@ -32,7 +32,8 @@ def test_a_network_s_rows_and_claims(short, monkeypatch):
     methods = {(r.get("setting"), r["method"]) for r in found["rows"]}
     assert {(None, "float"), ("W4A4", "DQSS"), ("W4A4", "greedy"), ("W4A4", "random"), ("W3", "torchao")} <= methods
     (theirs,) = (r for r in found["rows"] if r["method"] == "torchao PT2E")
-    assert "missing" in theirs or theirs["accuracy"] > 0.5
+    reference = next(r for r in found["rows"] if r["method"] == "float")
+    assert "missing" in theirs or theirs["accuracy"] > reference["accuracy"] - 0.2
     assert {m for s, m in methods if s == "W4A4" and m.startswith("uniform")} == {
         *("uniform max-abs + mse", "uniform mse + mse", "uniform mse + min-max")
     }

@@ -176,6 +176,12 @@ def hooked():
     return made
 
 
+def computed():
+    made = nn.MultiheadAttention(8, 2, batch_first=True)
+    parametrizations.weight_norm(made.out_proj)
+    return made
+
+
 def replaced():
     made = nn.Linear(8, 8)
     before = made.forward
@@ -189,6 +195,7 @@ def replaced():
         (lambda: Causal(8, 2, batch_first=True), (3, 4, 8), "overrides MultiheadAttention.forward"),
         (hooked, (3, 4, 8), "it carries forward hooks"),
         (lambda: Standardised(2, 3, 3), (3, 2, 8, 8), "overrides Conv2d._conv_forward"),
+        (computed, (3, 4, 8), "its weight is computed"),
         (replaced, (3, 8), "its forward was replaced"),
     ],
 )
@@ -207,8 +214,7 @@ def test_a_layer_that_does_more_than_its_type_is_left_whole(layer, shape, why):
     wanted = net(x)
     prepared = prepare(net)
     assert prepared.swapped == ("head",)
-    assert all(why in prepared.left[name] for name in prepared.left)
-    assert "layer" in prepared.left
+    assert why in prepared.left["layer"]
     assert (prepared.model(x) - wanted).norm() < 0.02 * wanted.norm()
 
 

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -342,16 +343,65 @@ def test_a_layer_that_is_used_for_more_than_its_forward_is_an_error_with_a_way_o
 class Random(nn.Module):
     """Answers differently each time."""
 
+    def __init__(self, noise):
+        super().__init__()
+        self.body, self.noise = net(), noise
+
+    def forward(self, x):
+        return self.body(x + 0.1 * self.noise(x))
+
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("noise", [torch.randn_like, lambda x: torch.from_numpy(RNG.normal(size=x.shape)).float()])
+def test_a_network_that_draws_at_random_is_served(noise):
+    assert set(search_strategies(Random(noise), data(), **QUICK).choice) == {"body.0", "body.2", "body.4"}
+
+
+class Class(nn.Module):
+    """Answers with the number of a class."""
+
     def __init__(self):
         super().__init__()
         self.body = net()
 
     def forward(self, x):
-        return self.body(x + 0.1 * torch.randn_like(x))
+        return self.body(x).argmax(1)
 
 
-def test_a_network_that_draws_at_random_is_served():
-    assert set(search_strategies(Random(), data(), **QUICK).choice) == {"body.0", "body.2", "body.4"}
+def test_answers_that_are_numbers_of_classes_are_served():
+    differ = lambda got, wanted: (got != wanted).float().mean()  # noqa: E731
+    found = search_strategies(Class(), data(), loss=differ, bits_weights=8, **(QUICK | {"steps": 0}))
+    assert found.loss < 0.2
+
+
+class Padded(nn.Module):
+    """An encoder of samples of several lengths: 0 is padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 16)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 1)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, ids):
+        empty = ids == 0
+        y = self.encoder(self.table(ids), src_key_padding_mask=empty).masked_fill(empty[..., None], 0.0)
+        return self.head(y.mean(1))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("skip", [(), [".*self_attn"]])
+def test_an_encoder_that_is_told_of_padding_is_served(skip):
+    torch.manual_seed(0)
+    padded, ids = Padded().eval(), torch.randint(1, 9, (40, 6))
+    ids[::2, 4:] = 0
+    found = search_strategies(padded, ids, bits_weights=8, skip=skip, **QUICK)
+    with torch.no_grad():
+        wanted = padded(ids)
+        assert (found.model(ids) - wanted).norm() < 0.05 * wanted.norm()
+        assert torch.allclose(pack(found.model)(ids), found.model(ids), atol=1e-5)
 
 
 def test_norms_that_need_their_batch_are_never_given_one_sample():

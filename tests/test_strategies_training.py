@@ -1,6 +1,10 @@
 """Training with strategies: stages, two optimisers of one backward, and what is left at the end."""
 
+import copy
+import json
+
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -238,3 +242,16 @@ def test_a_file_that_is_none_of_a_derived_network_or_of_another_is_refused(tmp_p
     (tmp_path / "junk").write_bytes(b"junk" * 9)
     with pytest.raises(ValueError, match="is not the file of a derived network"):
         load_derived(net, tmp_path / "junk")
+    for changes in ({"scale": float("nan")}, {"bit_depth": 30.0}):
+        spoilt = copy.deepcopy(found.model)
+        for name, value in changes.items():
+            quant_layers(spoilt)["0"].weight_quantizer.get_buffer(name).fill_(value)
+        state = safetensors.torch.save(
+            spoilt.state_dict(), metadata={"layers": json.dumps({"0": ["mse", True, 8, None]})}
+        )
+        (tmp_path / "spoilt").write_bytes(state)
+        with pytest.raises(ValueError, match="does not fit the network: "):
+            load_derived(net, tmp_path / "spoilt")
+    (tmp_path / "deep").write_bytes(safetensors.torch.save({}, metadata={"layers": "[" * 100000}))
+    with pytest.raises(ValueError, match="is not the file of a derived network"):
+        load_derived(net, tmp_path / "deep")

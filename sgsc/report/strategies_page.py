@@ -65,8 +65,8 @@ def strategies_summary(report: Mapping[str, Any]) -> RenderableType:
         accuracies = percent(report.get("derived_accuracy")), percent(report.get("float_accuracy"))
         ends = [Text(""), Text("test accuracy {} (float {})".format(*accuracies))]
         if report.get("packed_exact_accuracy") is not None:
-            both = (percent(report.get(f"packed_{numerics}_accuracy")) for numerics in ("exact", "int8"))
-            ends += [Text("packed {}, in int8 numerics {}".format(*both))]
+            both = [percent(v) for n in ("exact", "int8") if (v := report.get(f"packed_{n}_accuracy")) is not None]
+            ends += [Text(f"packed {', in int8 numerics '.join(both)}")]
     return Group(layers, *(() if report.get("trained_steps") else (Text(""), compared)), *ends)
 
 

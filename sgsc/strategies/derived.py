@@ -22,10 +22,13 @@ from torch import nn
 from sgsc.files import write_atomically
 from sgsc.layers import quant_layers
 from sgsc.preparation import prepare
+from sgsc.quantizers import InputQuantizer, Quantizer
 
 from .folding import fold_batch_norms
 from .registry import INPUTS, WEIGHTS
 from .statistics import InputStatistics
+
+NONE_OF_OURS = (AttributeError, TypeError, ValueError)  # what metadata of another shape raise
 
 
 def save_derived(model: nn.Module, path: str | os.PathLike) -> None:
@@ -63,7 +66,15 @@ def load_derived(network: nn.Module, path: str | os.PathLike) -> nn.Module:
         for weight, per_channel, bits, given in layers.values():
             WEIGHTS[weight](1, bits, per_channel)
             _ = given is None or INPUTS[given]
-    except (safetensors.SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (
+        safetensors.SafetensorError,
+        OSError,
+        AttributeError,
+        KeyError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         said = f"{type(error).__name__}: {error}"
         raise ValueError(f"{os.fspath(path)!r} is not the file of a derived network ({said})") from None
     said = "it is of other layers"
@@ -73,7 +84,8 @@ def load_derived(network: nn.Module, path: str | os.PathLike) -> nn.Module:
             if set(quant_layers(model)) == set(layers):
                 _attach(model, layers)
                 model.load_state_dict(state)
-                return model.eval()
+                _check_grids(model.eval(), layers)
+                return model
         except (ValueError, RuntimeError) as error:
             said = " ".join(str(error).split())[:300]
     raise ValueError(f"{os.fspath(path)!r} does not fit the network: {said}")
@@ -92,5 +104,20 @@ def _attach(model: nn.Module, layers: Mapping[str, Sequence[Any]]) -> None:
     seen.observe(torch.tensor([0.0, 1.0]))
     for name, layer in quant_layers(model).items():
         weight, per_channel, bits, given = layers[name]
-        layer.weight_quantizer = WEIGHTS[weight](layer.weight.shape[0], bits, per_channel)
-        layer.input_quantizer = None if given is None else INPUTS[given].fitted(seen, bits)
+        at = layer.weight.device
+        layer.weight_quantizer = WEIGHTS[weight](layer.weight.shape[0], bits, per_channel).to(at)
+        layer.input_quantizer = None if given is None else INPUTS[given].fitted(seen, bits).to(at)
+
+
+def _check_grids(model: nn.Module, layers: Mapping[str, Sequence[Any]]) -> None:
+    """Refuse values that no strategy makes.
+
+    Raises:
+        ValueError: If a grid is not finite, or of other bits than the file says.
+    """
+    for name, layer in quant_layers(model).items():
+        for quantizer, bits in ((layer.weight_quantizer, layers[name][2]), (layer.input_quantizer, 8)):
+            if isinstance(quantizer, Quantizer | InputQuantizer):
+                scale, low, high, _ = quantizer.grid()
+                if not torch.isfinite(torch.stack([scale, low, high])).all() or (high - low >= 2**bits).any():
+                    raise ValueError(f"layer {name!r} holds a grid that no strategy of {bits} bits makes")

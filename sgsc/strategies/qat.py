@@ -80,6 +80,7 @@ class StrategyTraining:
         for name in problem.learns:  # the search has all weights frozen
             self.model.get_parameter(name).requires_grad_(True)
         self.steps, self.done_steps, self.rate = steps, 0, rate
+        steps = self.steps = int(steps)
         self.arguments = {"steps": steps, "rate": rate, "fold": fold} | {
             k: str(v) for k, v in vars(self.settings).items()
         }
@@ -96,6 +97,7 @@ class StrategyTraining:
         self.warm, self.search = (round(share * steps) for share in (WARM, SEARCH))
         self.of_shares = torch.optim.Adam(self.logits, lr=RATE) if self.logits else None
         self._start()
+        self.arguments["optimiser"] = type(self.optimiser).__name__
         if not self.logits:
             self._settle()
 
@@ -175,8 +177,14 @@ class StrategyTraining:
             for name, value in self.arguments.items():
                 if state["arguments"][name] != value:
                     raise ValueError(f"{name}={state['arguments'][name]} there, {value} here")
+            layers = quant_layers(self.model)
+            for name, layer in layers.items():
+                if state["model"][f"{name}.weight"].shape != layer.weight.shape:
+                    raise ValueError(f"layer {name!r} has another shape there")
             settled = state["choice"] and not self.choice
-            for name, layer in quant_layers(self.model).items() if settled else ():
+            if settled and set(state["choice"]) != set(layers):
+                raise ValueError(f"layers {', '.join(state['choice'])} there")
+            for name, layer in layers.items() if settled else ():
                 quantizers = layer.weight_quantizer, layer.input_quantizer
                 for mixed, chosen in zip(quantizers, state["choice"][name], strict=True):
                     if isinstance(mixed, (MixedWeights, MixedInput)):
