@@ -359,6 +359,26 @@ def test_a_network_that_draws_at_random_is_served(noise):
     assert set(search_strategies(Random(noise), data(), **QUICK).choice) == {"body.0", "body.2", "body.4"}
 
 
+class Counts(nn.Module):
+    """Knows how often it was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = net()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.body(x)
+
+
+def test_a_network_that_counts_its_calls_is_left_as_it_is():
+    counts = Counts()
+    search_strategies(counts, data(), **QUICK)
+    StrategyTraining(counts, data(), steps=2)
+    assert counts.calls == 0
+
+
 class Class(nn.Module):
     """Answers with the number of a class."""
 

@@ -57,7 +57,7 @@ class Problem:
         fit: Inputs that grids and mixtures are fitted to, in batches.
         select: Inputs that discrete choices are judged by.
         wanted: What the float model answers to each batch of `select`; to those of `fit`, see `answer`.
-        float_model: The one that was given.
+        float_model: A copy of the one that was given.
         loss: (outputs, wanted) -> scalar.
         left: Layers and norms that stay float -> why.
         together: The samples of `fit` in batches of as many as there is room for, which calibrate.
@@ -217,6 +217,7 @@ def make_problem(
     Raises:
         ValueError: If the calibration data, the model or a setting cannot be served.
     """
+    network = copy.deepcopy(network)  # some count their calls
     judge = LOSSES[settings.loss] if isinstance(settings.loss, str) else settings.loss
     of_weights = strategies(WEIGHTS, settings.weights, settings.trained)
     of_inputs = strategies(INPUTS, settings.inputs, settings.trained)
