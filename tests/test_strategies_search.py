@@ -455,6 +455,6 @@ def test_a_network_is_distilled_at_a_temperature():
         wanted = temperature**2 * (p * (p / q).log()).sum(-1).mean().item()
         assert distilled(a, b, temperature).item() == pytest.approx(wanted, rel=1e-4)
     assert distilled(a, b).item() == distilled(a, b, 4.0).item()
-    for wrong in (0.0, float("nan")):
-        with pytest.raises(ValueError, match="want a number above 0"):
+    for wrong in (0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="want a finite number above 0"):
             distilled(a, b, wrong)
