@@ -15,10 +15,10 @@ SEEDS_NOTE = "Mean over the seeds (least to most)."
 
 
 def grouped(rows: Sequence[Row], *keys: str) -> list[list[Row]]:
-    """Rows that agree in these entries, in the order in which they come."""
+    """Rows that agree in these entries, in the order in which they come; False is as if it were not there."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
+        groups.setdefault(tuple(row.get(key) or None for key in keys), []).append(row)
     return list(groups.values())
 
 
@@ -70,10 +70,7 @@ def judged(rows: Sequence[Row]) -> list[str]:
 def curve(rows: Sequence[Row]) -> str:
     """Compression, and uniform training and other libraries where they were run: a target or a width a line."""
     there = [row for row in rows if "missing" not in row]
-    ordered = [
-        {**row, "named": _name(row), "distilled": taught(row)}
-        for row in sorted(there, key=lambda row: row["schedule"] != "full")
-    ]
+    ordered = [{**row, "named": _name(row)} for row in sorted(there, key=lambda row: row["schedule"] != "full")]
     lines = [
         [group[0]["named"], steps(group), seeds(group), stored(group), *quality(group), *harm(group), _seconds(group)]
         for group in grouped(ordered, "schedule", "device", "named", "steps", "precision", "distilled")
@@ -119,7 +116,6 @@ SETS = {"with": "with the set", "random": "with one drawn at random", "without":
 def ablation(rows: Sequence[Row]) -> str:
     """With and without the preservation set: what broke, in all, in the worst class and in the hard tail."""
     lines = []
-    rows = [{**row, "distilled": taught(row)} for row in rows]
     for group in grouped(rows, "schedule", "device", "task", "target_size", "method", "distilled"):
         first = group[0]
         kept = spread([row["preservation_regressions"] for row in group], ".3g")

@@ -66,7 +66,8 @@ def network_claims(rows: list[Row]) -> list[Row]:
                     draws, enough = counted(min(len(leads), len(ours)), "draws")
                     shown = f"{method}, the best by test of {len(single)} such" if method == behind else method
                     text = f"{name}, {draws} {of}: test {metric} ahead of {shown}, {BEHIND}"
-                    made.append(claim(text, 0.0 - 2 * noise, mean, unit, enough and mean >= -2 * noise))
+                    least = 0.0 - 2 * noise
+                    made.append(claim(text, least, mean, unit, enough and mean >= least))
             for key in METRICS if setting == "W8A8" and ours and reference is not None else ():
                 if key == metric or (key == "ssim" and key in reference):
                     lost = statistics.fmean(METRICS[key][1] * sign * (reference[key] - r[key]) for r in ours)
@@ -122,8 +123,8 @@ def qat_claims(rows: list[Row]) -> list[Row]:
                 what = "lost against float" if values is losses else f"ahead of {method} in all layers, {BEHIND}"
                 how = f"{of[0]['steps']:,} steps at {of[0]['rate']:g} on {of[0].get('train_samples', 0):,} images"
                 text = f"resnet20, {DATA['resnet20']}, W4A4, {how}, {seeds}: test accuracy {what}"
-                holds = mean <= 0.5 if values is losses else mean >= -2 * error
                 target = 0.5 if values is losses else 0.0 - 2 * error
+                holds = mean <= target if values is losses else mean >= target
                 made.append(claim(text, target, mean, "points", enough and holds))
     return made
 

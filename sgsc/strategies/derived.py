@@ -28,7 +28,8 @@ from .folding import fold_batch_norms
 from .registry import INPUTS, WEIGHTS
 from .statistics import InputStatistics
 
-NONE_OF_OURS = (AttributeError, TypeError, ValueError)  # what metadata of another shape raise
+# what files of another kind, or metadata of another shape, raise
+NONE_OF_OURS = (safetensors.SafetensorError, OSError, AttributeError, KeyError, RecursionError, TypeError, ValueError)
 
 
 def save_derived(model: nn.Module, path: str | os.PathLike) -> None:
@@ -66,15 +67,7 @@ def load_derived(network: nn.Module, path: str | os.PathLike) -> nn.Module:
         for weight, per_channel, bits, given in layers.values():
             WEIGHTS[weight](1, bits, per_channel)
             _ = given is None or INPUTS[given]
-    except (
-        safetensors.SafetensorError,
-        OSError,
-        AttributeError,
-        KeyError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except NONE_OF_OURS as error:
         said = f"{type(error).__name__}: {error}"
         raise ValueError(f"{os.fspath(path)!r} is not the file of a derived network ({said})") from None
     said = "it is of other layers"

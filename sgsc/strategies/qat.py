@@ -79,11 +79,7 @@ class StrategyTraining:
         self.model = problem.model
         for name in problem.learns:  # the search has all weights frozen
             self.model.get_parameter(name).requires_grad_(True)
-        self.steps, self.done_steps, self.rate = steps, 0, rate
-        steps = self.steps = int(steps)
-        self.arguments = {"steps": steps, "rate": rate, "fold": fold} | {
-            k: str(v) for k, v in vars(self.settings).items()
-        }
+        self.steps, self.done_steps, self.rate = int(steps), 0, rate
         self.bits, self.left = problem.bits, problem.left
         self.choice: Choice = {}
         self.shares: Shares = {}
@@ -97,7 +93,8 @@ class StrategyTraining:
         self.warm, self.search = (round(share * steps) for share in (WARM, SEARCH))
         self.of_shares = torch.optim.Adam(self.logits, lr=RATE) if self.logits else None
         self._start()
-        self.arguments["optimiser"] = type(self.optimiser).__name__
+        own = {"steps": self.steps, "rate": rate, "fold": fold, "optimiser": type(self.optimiser).__name__}
+        self.arguments = own | {name: str(value) for name, value in vars(self.settings).items()}
         if not self.logits:
             self._settle()
 
@@ -181,15 +178,14 @@ class StrategyTraining:
             for name, layer in layers.items():
                 if state["model"][f"{name}.weight"].shape != layer.weight.shape:
                     raise ValueError(f"layer {name!r} has another shape there")
-            settled = state["choice"] and not self.choice
-            if settled and set(state["choice"]) != set(layers):
-                raise ValueError(f"layers {', '.join(state['choice'])} there")
-            for name, layer in layers.items() if settled else ():
-                quantizers = layer.weight_quantizer, layer.input_quantizer
-                for mixed, chosen in zip(quantizers, state["choice"][name], strict=True):
-                    if isinstance(mixed, (MixedWeights, MixedInput)):
-                        mixed.logits.data[mixed.names.index(chosen)] = 1.0  # pyright: ignore  it is one of them
-            if settled:
+            if state["choice"] and not self.choice:
+                if set(state["choice"]) != set(layers):
+                    raise ValueError(f"layers {', '.join(state['choice'])} there")
+                chosen = [(layers[name], pair) for name, pair in state["choice"].items()]
+                for mixed, name in [(layer.weight_quantizer, w) for layer, (w, _) in chosen] + [
+                    (layer.input_quantizer, i) for layer, (_, i) in chosen if i is not None
+                ]:
+                    mixed.logits.data[mixed.names.index(name)] = 1.0  # pyright: ignore  mixtures
                 self._settle()
             self.model.load_state_dict(state["model"])
             self._start()

@@ -103,10 +103,10 @@ def settings_of(trained: bool, named: dict[str, Any]) -> StrategySettings:
         ValueError: If there is none of a name, one is of the other purpose, or out of its range.
     """
     other = ("loss", "select_share", "correct_bias") if trained else ()
+    known = [f.name for f in fields(StrategySettings) if f.name not in ("trained", *other)]
     for name in named:
         if name in other:
             raise ValueError(f"{name}={named[name]!r} is of the search without training; leave it out")
-        known = [f.name for f in fields(StrategySettings) if f.name not in ("trained", *other)]
         if name not in known:
             raise ValueError(f"{name}={named[name]!r}: there is no such setting; there are {', '.join(known)}")
     return StrategySettings(trained=trained, **named)
