@@ -229,7 +229,7 @@ def make_problem(
             _answer(network, x, settings.loss)
         wanted = [_answer(network, x, settings.loss) for x in select]
     _check_loss(judge, first)
-    folded = _folded(network, fit[0], first) if fold else Folded(copy.deepcopy(network).eval(), (), {})
+    folded = _folded(network, fit[0], first) if fold else Folded(network, (), {})
     prepared = _prepared(folded.model, settings.skip, fit[0])
     quantizers = {id(p) for layer in quant_layers(prepared.model).values() for p in layer.weight_quantizer.parameters()}
     learns = [n for n, p in prepared.model.named_parameters() if p.requires_grad and id(p) not in quantizers]
@@ -331,5 +331,5 @@ def _folded(network: nn.Module, x: Tensor, wanted: Tensor) -> Folded:
             answers = folded.model(fed(network, x))
         if not alike(answers, wanted):
             why = dict.fromkeys(folded.folded, "folded, the network answers otherwise")
-            return Folded(copy.deepcopy(network).eval(), (), {**folded.left, **why})
+            return Folded(network, (), {**folded.left, **why})  # `prepare` copies it
     return folded
