@@ -2,11 +2,12 @@
 
     python -m bench.strategies [digits] [char-lm] [resnet20] [resnet56] [stories260k] [vdsr] [mixture] [qat]
                                [--settings W8A8,W4A8,W4A4,W3] [--draws N] [--test N] [--data PATH] [--seconds N]
-                               [--device cuda]
+                               [--methods NAME,NAME] [--device cuda]
 
 A row is one network, setting and draw of calibration data by one method. Test data judges what was chosen; it chooses
 nothing. What is in the results at this commit is not measured again, so that a call cut off goes on when repeated.
---test judges by the first so many test samples, --random draws so many random assignments; rows say how many.
+--test judges by the first so many test samples, --random draws so many random assignments; rows say how many. --methods
+measures these alone, as rows call them.
 """
 
 from __future__ import annotations
@@ -50,21 +51,33 @@ from .strategy_peers import BREVITAS, PT2E, by_others, calibrated, exported, rou
 NETWORKS = ("digits", "char-lm", "resnet20", "resnet56", "stories260k", "vdsr")
 SETTINGS: dict[str, tuple[int, int | None]] = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W3": (3, None)}
 CANDIDATES = (1, 2, 4, 8, 16)
+RANDOM = "random"
 START = "mse"  # of the other side, where strategies of one side are compared
 
 
-def measure_network(section: Section, of: Network, settings: Sequence[str], draws: int, randoms: int) -> None:
-    """Every method in every setting on every draw."""
+def measure_network(
+    section: Section, of: Network, settings: Sequence[str], draws: int, randoms: int, methods: Sequence[str] = ()
+) -> None:
+    """Every method, or these, in every setting on every draw."""
     common = {"task": section.name.removeprefix("strategies-"), "test_samples": of.test_samples, "metric": of.metric}
     common |= {"left_float": list(of.skip)} if of.skip else {}
     section.row({**common, "method": "float"}, lambda: timed(lambda: of.judge(of.model)))
+    named: set[str] = set()
     for setting in settings:
         for seed in range(draws):
             one = {**common, "setting": setting, "samples": of.samples, "seed": seed}
-            _one(section, of, setting, seed, randoms, one)
+            known = _methods(of, setting, seed, randoms)
+            named |= known.keys()
+            for method, measure in known.items():
+                if not methods or method in methods:
+                    more = {"assignments": randoms} if method == RANDOM else {}
+                    section.row({**one, "method": method, **more}, lambda measure=measure: timed(measure))
+    if unknown := [m for m in methods if m not in named]:
+        raise SystemExit(f"bench.strategies: no method is called {unknown[0]!r}; there are {', '.join(sorted(named))}")
 
 
-def _one(section: Section, of: Network, setting: str, seed: int, randoms: int, row: Row) -> None:
+def _methods(of: Network, setting: str, seed: int, randoms: int) -> dict[str, Callable[[], Row]]:
+    """Method -> how it is measured, on one draw."""
     bits_weights, bits_activations = SETTINGS[setting]
     how = {"bits_weights": bits_weights, "bits_activations": bits_activations, "skip": of.skip, "loss": of.loss}
 
@@ -123,20 +136,20 @@ def _one(section: Section, of: Network, setting: str, seed: int, randoms: int, r
             return by_others(lambda: calibrated(model, inputs, widths, BREVITAS[library]), beside)
         return by_others(lambda: rounded(model, library, widths), beside)
 
-    section.row({**row, "method": "DQSS"}, lambda: timed(dqss))
-    section.row({**row, "method": "greedy"}, lambda: timed(lambda: judged(found()[0].greedy)))
-    best = lambda: judged(problem().uniform(*found()[0].uniform))  # noqa: E731
-    section.row({**row, "method": "best uniform"}, lambda: timed(best))
+    made: dict[str, Callable[[], Row]] = {
+        "DQSS": dqss,
+        "greedy": lambda: judged(found()[0].greedy),
+        "best uniform": lambda: judged(problem().uniform(*found()[0].uniform)),
+    }
     pairs = [(w, START) for w in strategies(WEIGHTS)]
     pairs += [(START, a) for a in strategies(INPUTS) if a != START] if bits_activations else []
     for w, a in pairs:
         name = f"uniform {w}" + (f" + {a}" if bits_activations else "")
-        section.row({**row, "method": name}, lambda w=w, a=a: timed(lambda: judged(problem().uniform(w, a))))
+        made[name] = lambda w=w, a=a: judged(problem().uniform(w, a))
     if randoms:
-        section.row({**row, "method": "random", "assignments": randoms}, lambda: timed(lambda: drawn(randoms)))
+        made[RANDOM] = lambda: drawn(randoms)
     peers = [*([PT2E] if setting == "W8A8" else []), *(BREVITAS if bits_activations else LIBRARIES)]
-    for library in peers:
-        section.row({**row, "method": library}, lambda library=library: timed(lambda: theirs(library)))
+    return made | {library: functools.partial(theirs, library) for library in peers}
 
 
 def timed(run: Callable[[], Row]) -> Row:
@@ -284,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         else:
             measure = functools.partial(
-                measure_network, section, drawn_from(name), settings_wanted, draws, chosen.random
+                measure_network, section, drawn_from(name), settings_wanted, draws, chosen.random, chosen.methods
             )
         if not section.finished(measure):
             break
@@ -297,6 +310,7 @@ def _more(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draws", type=int, default=3, help="of calibration data (default: 3)")
     parser.add_argument("--samples", type=int, default=1024, help="of a draw (default: 1024)")
     parser.add_argument("--random", type=int, default=10, help="random assignments a draw (default: 10)")
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=(), help="of a network (default: all)")
     parser.add_argument("--test", type=int, default=None, help="at most so many test samples, and rows say so")
     parser.add_argument("--steps", type=int, default=2000, help="of the section qat (default: 2000)")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of the section qat (default: 1e-3)")
