@@ -1,21 +1,26 @@
 """How widths are learned: what a bit is worth, the price that clears the market, and the optimiser that trades.
 
-    worth_c      = -(dloss/dbit_depth_c of all but the size term) / (dsize/dbit_depth_c), averaged over steps
+    worth_c      = mean of (dloss/dbit_depth_c of all but the size term)^2 over steps, / (dsize/dbit_depth_c)
     bit_depth_c -= rate * clip(1 - worth_c / price, -1, 1)
 
 A channel sells where its bit is worth less than its price and buys where it is worth more, so that all end where worth
 equals price, whatever the scale of the loss. An optimiser that divides each channel's gradient by that channel's own
 magnitude (Adam) cannot do this: the price cancels and acts as a switch.
 
-The average goes back over ten of the steps in which a channel was reached: an entry of an embedding that matters in one
-step of fifty is worth a fiftieth of what it is then, and not nothing in the other forty-nine. An entry that was reached
-keeps a bit at any price: gradients do not tell what the last one is worth, and its symbol would be lost for good.
+The square is what rounding costs to second order, r' H r / 2 for the rounding errors r of a channel: H is nearly the
+mean square of gradients (Fisher's information; Theis et al. 2018, arXiv 1801.05787, judge channels so), and but for a
+common factor dloss/dbit_depth_c is gradient times r. To first order it would be that derivative itself: near a minimum
+mostly noise, of either sign, that doubles with every bit sold: channels then walk at random until they are gone, and
+none comes back. A bit less doubles r, so that worth is four times as much at once.
+
+The average goes back over twenty of the steps in which a channel was reached: an entry of an embedding that matters in
+one step of fifty is worth a fiftieth of what it is then. An entry that was reached keeps a bit at any price: gradients
+do not tell what the last one is worth, and its symbol would be lost for good.
 
 The price is the one at which what is sold, less what is bought, is what the schedule of sizes asks for at this step.
 Solving for it (bisection on C-sized vectors) is dual ascent with an exact inner step: there is no gain to tune, nothing
-winds up, and the size neither lags nor overshoots.
-
-All channels of all layers lie in one vector, so that a step costs the same number of operations for any network.
+winds up, and the size neither lags nor overshoots. All channels of all layers lie in one vector: a step costs as many
+operations for any network.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ from .quantizers.self_compressing import MAX_BITS
 from .sharding import whole_tensor
 
 PROBATION = 500  # steps in which an entry of an embedding must be reached, or it may go
-AVERAGE = 0.9  # decay of the running mean of worth_c, a step in which the channel's gradient is not 0
+AVERAGE = 0.95  # decay of the running mean of worth_c, a step in which the channel's gradient is not 0
 BISECTIONS = 40
 SMALLEST_PRICE, LARGEST_PRICE = 1e-9, 2.0  # in units of the largest worth: there the dearest bits sell at half speed
 
@@ -64,16 +69,6 @@ def clearing_price(worth: Tensor, bytes_a_step: Tensor, wanted: float, room: Ten
     return high
 
 
-@torch.no_grad()
-def set_depth(layer: QuantLayer, new: Tensor) -> None:
-    """Set a layer's depths, (C,), and fit the ranges of the channels whose integer width changes."""
-    depth = layer.weight_quantizer.get_parameter("bit_depth")
-    changed = depth.round() != new.round()
-    depth.copy_(new)
-    if changed.any():
-        layer.weight_quantizer.fit(layer.rows(), changed)
-
-
 class BitOptimizer:
     """Owns the learned parameters of all quantizers, so that the user's optimiser may be any and need not know them.
 
@@ -82,7 +77,7 @@ class BitOptimizer:
 
     Attributes:
         depths: Layer name -> its (C,) learned widths.
-        worth: (C,) of all channels: what a bit is worth, the mean over steps.
+        worth: (C,) of all channels: what a bit is worth, the mean over steps; its unit is that of the loss, squared.
         weight: (C,) what stands behind it, 0 to 1.
         reached, looked: (C,) steps in which the gradient was not 0, and all in which there was one. What nobody looked
             at is not traded: that nothing is known of it does not make it worthless.
@@ -115,7 +110,8 @@ class BitOptimizer:
         self.gradient: dict[nn.Parameter, Tensor] = {}
         self.averaged = False  # over ranks, in this step
         self._handles = [self._take_over(p) for p in [*self.depths.values(), *grids]]
-        self.worth = torch.zeros_like(self.flat(self.depths).detach())
+        depth = self.flat(self.depths).detach()
+        self.worth = depth.new_zeros(len(depth), dtype=torch.promote_types(depth.dtype, torch.float32))  # of squares
         self.weight, self.reached, self.looked = (torch.zeros_like(self.worth) for _ in range(3))
         self.look_anew({})
 
@@ -225,7 +221,7 @@ class BitOptimizer:
         per = size_gradient.to(self.worth.dtype).clamp_min(self.least_size)
         nan = float("nan")  # of a layer that no loss reached: its channels keep what they are worth
         gradient = torch.cat([self.gradient.get(d, torch.full_like(d, nan)) for d in self.depths.values()])
-        self._learn(-gradient / per)
+        self._learn(gradient.to(self.worth.dtype).square() / per)
         self.gradient.clear()
         if sell is None:
             return price
@@ -235,11 +231,12 @@ class BitOptimizer:
         speed = self.bit_rate * ((depth > least) & (self.looked > 0))
         if not speed.any():
             return price
-        price = clearing_price(self.worth, speed * per, sell, (MAX_BITS - depth) * per)
-        pace = (1 - self.worth / price).clamp(-1, 1) if price > 0 else torch.ones_like(depth)
+        worth = self.worth / (self.worth * per).mean().sqrt().clamp_min(1e-30)  # so that the price is one of the loss
+        price = clearing_price(worth, speed * per, sell, (MAX_BITS - depth) * per)
+        pace = (1 - worth / price).clamp(-1, 1) if price > 0 else torch.ones_like(depth)
         change = (speed * pace).minimum(depth - least).maximum(depth - MAX_BITS)
         sold, bought = float(change.clamp_min(0) @ per), float(-change.clamp_max(0) @ per)
-        # bits that seem to do harm want to go at any price: not below the schedule
+        # bits that are worth nothing want to go at any price: not below the schedule
         if sold > 0 and sold - bought > sell:
             change = torch.where(change > 0, change * max(0.0, (sell + bought) / sold), change)
         self._set(depth, depth - change)
@@ -290,7 +287,9 @@ class BitOptimizer:
 
     def _set(self, old: Tensor, new: Tensor) -> None:
         """Move all depths from `old` to `new`, (C,), and fit the ranges of the channels whose width changes."""
-        changed = self.by_layer(old.round() != new.round())
+        fewer = old.round() - new.round()
+        self.worth *= torch.exp2(2 * fewer)  # bits, each of which doubles the rounding errors
+        changed = self.by_layer(fewer != 0)
         torch._foreach_copy_(list(self.depths.values()), list(self.by_layer(new).values()))
         for name, which in changed.items():
             if which.any():

@@ -17,7 +17,8 @@ def add_task(sub: argparse.ArgumentParser, **how: Any) -> None:
     sub.add_argument("--limit", type=int, default=None, help="at most so many samples a split")
     sub.add_argument("--float-steps", type=int, default=None, help="steps of the float training (default: the task's)")
     sub.add_argument("--start", type=Path, default=None, help="float.safetensors of another run, instead of training")
-    sub.add_argument("--precision", default="float32", help="to train in: float32 (default), bfloat16 by autocast")
+    precision = "to train in: float32 (default), or bfloat16 by autocast, which a CPU without AVX-512 is slow at"
+    sub.add_argument("--precision", default="float32", help=precision)
 
 
 def add_device(sub: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
-"""Holds the stored size to its schedule: shrink along a geometric curve, trade at the target, land on it, stay.
+"""Holds the stored size to its schedule: shrink at an even cost, trade at the target, land on it, stay.
 
-    shrink   until `shrink_share` of the steps: the size follows start * (target / start)^(share of these steps)
+    shrink   until `shrink_share` of the steps: first fast, since the first bits cost nothing, then ever more slowly:
+             what rounding costs, 4^-bits, rises evenly
     trade    until `settle_share`: bits move from channels where they are worth little to those where they are worth
              much, at the target; ever more slowly, since each change of a width costs the weights some steps
     settled  widths stay, weights and ranges go on; the size is at most the target, and less than one bit's room below
@@ -14,6 +15,7 @@ Nothing depends on how many steps a bit takes to sell: the clearing price of bit
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,13 +30,14 @@ from .cutting import check_states, cut_while_training, depthwise_layers, spare, 
 from .distributed import Ranks
 from .layers import quant_layers
 from .packed import pack
+from .quantizers.self_compressing import MAX_BITS
 from .sharding import whole
 from .size import SizeModel, float_bytes
 
 LANDINGS = 60  # rounds of selling or buying that a landing may take; each measures a file
 ROOM = 0.004  # of the target, that may stay unused
 WAIT = 0.5  # share of the steps at settled widths that training alone gets: it mends much as its rate falls
-WAY = 16  # bits that a width could move within the steps of the shrinking: twice as many as it has
+WAY = 64  # bits that a width could move within the steps of the shrinking: half of its 8 go in the first sixteenth
 LEAST_CUT = 0.02  # of the channels, that are worth tracing the model anew
 
 
@@ -132,9 +135,12 @@ class Controller:
         return float(self.estimate()[0]) + self.overhead
 
     def wanted(self, step: int) -> float:
-        """The size that the schedule wants at a step: geometric from the start to the target."""
+        """The size that the schedule wants at a step: its cost, were bits alike in all channels, rises evenly."""
         share = min(1.0, step / max(1.0, self.config.shrink_share * self.config.steps))
-        return self.start_size * (self.config.target_size / self.start_size) ** share
+        first, last = (
+            4.0 ** (-MAX_BITS * size / self.start_size) for size in (self.start_size, self.config.target_size)
+        )
+        return self.start_size * -math.log(first + share * (last - first), 4) / MAX_BITS
 
     # ---- widths ----
 

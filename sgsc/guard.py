@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bits import set_depth
 from .certificate import allowed, answers, margins
 from .coupling import Coupling
 from .layers import QuantLayer, quant_layers
@@ -124,11 +123,15 @@ def widths(model: nn.Module) -> dict[str, Tensor]:
     return {name: layer.weight_quantizer.bits().float() for name, layer in quant_layers(model).items()}
 
 
+@torch.no_grad()
 def set_widths(layers: dict[str, QuantLayer], new: dict[str, Tensor]) -> None:
-    """Set the integer widths of the channels that change; the others keep the fraction of their depth."""
+    """Set the integer widths, and fit the ranges, of the channels that change; the others keep fractions."""
     for name, layer in layers.items():
-        depth = layer.weight_quantizer.get_parameter("bit_depth").detach()
-        set_depth(layer, torch.where(depth.round() == new[name], depth, new[name]))
+        depth = layer.weight_quantizer.get_parameter("bit_depth")
+        changed = depth.round() != new[name]
+        depth.copy_(torch.where(changed, new[name], depth))
+        if changed.any():
+            layer.weight_quantizer.fit(layer.rows(), changed)
 
 
 def owned(model: nn.Module, coupling: Coupling, which: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -22,6 +22,7 @@ from sgsc import (
 from sgsc.bits import BitOptimizer, clearing_price
 from sgsc.certificate import compare, outputs
 from sgsc.coupling import couple
+from sgsc.distillation import distilled
 from sgsc.guard import GIVE_BACK, Check, check, generosity, mends, restore, revive, set_widths, widths
 from sgsc.layers import quant_layers
 from sgsc.size import file_bits
@@ -413,10 +414,9 @@ def test_who_has_all_bits_buys_none():
     assert clearing_price(worth, speed, 0.5) > price  # else the two that cannot buy would be counted as buyers
 
 
-def test_bits_that_seem_to_do_harm_do_not_leave_faster_than_the_schedule(trained):
+def test_bits_that_are_worth_nothing_do_not_leave_faster_than_the_schedule(trained):
     model = prepare(trained).model
     bits = BitOptimizer(model, bit_rate=0.5, grid_rate=0.0)
-    bits.worth.fill_(-1.0)
     bits.looked.fill_(1.0)
     size = torch.full_like(bits.worth, 3.0)
     bits.step(size, 0.0, 6.0)
@@ -534,6 +534,50 @@ def test_a_channel_that_is_worth_more_keeps_more_bits():
     assert widths_now == sorted(widths_now, reverse=True)
     assert widths_now[0] >= 6 > 2 >= widths_now[-1]
     assert 13 <= sum(widths_now) <= 17
+
+
+def test_what_a_bit_is_worth_does_not_hang_on_the_sign_of_its_gradient():
+    bits = BitOptimizer(prepare(nn.Linear(5, 3, bias=False)).model, bit_rate=0.5, grid_rate=0.0)
+    (depth,) = bits.depths.values()
+    for sign in (1.0, -1.0) * 50:
+        bits.gradient[depth] = torch.tensor([3.0 * sign, 1.0, 0.0])
+        bits.step(torch.tensor([2.0, 1.0, 1.0]), 0.0, None)
+    assert bits.worth.tolist() == pytest.approx([9 / 2, 1, 0])
+
+
+def test_a_bit_less_makes_the_next_one_worth_four_times_as_much():
+    bits = BitOptimizer(prepare(nn.Linear(5, 3, bias=False)).model, bit_rate=0.5, grid_rate=0.0)
+    bits.worth.copy_(torch.tensor([1.0, 2.0, 16.0]))
+    with torch.no_grad():
+        bits._set(torch.tensor([8.0, 8.0, 4.0]), torch.tensor([6.0, 7.6, 5.0]))
+    assert bits.worth.tolist() == [16.0, 2.0, 4.0]
+
+
+def test_a_network_that_is_trained_already_loses_bits_alike_in_all_channels(trained):
+    """Near a minimum the mean gradient of a width is noise, by which channels would be removed at random."""
+    run = started(trained, None, target_size=0.15, steps=160)
+    x = blobs().tensors[0]
+    for step in range(160):
+        part = x[torch.randint(len(x), (32,), generator=torch.Generator().manual_seed(step))]
+        with torch.no_grad():
+            wanted = trained(part)
+        loss = run.loss(distilled(run.model.train()(part), wanted))
+        run.optimizers[0].zero_grad()
+        loss.backward()
+        run.optimizers[0].step()
+        run.step()
+    inner = torch.cat([layer.weight_quantizer.bits() for layer in list(quant_layers(run.model).values())[:2]]).float()
+    assert (inner == 0).float().mean() < 0.25
+    assert inner[inner > 0].std() < 1.2
+
+
+def test_the_cost_of_rounding_rises_evenly_while_the_size_shrinks(trained):
+    run = started(trained, None, target_size=0.1, steps=100, shrink_share=0.4)
+    sizes = torch.tensor([run.control.wanted(step) for step in range(41)], dtype=torch.float64)
+    rises = (4.0 ** (-8 * sizes / sizes[0])).diff()
+    assert sizes[0] == pytest.approx(run.control.start_size)
+    assert sizes[-1] == pytest.approx(0.1) == run.control.wanted(99)
+    assert torch.allclose(rises, rises[0].expand(40))
 
 
 # ---- guard ----
