@@ -61,6 +61,7 @@ def measure_network(
     """Every method, or these, in every setting on every draw."""
     common = {"task": section.name.removeprefix("strategies-"), "test_samples": of.test_samples, "metric": of.metric}
     common |= {"left_float": list(of.skip)} if of.skip else {}
+    common |= {"weights": of.weights} if of.weights else {}
     section.row({**common, "method": "float"}, lambda: timed(lambda: of.judge(of.model)))
     named: set[str] = set()
     for setting in settings:

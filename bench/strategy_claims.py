@@ -23,17 +23,17 @@ BESIDE = ("best uniform", "greedy", *LIBRARIES, PT2E, *BREVITAS)  # what ours is
 
 
 def grouped(rows: Rows) -> list[list[Mapping[str, Any]]]:
-    """Rows that may stand beside one another: one device, as many samples of test and calibration; float in each."""
+    """Rows that may stand beside one another: one device, float network, and number of samples; float in each."""
 
     def judged(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        return row.get("device"), row["test_samples"]
+        return row.get("device"), row.get("weights"), row["test_samples"]
 
     found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         if "setting" in row:
             found.setdefault((*judged(row), row.get("samples")), []).append(row)
     for of, group in found.items():
-        group[:0] = [row for row in rows if "setting" not in row and judged(row) == of[:2]]
+        group[:0] = [row for row in rows if "setting" not in row and judged(row) == of[:-1]]
     return list(found.values())
 
 

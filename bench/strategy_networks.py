@@ -5,6 +5,7 @@ The pretrained ones come with the data folder (`load.py`, `nets.py` there); digi
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import sys
 from collections.abc import Callable
@@ -38,7 +39,8 @@ class Network:
     """A float network, inputs to draw calibration from, and how it is judged.
 
     `each` returns what it is judged by for each test sample, (N,) by metric. `metric` is the one that claims are made
-    of; `sign` is 1 where more of it is better.
+    of; `sign` is 1 where more of it is better. `weights` names those that were trained here: no two machines train
+    alike.
     """
 
     model: nn.Module
@@ -51,6 +53,7 @@ class Network:
     samples: int = SAMPLES
     train: TensorDataset | None = None
     test_samples: int = 0
+    weights: str | None = None
 
     def calibration(self, seed: int) -> Tensor:
         """One draw of the pool."""
@@ -83,11 +86,13 @@ def answered(model: nn.Module, test: TensorDataset, batch_size: int) -> dict[str
 def demo(name: str, work: Path, commit: str, most: int | None) -> Network:
     """A demo task; its float network is trained once, with seed 0."""
     task = load(name, None, 0, None)
-    model = float_network(task, work / f"strategies-{name}-{commit}.safetensors", 0, "cpu").eval()
+    path = work / f"strategies-{name}-{commit}.safetensors"
+    model = float_network(task, path, 0, "cpu").eval()
     test = _first(task.test(), most)
     samples = min(SAMPLES, len(task.train) // 2)  # or draws would hardly differ
     of: dict[str, Any] = {} if name == "digits" else {"metric": "loss", "sign": -1}
     each: Each = lambda m: answered(m, test, 512)  # noqa: E731
+    of["weights"] = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     return Network(model, task.train.tensors[0], each, **of, samples=samples, test_samples=len(test))
 
 

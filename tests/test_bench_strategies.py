@@ -52,6 +52,19 @@ def test_a_network_s_rows_and_claims(short, monkeypatch):
     assert "stays float" not in table
     left = [row | {"left_float": ["emb"]} for row in found["rows"]]
     assert "In all methods emb stays float." in strategy_claims.network_table(left)
+    other = [row | {"weights": "elsewhere"} for row in found["rows"]]  # of a float network that another machine trained
+    assert [{row.get("weights") for row in group} for group in strategy_claims.grouped([*other, *found["rows"]])] == [
+        *({"elsewhere"}, {reference["weights"]})
+    ]
+
+
+def test_some_methods_may_be_measured_alone(short):
+    how = ["digits", "--settings", "W3", "--quick", "--samples", "32", "--test", "10", "--results", str(short)]
+    assert strategies.main([*how, "--methods", "uniform mse,random"]) == 0
+    rows = json.loads((short / "strategies.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["float", "uniform mse", "random"]
+    with pytest.raises(SystemExit, match="no method is called 'hqqq'; there are DQSS, best uniform, brevitas"):
+        strategies.main([*how, "--methods", "hqqq"])
 
 
 def small_network():
