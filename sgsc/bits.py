@@ -11,7 +11,8 @@ The square is what rounding costs to second order, r' H r / 2 for the rounding e
 mean square of gradients (Fisher's information; Theis et al. 2018, arXiv 1801.05787, judge channels so), and but for a
 common factor dloss/dbit_depth_c is gradient times r. To first order it would be that derivative itself: near a minimum
 mostly noise, of either sign, that doubles with every bit sold: channels then walk at random until they are gone, and
-none comes back. A bit less doubles r, so that worth is four times as much at once.
+none comes back. A bit less doubles r: worth is four times as much, and between two widths in between, or depths would
+jump to and fro. (Gradients of a float network's answers are themselves of the order of r; there worth rises by more.)
 
 The average goes back over twenty of the steps in which a channel was reached: an entry of an embedding that matters in
 one step of fifty is worth a fiftieth of what it is then. An entry that was reached keeps a bit at any price: gradients
@@ -39,7 +40,7 @@ from .sharding import whole_tensor
 PROBATION = 500  # steps in which an entry of an embedding must be reached, or it may go
 AVERAGE = 0.95  # decay of the running mean of worth_c, a step in which the channel's gradient is not 0
 BISECTIONS = 40
-SMALLEST_PRICE, LARGEST_PRICE = 1e-9, 2.0  # in units of the largest worth: there the dearest bits sell at half speed
+SMALLEST_PRICE, LARGEST_PRICE = 1e-18, 2.0  # in units of the largest worth: there the dearest bits sell at half speed
 
 
 def clearing_price(worth: Tensor, bytes_a_step: Tensor, wanted: float, room: Tensor | None = None) -> float:
@@ -48,14 +49,14 @@ def clearing_price(worth: Tensor, bytes_a_step: Tensor, wanted: float, room: Ten
     Above that one all would leave alike, the dearest with the cheapest: what the schedule wants beyond it waits.
 
     Args:
-        worth: (C,) loss per unit of size.
+        worth: (C,) per unit of size, 0 or more.
         bytes_a_step: (C,) size that a channel sells at full speed, 0 for one that may not trade.
         wanted: Size to sell, net; in the unit of `bytes_a_step`.
         room: (C,) size that a channel may buy at most; None is without limit.
     """
     worth, bytes_a_step = worth.double().cpu(), bytes_a_step.double().cpu()  # once: each look at a GPU's number waits
     least = -bytes_a_step if room is None else -torch.minimum(bytes_a_step, room.double().cpu())
-    top = float(worth.abs().max()) if worth.numel() else 0.0
+    top = float(worth[bytes_a_step > 0].max()) if bytes_a_step.any() else 0.0
     if top == 0.0:
         return 0.0
 
@@ -232,6 +233,7 @@ class BitOptimizer:
         if not speed.any():
             return price
         worth = self.worth / (self.worth * per).mean().sqrt().clamp_min(1e-30)  # so that the price is one of the loss
+        worth = worth * torch.exp2(2 * (depth.round() - depth))
         price = clearing_price(worth, speed * per, sell, (MAX_BITS - depth) * per)
         pace = (1 - worth / price).clamp(-1, 1) if price > 0 else torch.ones_like(depth)
         change = (speed * pace).minimum(depth - least).maximum(depth - MAX_BITS)

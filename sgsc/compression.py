@@ -36,6 +36,7 @@ from .samples import as_deployed, device_of
 from .sharding import is_sharded, shard_of, whole, whole_tensor, zero_rows
 from .size import weight_count
 
+FORM = 2  # of a checkpoint; those without had worths of first order
 WAY_OUT = "lower the learning rate, or load the last checkpoint"
 LATE = 0.85  # share of the steps after which any excess counts, not evidence alone: what does not hold is not returned
 INSIST, RELAX, INSIST_MOST = 1.25, 0.8, 8.0  # how the preservation weight follows violations, and its limit
@@ -321,7 +322,7 @@ class SelfCompression:
             "generator": self.generator.get_state(),
             "config": self.config.as_dict(),
             "risk": self.risk,
-            "values": {name: getattr(self, name) for name in self._VALUES},
+            "values": {name: getattr(self, name) for name in self._VALUES} | {"form": FORM},
         }
 
     _VALUES = ("preservation_weight", "steps", "history", "events", "best_size")
@@ -330,8 +331,10 @@ class SelfCompression:
         """Inverse of `state_dict`, for a run made from the same model, set and settings; before the optimiser's own.
 
         Raises:
-            ValueError: If the settings are others.
+            ValueError: If the settings are others, or the state is of an earlier sgsc.
         """
+        if state["values"].get("form") != FORM:
+            raise ValueError("the checkpoint is of an earlier sgsc; end its run there, or start anew")
         if state["config"] != self.config.as_dict():
             raise ValueError(f"the checkpoint is of a run with settings {state['config']}; this one has {self.config}")
         with whole(self.model):

@@ -23,21 +23,20 @@ import torch
 from torch import Tensor, nn
 
 from .artefact import stored_size
-from .bits import BitOptimizer
+from .bits import MAX_BITS, BitOptimizer
 from .config import CompressionConfig
 from .coupling import couple
 from .cutting import check_states, cut_while_training, depthwise_layers, spare, take_shapes
 from .distributed import Ranks
 from .layers import quant_layers
 from .packed import pack
-from .quantizers.self_compressing import MAX_BITS
 from .sharding import whole
 from .size import SizeModel, float_bytes
 
 LANDINGS = 60  # rounds of selling or buying that a landing may take; each measures a file
 ROOM = 0.004  # of the target, that may stay unused
 WAIT = 0.5  # share of the steps at settled widths that training alone gets: it mends much as its rate falls
-WAY = 64  # bits that a width could move within the steps of the shrinking: half of its 8 go in the first sixteenth
+WAY = 64  # bits that a width could move within the steps of the shrinking; the schedule never asks for more than half
 LEAST_CUT = 0.02  # of the channels, that are worth tracing the model anew
 
 
@@ -135,12 +134,14 @@ class Controller:
         return float(self.estimate()[0]) + self.overhead
 
     def wanted(self, step: int) -> float:
-        """The size that the schedule wants at a step: its cost, were bits alike in all channels, rises evenly."""
-        share = min(1.0, step / max(1.0, self.config.shrink_share * self.config.steps))
-        first, last = (
-            4.0 ** (-MAX_BITS * size / self.start_size) for size in (self.start_size, self.config.target_size)
-        )
-        return self.start_size * -math.log(first + share * (last - first), 4) / MAX_BITS
+        """The size that the schedule wants at a step: its cost rises evenly, were bits alike, and 8 at the start."""
+        share = step / max(1.0, self.config.shrink_share * self.config.steps)
+        ratio = self.config.target_size / self.start_size
+        if share >= 1 or ratio >= 1:
+            return self.config.target_size
+        first, last = (4.0 ** (-MAX_BITS * part) for part in (1.0, ratio))
+        bits = -math.log(first + share * (last - first), 4)
+        return self.start_size * max(bits / MAX_BITS, 1 - WAY / 2 * share / MAX_BITS, ratio)
 
     # ---- widths ----
 

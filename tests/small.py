@@ -72,4 +72,4 @@ def assert_same_model(a: dict, b: dict, tolerance: float) -> None:
     for name, value in a.items():
         if name.endswith("bit_depth"):
             assert torch.equal(value.round(), b[name].round()), name
-        assert torch.allclose(value, b[name], rtol=0, atol=tolerance), name
+        assert torch.allclose(value, b[name], rtol=0, atol=tolerance), (name, (value - b[name]).abs().max())
