@@ -39,7 +39,7 @@ from .sharding import whole_tensor
 
 PROBATION = 500  # steps in which an entry of an embedding must be reached, or it may go
 AVERAGE = 0.95  # decay of the running mean of worth_c, a step in which the channel's gradient is not 0
-BISECTIONS = 40
+BISECTIONS = 56  # as far as doubles tell prices apart: ranks sum in other orders, and must agree on widths
 SMALLEST_PRICE, LARGEST_PRICE = 1e-18, 2.0  # in units of the largest worth: there the dearest bits sell at half speed
 
 

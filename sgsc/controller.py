@@ -141,7 +141,7 @@ class Controller:
             return self.config.target_size
         first, last = (4.0 ** (-MAX_BITS * part) for part in (1.0, ratio))
         bits = -math.log(first + share * (last - first), 4)
-        return self.start_size * max(bits / MAX_BITS, 1 - WAY / 2 * share / MAX_BITS, ratio)
+        return self.start_size * max(bits / MAX_BITS, 1 - WAY / 2 * share / MAX_BITS)
 
     # ---- widths ----
 
