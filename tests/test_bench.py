@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from bench import claims, kernels, peers, readme, record, training
+from bench import claims, headline, kernels, peers, readme, record, training
 from sgsc.demos.tasks import load
 from sgsc.kernels import OPS, Op, fake_quantize
 from sgsc.layers import quant_layers
@@ -358,6 +358,28 @@ def test_tables_are_written_once_and_a_stale_page_is_noticed(results, tmp_path, 
             assert row["commit"] in once
     record.write("main_job", "digits", [digits(0, 0.98)], [], "x", folder)
     assert readme.main(["--check", *arguments]) == 1
+
+
+HEADLINE = "<!-- tables: headline -->\n<!-- end -->\n"
+
+
+def test_the_headline_shows_what_does_not_hold_too(tmp_path, monkeypatch):
+    shown = (("main_job", "digits*lost*", "accuracy lost"), ("main_job", "digits*seconds", "time"))
+    monkeypatch.setattr(headline, "SHOWN", shown)
+    said = [
+        record.claim("digits at 5 %: lost, mean", 0.005, 0.00123, "share", at_most=0.005),
+        record.claim("digits: seconds", 180, 200.5, "s", at_most=180),
+    ]
+    record.write("main_job", "digits", [], said, "x", tmp_path)
+    page = readme.filled(HEADLINE, tmp_path)
+    assert "| accuracy lost | 0.123 % | 0.5 % | yes |\n| time | 200.5 s | 180 s | **no** |\n" in page
+    record.write(
+        "main_job", "digits", [], [record.claim("digits: seconds", 180, None, "s", False), said[0]], "x", tmp_path
+    )
+    assert "| time |  | 180 s | **no** |\n" in readme.filled(HEADLINE, tmp_path)
+    record.write("main_job", "digits", [], said[:1], "x", tmp_path)
+    with pytest.raises(ValueError, match=r"main_job\.json has no claim like 'digits\*seconds'"):
+        readme.filled(HEADLINE, tmp_path)
 
 
 def test_without_results_nothing_is_said(tmp_path):
