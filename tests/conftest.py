@@ -13,6 +13,7 @@ import torch
 
 from sgsc.kernels import OPS, backend, extension
 from sgsc.kernels.op import isa, isas, set_isa
+from tests.blobs import keep, trained  # noqa: F401  fixtures
 from tests.trainers import bert, hf, lightning  # noqa: F401  fixtures
 
 

@@ -29,8 +29,8 @@ from sgsc import (
 from sgsc.kernels import Op
 from sgsc.layers import quant_layers
 from sgsc.quantizers import QUANTIZERS, Quantizer, make_quantizer
+from tests.blobs import blobs, network, train
 from tests.checks import assert_same
-from tests.test_compression import blobs, network, train
 from tests.test_layers import set_random_widths
 
 ONE, MANY = "fake_quantize", "fake_quantize_many"
