@@ -19,9 +19,9 @@ one step of fifty is worth a fiftieth of what it is then. An entry that was reac
 do not tell what the last one is worth, and its symbol would be lost for good.
 
 The price is the one at which what is sold, less what is bought, is what the schedule of sizes asks for at this step.
-Solving for it (bisection on C-sized vectors) is dual ascent with an exact inner step: there is no gain to tune, nothing
-winds up, and the size neither lags nor overshoots. All channels of all layers lie in one vector: a step costs as many
-operations for any network.
+That sum is convex in 1 / price, lines between an edge for each channel, so that one sort solves for it: dual ascent
+with an exact inner step. There is no gain to tune, nothing winds up, and the size neither lags nor overshoots. All
+channels of all layers lie in one vector: a step costs as many operations for any network.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from .sharding import whole_tensor
 
 PROBATION = 500  # steps in which an entry of an embedding must be reached, or it may go
 AVERAGE = 0.95  # decay of the running mean of worth_c, a step in which the channel's gradient is not 0
-BISECTIONS = 56  # as far as doubles tell prices apart: ranks sum in other orders, and must agree on widths
 SMALLEST_PRICE, LARGEST_PRICE = 1e-18, 2.0  # in units of the largest worth: there the dearest bits sell at half speed
 
 
@@ -54,20 +53,22 @@ def clearing_price(worth: Tensor, bytes_a_step: Tensor, wanted: float, room: Ten
         wanted: Size to sell, net; in the unit of `bytes_a_step`.
         room: (C,) size that a channel may buy at most; None is without limit.
     """
-    worth, bytes_a_step = worth.double().cpu(), bytes_a_step.double().cpu()  # once: each look at a GPU's number waits
-    least = -bytes_a_step if room is None else -torch.minimum(bytes_a_step, room.double().cpu())
-    top = float(worth[bytes_a_step > 0].max()) if bytes_a_step.any() else 0.0
+    traded = bytes_a_step > 0
+    speed, worth = bytes_a_step[traded].double().cpu(), worth[traded].double().cpu()  # once: each look at a GPU waits
+    top = float(worth.max()) if len(worth) else 0.0
     if top == 0.0:
         return 0.0
-
-    def sold(price: float) -> float:
-        return float((bytes_a_step * (1 - worth / price).clamp(-1, 1)).maximum(least).sum())
-
-    low, high = top * SMALLEST_PRICE, top * LARGEST_PRICE
-    for _ in range(BISECTIONS):
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if sold(middle) >= wanted else (middle, high)
-    return high
+    bought = speed if room is None else torch.minimum(speed, room[traded].double().cpu())
+    # by u = 1 / price a channel sells speed * (1 - worth * u), until at its `end` it buys all that it may
+    ends, order = ((1 + bought / speed) / worth).clamp(max=1 / (top * SMALLEST_PRICE)).sort(descending=True)
+    # just before each end: who has not come to his sells along `slope`, the others buy what they may
+    level = speed[order].cumsum(0) + bought[order].cumsum(0) - bought.sum()
+    slope = (speed * worth)[order].cumsum(0)
+    at = int((level - slope * ends <= wanted).sum()) - 1
+    if at < 0:
+        return top * SMALLEST_PRICE
+    u = float((level[at] - wanted) / slope[at].clamp_min(1e-300))
+    return 1 / u if u > 1 / (top * LARGEST_PRICE) else top * LARGEST_PRICE
 
 
 class BitOptimizer:

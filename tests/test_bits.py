@@ -26,6 +26,19 @@ def test_the_price_clears_the_market_at_any_scale_of_the_loss(scale, wanted):
     assert sold(worth, speed, price) == pytest.approx(wanted, abs=0.02)
 
 
+@pytest.mark.parametrize("wanted", [-12.0, -3.0, 0.0, 1.0, 20.0])
+def test_the_price_clears_the_market_whoever_may_buy(wanted):
+    make = torch.Generator().manual_seed(1)
+    worth = 10.0 ** (12 * torch.rand(300, generator=make, dtype=torch.double) - 9)
+    worth[:20] = 0.0  # they sell at any price
+    worth[20:60] = worth[60]  # and these alike
+    speed = torch.rand(300, generator=make, dtype=torch.double) * (torch.arange(300) % 7 > 0)
+    room = torch.rand(300, generator=make, dtype=torch.double) * (torch.arange(300) % 3 > 0)
+    price = clearing_price(worth, speed, wanted, room)
+    bought = (speed * (1 - worth / price).clamp(-1, 1)).maximum(-room.minimum(speed))
+    assert bought.sum().item() == pytest.approx(wanted, abs=1e-9)
+
+
 def test_who_has_all_bits_buys_none():
     worth, speed = torch.tensor([5.0, 5.0, 1.0, 1.0]), torch.ones(4)
     room = torch.tensor([0.0, 0.0, 9.0, 9.0])
