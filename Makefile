@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/sgsc compress digits --target-size 0.05 --seed 0 --out runs/digits
 
 test: $(READY)
-	$(BIN)/python -m pytest -q $(PARALLEL)
+	$(BIN)/python -m pytest -q $(PARALLEL) --durations 20
 
 # what a user without a compiler has; the slow demos and the Triton tests do not depend on it
 plain: $(READY)

@@ -108,18 +108,28 @@ class Controller:
             self.sizes = SizeModel(self.model, self.coupling, file=True)
         self.bits.look_anew(self.coupling.answers())  # a class without a bit would never be answered again
         self.silent: Tensor | None = None  # (ids,) channels that were dead at the last call of `cut`
-        self._known: tuple[Any, ...] = ()
+        self._known: dict[str, Any] = {}
 
     # ---- size ----
 
+    def _of_these_widths(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns, called again only once a width has moved."""
+        now = tuple((id(d), d._version) for d in self.bits.depths.values())
+        if self._known.get("widths") != now:
+            self._known = {"widths": now}
+        if name not in self._known:
+            self._known[name] = make()
+        return self._known[name]
+
     def estimate(self) -> tuple[Tensor, Tensor]:
         """Size of all that depends on widths, a scalar, and its gradient by each channel's width; of float32 bytes."""
-        now = tuple((id(d), d._version) for d in self.bits.depths.values())
-        if not self._known or self._known[0] != now:
+
+        def made() -> tuple[Tensor, Tensor]:
             bits, gradient = self.sizes(self.bits.widths())
             float_bits = 8 * self.float_bytes
-            self._known = now, bits / float_bits, gradient / float_bits
-        return self._known[1], self._known[2]
+            return bits / float_bits, gradient / float_bits
+
+        return self._of_these_widths("size", made)
 
     def measure(self) -> None:
         """Pack, and learn how far the stored size lies above the estimate."""
@@ -149,7 +159,8 @@ class Controller:
         """Move ranges and widths, after a backward; `step` counts from 0."""
         self._move(step)
         with whole(self.model, vectors=True):
-            self.coupling.silence(self.model)
+            dead = self._of_these_widths("dead", lambda: self.coupling.dead(self.model))
+            self.coupling.silence(self.model, dead)
 
     def _move(self, step: int) -> None:
         config = self.config

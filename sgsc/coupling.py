@@ -105,12 +105,12 @@ class Coupling:
         for name, ids in self.produced.items():
             bias = module_of(model, name).bias
             if isinstance(bias, Tensor):
-                bias[dead[ids.to(dead.device)]] = 0.0
+                bias.masked_fill_(dead[ids.to(dead.device)].to(bias.device), 0.0)
         for name, ids in self.norms.items():
             norm = module_of(model, name)
             for value in (norm.bias, norm.running_mean):
                 if isinstance(value, Tensor):
-                    value[dead[ids.to(dead.device)]] = 0.0
+                    value.masked_fill_(dead[ids.to(dead.device)].to(value.device), 0.0)
 
     def silent(self, model: nn.Module) -> Tensor:
         """(ids,) bool: dead, and proved by value to be exactly zero wherever it is read."""
