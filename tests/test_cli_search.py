@@ -169,7 +169,7 @@ def test_without_changed_channels_the_file_loads_into_the_task_s_network(tmp_pat
         "too-small": (["--budget", "5kB"], r"the budget is below the smallest network .*bytes 5,000 <"),
         "sensitivity": (["--budget", "8%", "--sensitivity", "x"], "method='x': want hutchinson, fisher or auto"),
         "seed": (["--budget", "8%", "--seed", "-1"], "seed=-1: a seed is a whole number, 0 or more"),
-        "trials": (["--budget", "8%", "--trials", "0"], "trials=0 tries nothing"),
+        "trials": (["--budget", "8%", "--trials", "0"], "trials=0: want a whole number of trials, 1 or more"),
         "precision": (["--budget", "8%", "--precision", "int8"], "precision='int8': want float32 or bfloat16"),
         "steps": (["--budget", "8%", "--steps", "0"], "steps=0, finish_steps=3: a candidate that is not trained"),
         "sampler": (["--budget", "8%", "--sampler", "x"], "sampler='x' is not known"),

@@ -340,3 +340,28 @@ def test_clusters_become_more_and_kernels_narrower_with_trials(monkeypatch):
     assert clusters[0] < clusters[1] < clusters[2] == kmeans_tpe.MOST_CLUSTERS
     assert kmeans_tpe.WIDE > widths[0] > widths[1] > widths[2] > kmeans_tpe.NARROW
     assert widths[2] < 0.6 * widths[0]
+
+
+def test_unordered_choices_are_drawn_again_where_the_lowest_ordered_ones_are_not_feasible(quiet_optuna):
+    space = {
+        "a": CategoricalDistribution(tuple("abcdefgh")),
+        "b": CategoricalDistribution((1, 2)),
+        "c": CategoricalDistribution(("x", "y")),
+    }
+
+    def feasible(params):
+        return params["a"] == "e" and params["c"] == "y"
+
+    study = optuna.create_study(sampler=KMeansTPESampler(0, feasible, space))
+    found = [study.ask(space).params for _ in range(2)]
+    assert sorted(one["b"] for one in found) == [1, 2]
+    assert all(feasible(one) for one in found)
+    study = optuna.create_study(sampler=KMeansTPESampler(0, lambda params: False, space))
+    with pytest.raises(ValueError, match="no configuration of the 3 parameters is feasible"):
+        _ = study.ask(space).params
+
+
+def test_a_space_of_one_configuration_that_is_not_feasible_is_refused(quiet_optuna):
+    space = {"a": CategoricalDistribution((2,))}
+    with pytest.raises(ValueError, match=r"the only configuration of the space, \{'a': 2\}, is not feasible"):
+        KMeansTPESampler(0, lambda params: params["a"] < 2, space)

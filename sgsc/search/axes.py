@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+Key = tuple[Any, ...]
 
 MOST = 16  # choices of a numeric range; a larger one is cut into so many intervals
 
@@ -100,3 +102,17 @@ class Axis:
 
     def _inner(self, value: float) -> float:
         return math.log(value) if getattr(self.distribution, "log", False) else float(value)
+
+
+def key_of(axes: Mapping[str, Axis], row: NDArray[np.int16], params: Mapping[str, Any]) -> Key:
+    """What tells a configuration from others: choices, and of an interval of many values the value."""
+    return tuple(int(i) if a.values is not None else params[n] for (n, a), i in zip(axes.items(), row, strict=True))
+
+
+def draws(counts: Sequence[int], most: int, rng: np.random.Generator) -> Iterator[NDArray[np.int16]]:
+    """(P,) numbers of choices: all there are of P parameters in random order, or `most` at random of more than that."""
+    total = math.prod(counts)
+    order = rng.permutation(total) if total <= most else None
+    for place in range(min(total, most)):
+        row = rng.integers(counts) if order is None else np.unravel_index(order[place], counts)
+        yield np.array(row, dtype=np.int16)

@@ -33,7 +33,7 @@ from optuna.search_space import IntersectionSearchSpace
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from .axes import Axis
+from .axes import Axis, Key, draws, key_of
 from .clusters import kmeans_1d
 
 START = 8  # trials that must have been told before the first model; those that are not given are random
@@ -50,7 +50,6 @@ TRIES = 50  # draws of a random configuration that is new
 FEW = 4096  # configurations that are gone through one by one
 
 Params = dict[str, Any]
-Key = tuple[Any, ...]
 Told = tuple[NDArray[np.int16], float | None, bool, Key]
 
 
@@ -90,6 +89,10 @@ class KMeansTPESampler(BaseSampler):
         self._space = None if space is None else dict(sorted(space.items()))
         self._found = IntersectionSearchSpace(include_pruned=True)
         self._fixed: Params = {}  # parameters of one choice
+        if space and all(d.single() for d in space.values()):  # nobody will ask
+            self._fixed = {name: Axis(d).value(0, 0.0) for name, d in space.items()}
+            if not self._within({}):
+                raise ValueError(f"the only configuration of the space, {self._fixed}, is not feasible; give choices")
         # of finished trials, which do not change: a cache, no state
         self._rows: dict[Any, Told] = {}
         self._rows_of: dict[str, BaseDistribution] = {}
@@ -204,8 +207,7 @@ class KMeansTPESampler(BaseSampler):
                 return params
         counts = [axis.count for axis in kinds]
         if math.prod(counts) <= FEW:  # hardly anything is left: look at all there is
-            for flat in rng.permutation(math.prod(counts)):
-                row = np.array(np.unravel_index(flat, counts), dtype=np.int16)
+            for row in draws(counts, FEW, rng):
                 new = self._params(axes, row, rng)
                 if key_of(axes, row, new) not in seen and self._within(new):
                     return new
@@ -217,18 +219,22 @@ class KMeansTPESampler(BaseSampler):
         """A configuration and its parameters, made cheaper a choice at a time until it is within the budget.
 
         Raises:
-            ValueError: If not even the cheapest is.
+            ValueError: If not even the cheapest is, whatever the unordered choices; of very many some are looked at.
         """
-        params = self._params(axes, row, rng)
-        while not self._within(params):
-            higher = [i for i, axis in enumerate(axes.values()) if axis.ordered and row[i] > 0]
-            if not higher:
+        kinds = list(axes.values())
+        free = [i for i, axis in enumerate(kinds) if not axis.ordered]
+        others = draws([kinds[i].count for i in free], FEW if free else 0, rng)  # looked at where the rest is lowest
+        while not self._within(params := self._params(axes, row, rng)):
+            higher = [i for i, axis in enumerate(kinds) if axis.ordered and row[i] > 0]
+            if higher:
+                row[higher[int(rng.integers(len(higher)))]] -= 1
+            elif (other := next(others, None)) is not None:
+                row[free] = other
+            else:
                 raise ValueError(
                     f"no configuration of the {len(axes)} parameters is feasible: not even the lowest choice of each, "
                     f"{params}; raise the budget or give lower choices"
                 )
-            row[higher[int(rng.integers(len(higher)))]] -= 1
-            params = self._params(axes, row, rng)
         return row, params
 
     def _raised(
@@ -325,11 +331,6 @@ def split(losses: NDArray[np.float64]) -> tuple[int, int]:
     return good, min(bad, count - good)
 
 
-def key_of(axes: Mapping[str, Axis], row: NDArray[np.int16], params: Mapping[str, Any]) -> Key:
-    """What tells a configuration from others: choices, and of an interval of many values the value."""
-    return tuple(int(i) if a.values is not None else params[n] for (n, a), i in zip(axes.items(), row, strict=True))
-
-
 def _encoded(trial: FrozenTrial, axes: Mapping[str, Axis], sign: float) -> Told:
     """(P,) choices; loss, infinite where it is only known to be bad, None where nothing is; in the windows?; key."""
     row = np.array([axis.index(trial.params[name]) for name, axis in axes.items()], dtype=np.int16)
@@ -344,7 +345,5 @@ def _encoded(trial: FrozenTrial, axes: Mapping[str, Axis], sign: float) -> Told:
 
 def _refuse_several_objectives(study: Study) -> None:
     if len(study.directions) > 1:
-        raise ValueError(
-            f"KMeansTPESampler serves one objective, the study has {len(study.directions)}; "
-            "give the others as a budget, or use optuna.samplers.NSGAIISampler"
-        )
+        said = f"KMeansTPESampler serves one objective, the study has {len(study.directions)}"
+        raise ValueError(f"{said}; give the others as a budget, or use optuna.samplers.NSGAIISampler")

@@ -41,6 +41,7 @@ from .trials import TAKEN, Best, Train, Validate, enqueue_baselines, run_trial
 
 SETTINGS = "settings"  # attribute of a study
 REPETITIONS = 5  # in a row after which nothing new is left; one alone may be another worker's, proposed just before
+SAME_WEIGHTS = "all workers start from one float network: --start float.safetensors of the first one's folder; or "
 STARTUP = 8  # trials that must have reported before one is stopped for being worse than their median
 
 
@@ -177,8 +178,8 @@ def check_settings(trials: int, seed: int, sampler: str, method: str) -> None:
     Raises:
         ValueError: If trials are below 1, the seed is negative, or the sampler or the method is unknown.
     """
-    if trials < 1:
-        raise ValueError(f"trials={trials} tries nothing; give 1 or more")
+    if not isinstance(trials, Integral) or trials < 1:
+        raise ValueError(f"trials={trials!r}: want a whole number of trials, 1 or more")
     if not isinstance(seed, Integral) or seed < 0:
         raise ValueError(f"seed={seed!r}: a seed is a whole number, 0 or more")
     if sampler not in SAMPLERS:
@@ -226,7 +227,7 @@ def _refuse_others(name: str, found: Mapping[str, Any], own: Mapping[str, Any]) 
     if other:
         raise ValueError(
             f"study {name!r} is of another {', '.join(other)}: { ({k: found.get(k) for k in other}) }; "
-            "give the settings of that study, or another name with --study"
+            f"{SAME_WEIGHTS if 'weights' in other else ''}give the settings of that study, or another name with --study"
         )
 
 

@@ -105,14 +105,14 @@ class Problem:
 
     @torch.no_grad()
     def judge(self) -> float:
-        """Mean loss of the model as it stands over the samples of `select`; infinite where it is not finite."""
+        """Mean loss of the model as it stands over the samples of `select`; infinite where it is NaN."""
         total, count = 0.0, 0
         with evaluating(self.model):
             for place, (x, wanted) in enumerate(zip(self.select, self.wanted, strict=True)):
                 self.place = place
                 total += len(x) * self.loss(self.model(fed(self.model, x)), wanted).item()
                 count += len(x)
-        return total / count if math.isfinite(total) else math.inf
+        return math.inf if math.isnan(total) else total / count  # -inf is a loss too, of equal answers
 
     @torch.no_grad()
     def answer(self, place: int) -> Tensor:

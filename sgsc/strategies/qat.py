@@ -25,7 +25,7 @@ from .search import COLDEST, RATE, Shares, shares_in
 from .settings import check_steps, settings_of
 
 WARM, SEARCH = 0.1, 0.3  # shares of the steps; the rest is settled
-SHARP = 1.0  # weight of the entropy at the end of the search, in units of the loss at its start
+SHARP = 1.0  # weight of the entropy at the end of the search, in units of the loss at its start, whatever its sign
 CLIP = 1.0  # norm of all gradients of weights and grids
 
 
@@ -131,7 +131,7 @@ class StrategyTraining:
         searching = self.stage == "search" and self.of_shares is not None
         if searching:
             part = (self.done_steps - self.warm) / max(self.search - 1, 1)
-            self.first = value if self.first is None else self.first
+            self.first = abs(value) if self.first is None else self.first
             sharp = entropy(self.model)
             said["entropy"] = sharp.item()
             loss = loss + SHARP * self.first * part * sharp

@@ -39,7 +39,7 @@ Shares = dict[str, tuple[dict[str, float], dict[str, float]]]  # layer -> candid
 RATE = 0.1  # of Adam, on logits
 COLDEST = 0.1  # temperature of the last step; the first has 1
 LOOKS = 8  # times that the argmax is judged
-SHARP = 0.1  # weight of the entropy at the last step, in units of the loss at the first; the first has 0
+SHARP = 0.1  # weight of the entropy at the last step, in units of the first loss, whatever its sign; the first has 0
 
 # settings that the report repeats
 KEPT = ("bits_weights", "bits_activations", "edge_bits", "per_channel", "seed")
@@ -104,7 +104,7 @@ def search_strategies(
     clock = {"calibration": time.perf_counter() - started}
     uniforms = try_uniforms(problem, progress)
     best = min(uniforms, key=lambda pair: uniforms[pair])
-    if math.isinf(uniforms[best]):
+    if uniforms[best] == math.inf:
         raise ValueError(
             f"with none of {len(uniforms)} pairs of strategies the loss is finite; give more bits, or look for values "
             f"that {next(problem.model.parameters()).dtype} cannot hold"
@@ -196,7 +196,7 @@ def train_mixture(
         loss = problem.loss(model(fed(model, problem.fit[place])), problem.answer(place))
         sharp = entropy(model)
         if math.isfinite(loss.item()):  # else nothing is to be learned from this step
-            first = loss.item() if first is None else first
+            first = abs(loss.item()) if first is None else first
             optimiser.zero_grad()
             (loss + SHARP * first * part * sharp).backward()
             optimiser.step()

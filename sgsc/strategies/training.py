@@ -28,11 +28,12 @@ class LSQ(WeightStrategy, name="lsq"):
     """
 
     trained = True
+    slowness: Tensor  # (), what the gradient of a step is multiplied by
 
     def __init__(self, channels: int, bits: int, per_channel: bool = True) -> None:
         super().__init__(channels, bits, per_channel)
         self.step = nn.Parameter(torch.ones(channels if per_channel else min(channels, 1)))
-        self.weights_a_step = 1
+        self.register_buffer("slowness", torch.ones(()))
 
     def steps(self, rows: Tensor, most: int) -> Tensor:
         """See `WeightStrategy`."""
@@ -42,14 +43,14 @@ class LSQ(WeightStrategy, name="lsq"):
     def fit(self, rows: Tensor, where: Tensor | None = None) -> None:
         """See `WeightStrategy`."""
         super().fit(rows, where)
-        self.weights_a_step = max(rows.numel() // max(len(self.step), 1), 1)
+        most = max(2.0 ** (self.bit_depth.max().item() - 1) - 1, 1.0) if len(self.bit_depth) else 1.0
+        self.slowness.fill_((max(rows.numel() // max(len(self.step), 1), 1) * most) ** -0.5)
         self.step.copy_(self.scale[: len(self.step)])
 
     def grid(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See the class."""
         _, lo, hi, shift = super().grid()
-        most = max(2.0 ** (self.bit_depth.max().item() - 1) - 1, 1.0) if len(self.bit_depth) else 1.0
-        slow = self.step / math.sqrt(self.weights_a_step * most)
+        slow = self.step * self.slowness
         size = self.step.detach().abs().clamp_min(SMALLEST_STEP)  # a step that crosses 0 comes back
         scale = size.bfloat16().to(size.dtype) + self.step.detach().sign() * (slow - slow.detach())
         return scale.expand(len(lo)), lo, hi, shift
@@ -122,13 +123,14 @@ class LearnedInput(InputStrategy, InputQuantizer):
     trained = True
     code_min: Tensor
     code_max: Tensor
+    slowness: Tensor  # (), what the gradient of the step is multiplied by
 
     def __init__(self, scale: float, code_min: int, code_max: int, values: int) -> None:
         super().__init__()
         self.step = nn.Parameter(torch.tensor([float(scale)]))
         self.register_buffer("code_min", torch.tensor([float(code_min)]))
         self.register_buffer("code_max", torch.tensor([float(code_max)]))
-        self.slowness = 1 / math.sqrt(max(values, 1) * max(code_max, -code_min, 1))
+        self.register_buffer("slowness", torch.tensor((max(values, 1) * max(code_max, -code_min, 1)) ** -0.5))
 
     @classmethod
     def fitted(cls, seen: InputStatistics, bits: int) -> InputQuantizer:
