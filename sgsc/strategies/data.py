@@ -1,34 +1,52 @@
 """Calibration data: samples that users give in one tensor or in batches, checked, split, and batched anew.
 
-They lie in memory once: batches are views.
+They lie in memory once, where their user has them; a batch is joined when it is asked for. Beside them a search keeps
+statistics whose size does not depend on how many there are, and the float network's answers to what it selects by.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-
-from sgsc.samples import device_of
 
 from .settings import StrategySettings
 
 Calibration = Tensor | Iterable[Tensor | Sequence[Any]]
 
 
-def joined(samples: Sequence[Tensor]) -> list[Tensor]:
-    """The same samples, one tensor a shape."""
-    groups: dict[torch.Size, list[Tensor]] = {}
-    for sample in samples:
-        groups.setdefault(sample.shape[1:], []).append(sample)
-    return [torch.cat(alike) for alike in groups.values()]
+class Batches(Sequence[Tensor]):
+    """Samples that lie where their user has them, as batches that are made, and moved, when they are asked for.
 
+    Args:
+        samples: (1, ...) each, of one shape or several; those of one shape come together.
+        at_once: Samples of a batch, at most; batches are of one size as far as may be: some models take no single one.
+        device: Where batches go.
+    """
 
-def batches_of(whole: Sequence[Tensor], at_once: int) -> list[Tensor]:
-    """Views of up to `at_once` samples, of one size as far as may be: some models do not take a batch of one."""
-    return [part for alike in whole for part in alike.tensor_split(-(-len(alike) // at_once))]
+    def __init__(self, samples: Sequence[Tensor], at_once: int, device: torch.device) -> None:
+        self.device = device
+        groups: dict[torch.Size, list[Tensor]] = {}
+        for sample in samples:
+            groups.setdefault(sample.shape[1:], []).append(sample)
+        self.parts: list[list[Tensor]] = []
+        for alike in groups.values():
+            places = torch.arange(len(alike)).tensor_split(-(-len(alike) // at_once))
+            self.parts += [[alike[i] for i in part.tolist()] for part in places]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        return torch.cat(self.parts[index]).to(self.device)
 
 
 def samples_of(calibration: Calibration) -> list[Tensor]:
@@ -63,7 +81,7 @@ def samples_of(calibration: Calibration) -> list[Tensor]:
 def split(
     calibration: Calibration, network: nn.Module, settings: StrategySettings
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Samples to fit to and to select by, on the network's device, one tensor a shape; a single sample serves both.
+    """Samples, (1, ...) each, to fit to and to select by; a single one serves both.
 
     Of a training all are fitted to.
 
@@ -81,10 +99,8 @@ def split(
                 f".astype('{str(dtype).removeprefix('torch.')}')), or the model"
             )
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-    device = device_of(network)
-    moved = [samples[i].to(device) for i in order]
+    drawn = [samples[i] for i in order]
     if settings.trained:  # the data that trains chooses
-        return joined(moved), []
+        return drawn, []
     count = min(max(round(settings.select_share * len(samples)), 1), len(samples) - 1)
-    parts = (moved[count:], moved[:count]) if len(moved) > 1 else (moved, moved)
-    return joined(parts[0]), joined(parts[1])
+    return (drawn[count:], drawn[:count]) if len(drawn) > 1 else (drawn, drawn)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from sgsc.layers import QuantEmbedding, QuantLayer, quant_layers
 from sgsc.preparation import Prepared, alike, prepare, read_beside
 from sgsc.quantizers import InputQuantizer, Quantizer
-from sgsc.samples import evaluating, fed
+from sgsc.samples import device_of, evaluating, fed
 
 from .biases import Answers, correct_bias, correct_biases, float_answers, mean, mean_inputs, own_biases
 from .calibration import Calls, calibrate, count_calls, room
-from .data import Calibration, batches_of, split
+from .data import Batches, Calibration, split
 from .folding import Folded, fold_batch_norms
 from .registry import INPUTS, WEIGHTS, strategies
 from .settings import LOSSES, Loss, StrategySettings
@@ -75,13 +75,13 @@ class Problem:
     layers: dict[str, QuantLayer]
     bits: dict[str, tuple[int, int | None]]
     input_strategies: Mapping[str, Any]
-    fit: list[Tensor]
-    select: list[Tensor]
+    fit: Sequence[Tensor]
+    select: Sequence[Tensor]
     wanted: list[Tensor]
     float_model: nn.Module
     loss: Loss
     left: dict[str, str]
-    together: list[Tensor]
+    together: Sequence[Tensor]
     calls: Calls
     counts: list[dict[str, int]] = field(default_factory=list)
     weights: dict[str, dict[str, Quantizer]] = field(default_factory=dict)
@@ -222,11 +222,12 @@ def make_problem(
     of_weights = strategies(WEIGHTS, settings.weights, settings.trained)
     of_inputs = strategies(INPUTS, settings.inputs, settings.trained)
     to_fit, to_select = split(calibration, network, settings)
-    fit, select = (batches_of(whole, settings.batch_size) for whole in (to_fit, to_select))
+    device = device_of(network)
+    fit, select = (Batches(samples, settings.batch_size, device) for samples in (to_fit, to_select))
     with torch.no_grad(), evaluating(network):
         first = _answer(network, fit[0], settings.loss)
-        for x in fit[1:]:
-            _answer(network, x, settings.loss)
+        for place in range(1, len(fit)):
+            _answer(network, fit[place], settings.loss)
         wanted = [_answer(network, x, settings.loss) for x in select]
     _check_loss(judge, first)
     folded = _folded(network, fit[0], first) if fold else Folded(network, (), {})
@@ -235,7 +236,7 @@ def make_problem(
     learns = [n for n, p in prepared.model.named_parameters() if p.requires_grad and id(p) not in quantizers]
     model = prepared.model.eval().requires_grad_(False)
     found = quant_layers(model)
-    together = batches_of(to_fit, room(model, found, fit[0]))
+    together = Batches(to_fit, room(model, found, fit[0]), device)
     calls = count_calls(model, found, together).of_all()
     edges = {calls.first[0], calls.last[-1]}
     layers = {name: found[name] for name in calls.last}
