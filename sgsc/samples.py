@@ -68,6 +68,19 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
+def refuse_doubles(model: nn.Module) -> None:
+    """Refuse a model of float64, all of it or in part: its layers have no form that is stored.
+
+    Raises:
+        ValueError: If a parameter is; the message names it.
+    """
+    double = next((name for name, p in model.named_parameters() if p.dtype == torch.float64), None)
+    if double is not None:
+        raise ValueError(
+            f"the model's {double} is torch.float64, which has no quantized form; convert model and data by .float()"
+        )
+
+
 def fed(model: nn.Module, inputs: Tensor) -> Tensor:
     """Inputs on a model's device, and a copy: one that begins with an in-place activation changes what it is given."""
     return inputs.to(device_of(model), copy=True)

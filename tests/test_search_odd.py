@@ -220,7 +220,7 @@ def test_a_study_is_of_all_weights(tmp_path, where):
     search(network, trials=3, storage=tmp_path / "s.db")
     with torch.no_grad():
         getattr(network[2], where).add_(1.0)
-    with pytest.raises(ValueError, match=r"is of another .*weights"):
+    with pytest.raises(ValueError, match=r"is of another .*weights.* --start float.safetensors of the first one's"):
         search(network, trials=4, storage=tmp_path / "s.db")
 
 
@@ -326,3 +326,46 @@ def test_a_budget_sees_parameters_of_one_choice():
     study.optimize(lambda t: -t.suggest_int("x", 0, 5) * t.suggest_int("one", 3, 3), 4)
     assert study.best_value == -9
     assert all(t.params["x"] <= 3 for t in study.trials)
+
+
+class Part(nn.Module):
+    """Its last layer alone is of float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(12, 16), nn.Linear(16, 4).double()
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x)).double())
+
+
+def test_dtypes_that_cannot_serve_are_named():
+    with pytest.raises(ValueError, match=r"the model's 0.weight is torch.float64, .* by .float\(\)"):
+        search(plain().double())
+    with pytest.raises(ValueError, match=r"the model's last.weight is torch.float64"):
+        search(Part())
+    for dtype in (torch.float64, torch.int64):
+        with pytest.raises(ValueError, match=rf"does not take the batches' inputs, {dtype} of shape \(60, 12\): "):
+            search(plain(), batches=[(BATCH[0].to(dtype), BATCH[1])])
+
+
+@pytest.mark.parametrize("loss", [None, torch.zeros(2), "low"])
+def test_a_validation_that_gives_no_number_is_named(loss):
+    with pytest.raises(ValueError, match=r"validate returned .*; want the validation loss, one number"):
+        search(plain(), validate=lambda model: loss)
+
+
+@pytest.mark.parametrize("trials", [2.5, float("nan"), "5", 0])
+def test_trials_are_a_whole_number(trials):
+    with pytest.raises(ValueError, match="want a whole number of trials, 1 or more"):
+        search(plain(), trials=trials)
+
+
+def test_a_damaged_file_is_called_damaged(tmp_path):
+    path = tmp_path / "s.db"
+    open_study(open_storage(path), "search", optuna.samplers.RandomSampler())
+    path.write_bytes(path.read_bytes()[:5000])
+    for log in tmp_path.glob("s.db-*"):
+        log.unlink()
+    with pytest.raises(OSError, match=r"cannot be opened .*the file is damaged: put a copy of it in its place"):
+        open_storage(path)

@@ -199,6 +199,39 @@ def test_a_loss_may_be_without_a_least_value():
     assert search_strategies(net(), data(), loss=psnr, **QUICK).loss < 0
 
 
+def test_equal_answers_are_best_where_that_is_minus_infinity():
+    def psnr(got, wanted):
+        return 10 * (got - wanted).square().mean().log10()
+
+    still = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False))
+    assert search_strategies(still, torch.zeros(16, 6), loss=psnr, **QUICK).loss == -torch.inf
+
+
+def test_a_mixture_closes_alike_whatever_the_sign_of_the_loss():
+    def of(offset):
+        def loss(got, wanted):
+            return (got - wanted).square().mean() + offset
+
+        found = search_strategies(net(), data(), loss=loss, steps=40, batch_size=16, bits_weights=3)
+        return [step["entropy"] for step in found.report["course"]]
+
+    assert of(-10.0)[-1] == pytest.approx(of(10.0)[-1], rel=0.02)
+    assert of(-10.0)[-1] < 0.5 * of(-10.0)[0]
+
+
+def test_the_data_lies_where_its_user_has_it():
+    x = [data(30), data(34)]
+    problem = make_problem(net(), x, StrategySettings(batch_size=16))
+    places = {
+        part.untyped_storage().data_ptr() for parts in (problem.fit, problem.select) for p in parts.parts for part in p
+    }
+    assert places == {one.untyped_storage().data_ptr() for one in x}
+    assert [len(batch) for batch in problem.fit] == [16, 16, 16]
+    assert sum(map(len, problem.select)) == 16
+    rows = {tuple(row) for batch in (*problem.fit[:], *problem.select[:]) for row in batch.tolist()}
+    assert rows == {tuple(row) for row in torch.cat(x).tolist()}
+
+
 class Until(nn.Module):
     """Goes on until its values are small: rounded they are smaller sooner."""
 

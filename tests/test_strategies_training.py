@@ -215,6 +215,14 @@ def test_a_training_goes_on_from_a_checkpoint_as_if_nothing_had_happened(done, t
             run_of(net, x, **other).load_state_dict(before.state_dict())
 
 
+def gradients(model, x):
+    """Of all that learns in the grids."""
+    model.zero_grad()
+    model(x).square().sum().backward()
+    learned = {n: p.grad for n, p in model.named_parameters() if "quantizer" in n and p.grad is not None}
+    return {name: gradient.tolist() for name, gradient in learned.items()}
+
+
 @pytest.mark.parametrize("fold", [False, True])
 def test_the_file_of_a_trained_network_is_that_network(fold, tmp_path):
     torch.manual_seed(0)
@@ -225,7 +233,9 @@ def test_the_file_of_a_trained_network_is_that_network(fold, tmp_path):
         while not run.done:
             run.step(F.cross_entropy(run.model(x), y))
         save_derived(run.model, tmp_path / "derived")
-        assert torch.equal(load_derived(net, tmp_path / "derived")(x), run.model.eval()(x))
+        again = load_derived(net, tmp_path / "derived")
+        assert torch.equal(again(x), run.model.eval()(x))
+        assert gradients(again, x) == gradients(run.model, x)  # learned steps are as slow as they were
     with pytest.raises(ValueError, match="holds no strategy, or a mixture of several"):
         save_derived(StrategyTraining(net, x, steps=4).model, tmp_path / "other")
 

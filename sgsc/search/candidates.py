@@ -9,6 +9,7 @@ from torch import nn
 
 from sgsc.layers import QUANTIZED, QuantLayer, quant_layers
 from sgsc.preparation import prepare
+from sgsc.samples import refuse_doubles
 
 from .cost import Configuration
 from .grids import attach
@@ -19,7 +20,12 @@ REVERSED = "_reversed_padding_repeated_twice"  # of a convolution, in a name tha
 
 
 def parent_of(network: nn.Module, skip: tuple[str, ...] = ()) -> nn.Module:
-    """The prepared copy of a trained float network that all candidates are cut from."""
+    """The prepared copy of a trained float network that all candidates are cut from.
+
+    Raises:
+        ValueError: If the network is of float64, or `prepare` refuses it.
+    """
+    refuse_doubles(network)
     return prepare(network, quantizer="lsq8", skip=skip).model
 
 

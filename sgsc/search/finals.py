@@ -21,7 +21,7 @@ from .cost import Configuration
 from .evidence import BASELINE
 from .problem import Problem
 from .sensitivity import Progress
-from .trials import Best, Train, Validate, trained
+from .trials import Best, Train, Validate, trained, validation_loss
 
 FINALISTS = 3  # of the search, beside the best baseline
 
@@ -82,7 +82,7 @@ def last_trainings(
         configuration = problem.space.configuration(trial.params)
         with suppress(Diverged):
             model = trained(problem, configuration, by, lambda loss: None, seed)
-            loss = float(validate(model))
+            loss = validation_loss(validate, model)
             if math.isfinite(loss):
                 ends.append(End(loss, trial, configuration, model, by is finish))
 

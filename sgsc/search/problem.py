@@ -70,16 +70,23 @@ def prepare_search(
     `known`: sensitivity and latency table of an earlier call on the same weights and data, as `remember` kept them.
 
     Raises:
-        ValueError: If even the smallest network is over the budget.
+        ValueError: If even the smallest network is over the budget, or network or batches cannot be served.
     """
     check_batches(batches)
     parent = parent_of(network, tuple(skip))
     structure = structure_of(parent)
-    cost = CostModel(parent, structure, batches[0][0], architecture, notes)
+    x = batches[0][0]
+    try:
+        cost = CostModel(parent, structure, x, architecture, notes)
+    except (RuntimeError, TypeError, IndexError) as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(
+            f"the model does not take the batches' inputs, {x.dtype} of shape {tuple(x.shape)}: {said}"
+        ) from None
     if known is not None:
         cost.times = {(name, bits): seconds for name, bits, seconds in known["times"]}
     if latency and not cost.times:
-        cost.measure(parent, batches[0][0], BITS)
+        cost.measure(parent, x, BITS)
     _refuse_too_small(budget, cost, widths)
     layers = quant_layers(parent)
     parameters = {name: layer.get_parameter("weight") for name, layer in layers.items()}

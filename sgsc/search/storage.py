@@ -64,7 +64,7 @@ def open_storage(where: str | Path) -> RDBStorage:
     except StorageError:
         raise
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError, sqlite3.Error, *OTHER_ERRORS) as error:
-        raise StorageError(f"the storage {_named(url)} cannot be opened ({_first(error)}); {_advice(url)}") from None
+        raise StorageError(_unopened(url, error)) from None
 
 
 def _made(url: str, **how: Any) -> RDBStorage:
@@ -340,7 +340,10 @@ def _first(error: BaseException) -> str:
     return str(getattr(error, "orig", None) or error).splitlines()[0]
 
 
-def _advice(url: str) -> str:
+def _unopened(url: str, error: Exception) -> str:
+    said = f"the storage {_named(url)} cannot be opened ({_first(error)}); "
+    if "malformed" in said or "not a database" in said:
+        return f"{said}the file is damaged: put a copy of it in its place, or name another file"
     if url.startswith("sqlite"):
-        return "name a file in a folder that can be written and has room"
-    return "check the URL, that the server runs, and that its driver is installed (psycopg, PyMySQL)"
+        return f"{said}name a file in a folder that can be written and has room"
+    return f"{said}check the URL, that the server runs, and that its driver is installed (psycopg, PyMySQL)"

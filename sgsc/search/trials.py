@@ -106,7 +106,7 @@ def _judge(
 
     try:
         model = trained(problem, configuration, train, report, seed)
-        value = float(validate(model))
+        value = validation_loss(validate, model)
         if math.isfinite(value):
             best.see(value, trial.number, model)
     except optuna.TrialPruned:
@@ -120,6 +120,19 @@ def _judge(
         trial.set_user_attr(DIVERGED, True)
         study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
     return True
+
+
+def validation_loss(validate: Validate, model: nn.Module) -> float:
+    """What `validate` says of a model.
+
+    Raises:
+        ValueError: If it is no number.
+    """
+    loss = validate(model)
+    try:
+        return float(loss)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"validate returned {loss!r:.80}; want the validation loss, one number") from None
 
 
 def _give_back(study: Study, trial: optuna.Trial) -> None:

@@ -12,6 +12,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from sgsc.samples import refuse_doubles
+
 from .settings import StrategySettings
 
 Calibration = Tensor | Iterable[Tensor | Sequence[Any]]
@@ -86,12 +88,12 @@ def split(
     Of a training all are fitted to.
 
     Raises:
-        ValueError: If there is no sample, or one holds NaN or infinity or is of another dtype than the network.
+        ValueError: If there is no sample, or one holds NaN or infinity or is of another dtype than the network, or
+            that is of float64.
     """
+    refuse_doubles(network)
     samples = samples_of(calibration)
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-    if dtype == torch.float64:
-        raise ValueError("the model is torch.float64, which has no quantized form; convert model and data by .float()")
     for sample in samples:
         if sample.is_floating_point() and sample.dtype != dtype:
             raise ValueError(
