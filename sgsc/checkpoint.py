@@ -47,7 +47,7 @@ def load_checkpoint(path: str | os.PathLike) -> Any:
     """
     name = Path(path).name
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        raise FileNotFoundError(f"no checkpoint at {path}; name another, or start anew without it")
     data = Path(path).read_bytes()
     try:
         tensors = safetensors.torch.load(data)  # first, since it checks the lengths

@@ -11,7 +11,7 @@
     sgsc tune FILE ...   time configurations of the layers' GPU kernels and store the fastest
 
 Each takes --json: one JSON document on standard output and nothing else. Exit codes: 0 done; 1 the target or the
-tolerance was not held, a file is not whole, or a claim does not hold; 2 wrong use.
+tolerance was not held, a file is not whole, or a claim does not hold; 2 wrong use; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -24,19 +24,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from . import cli_search, cli_strategies
+from . import __version__, cli_files, cli_search, cli_strategies
+from .cli_files import plain, print_json
 from .cli_progress import Progress
 from .cli_task import add_device, add_task, shares, task_of
 from .config import CompressionConfig, add_settings, from_arguments
-
-if TYPE_CHECKING:
-    from .packed import PackedLayer
 
 # Before torch starts its threads: on a machine that others use too, threads that spin while they wait for one another
 # made a training step 12 times slower (2 threads on 2 busy cores); sleeping ones cost nothing measurable on idle cores.
@@ -46,28 +43,40 @@ REPORT, CERTIFICATE, PAGE = "report.json", "certificate.json", "report.html"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command; returns the exit code.
+
+    Raises:
+        RuntimeError: Of a defect.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
     except (ValueError, OSError, RecursionError) as error:
-        from .artefact import ArtefactError  # not before: a mistyped flag is answered without torch
-
-        print(f"sgsc {options.command}: {_plain(error)}", file=sys.stderr)
-        return 1 if isinstance(error, ArtefactError) else 2
+        return _refused(options.command, error)
+    except RuntimeError as error:
+        if str(error).startswith("SGSC_ISA="):
+            return _refused(options.command, error)
+        raise
     except KeyboardInterrupt:
         print(f"sgsc {options.command}: interrupted", file=sys.stderr)
         return 130
 
 
-def _plain(value: object) -> str:
-    """Text without control characters: what a file says must not steer the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+def _refused(command: str, error: Exception) -> int:
+    """Say why a command ends, on one line; its exit code."""
+    from .artefact import ArtefactError  # not before: a mistyped flag is answered without torch
+
+    said = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        said = f"{error.filename}: {error.strerror}; name another path"
+    print(f"sgsc {command}: {plain(said)}", file=sys.stderr)
+    return 1 if isinstance(error, ArtefactError) else 2
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sgsc", description="Networks that compress themselves, safely.")
+    parser.add_argument("--version", action="version", version=f"sgsc {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], int], help: str):
@@ -81,7 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     add_device(sub)
     sub.add_argument("--out", type=Path, default=None, help="run folder (default: runs/TASK)")
     sub.add_argument("--samples", type=int, default=None, help="size of the preservation set (default: the task's)")
-    sub.add_argument("--shares", type=shares, default=None, help="of its selectors: uncertain=0.5,random=0.5 and so on")
+    of = "of its selectors uncertain, salient, representative, hard and random, such as uncertain=0.5,random=0.5"
+    sub.add_argument("--shares", type=shares, default=None, help=of)
     sub.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint")
     sub.add_argument(
         "--quantizer", default="integer", help="integer (default), half-steps, ternary, interpolated, published"
@@ -94,12 +104,14 @@ def _parser() -> argparse.ArgumentParser:
     cli_strategies.arguments_of(command("strategies", cli_strategies.run, strategies))
 
     compare = "compare a run's packed network with its float network"
-    for name, run, help in (("certify", _certify, compare), ("report", _report, "write report.html again")):
-        command(name, run, help).add_argument("folder", type=Path, help="a run folder of `sgsc compress`")
+    command("certify", _certify, compare).add_argument("folder", type=Path, help="a run folder of `sgsc compress`")
+    report = "write report.html again"
+    command("report", _report, report).add_argument("folder", type=Path, help="a run folder of any command")
 
-    for name, run, help in (("inspect", _inspect, "what a file holds"), ("verify", _verify, "whether a file is whole")):
+    files = (("inspect", cli_files.inspect, "what a file holds"), ("verify", cli_files.verify, "whether it is whole"))
+    for name, run, help in files:
         sub = command(name, run, help)
-        sub.add_argument("file", type=Path)
+        sub.add_argument("file", type=Path, help="what `sgsc.save` wrote, such as model.sgsc of a run folder")
 
     sub = command("bench", _bench, "throughput of the kernels on this machine")
     sub.add_argument("--op", default=None, help="one operation only, such as packed_linear")
@@ -110,19 +122,17 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("tune", _tune, "time configurations of the layers' GPU kernels and store the fastest")
     sub.add_argument("files", type=Path, nargs="+", metavar="FILE")
     sub.add_argument("--batches", type=_numbers, default="1,16,64", help="tokens of a Linear (default: 1,16,64)")
-    sub.add_argument("--pixels", type=_numbers, default="16,64,256,1024,4096", help="the same of a convolution")
-    sub.add_argument("--dtypes", type=lambda s: s.split(","), default="float16,bfloat16,float32", help="of activations")
+    pixels, dtypes = "16,64,256,1024,4096", "float16,bfloat16,float32"
+    sub.add_argument("--pixels", type=_numbers, default=pixels, help=f"the same of a convolution (default: {pixels})")
+    sub.add_argument("--dtypes", type=lambda s: s.split(","), default=dtypes, help=f"of inputs (default: {dtypes})")
     return parser
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
-
-
-def _print_json(value: Any) -> None:
-    from .report import to_json
-
-    print(to_json(value))
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: want whole numbers with commas, such as 1,16,64") from None
 
 
 # ---- compress and certify ----
@@ -132,7 +142,7 @@ def _compress(options: argparse.Namespace) -> int:
     from . import report as reports
     from .demos.job import CHECKPOINT, compress
     from .environment import environment
-    from .files import write_atomically
+    from .files import made, write_atomically
 
     started = time.perf_counter()
 
@@ -143,8 +153,7 @@ def _compress(options: argparse.Namespace) -> int:
     task = task_of(options)
     config = settings(steps=task.compress_steps, tolerance=task.tolerance)
     folder = options.out or Path("runs") / options.task
-    folder.mkdir(parents=True, exist_ok=True)
-    with Progress(quiet=options.json) as progress:
+    with made(folder), Progress(quiet=options.json) as progress:
         how = {k: vars(options)[k] for k in ("samples", "resume", "quantizer", "shares")}
         done = compress(task, config, folder, **how, device=options.device, progress=progress)
     report = {**done.report, "data": None if options.data is None else str(options.data), "limit": options.limit}
@@ -164,7 +173,7 @@ def _compress(options: argparse.Namespace) -> int:
     reports.write_html(report, folder / PAGE, reports.runs_beside(folder, report))
     (folder / CHECKPOINT).unlink(missing_ok=True)  # not before: what ends it while it certifies costs some steps
     if options.json:
-        _print_json(report)
+        print_json(report)
     else:
         Console().print(reports.summary(report))
         print(f"wrote {folder}/: model.sgsc, {REPORT}, {CERTIFICATE}, {PAGE}")
@@ -194,7 +203,7 @@ def _certify(options: argparse.Namespace) -> int:
         raise ValueError(f"{options.folder / REPORT} lacks {', '.join(missing)}; only `sgsc compress` writes them")
     task = load(said["task"], said.get("data"), said["seed"], said.get("limit"))
     result = certify_run(task, options.folder, said["seed"], said["tolerance"], said.get("margin_tolerance"))
-    _print_json(result) if options.json else print(result["statement"])
+    print_json(result) if options.json else print(result["statement"])
     return 0 if result["tolerance_held"] else 1
 
 
@@ -223,77 +232,7 @@ def _report(options: argparse.Namespace) -> int:
         write_strategies_html(report, options.folder / PAGE)
     else:
         write_html(report, options.folder / PAGE, runs_beside(options.folder, report))
-    _print_json({"file": str(options.folder / PAGE)}) if options.json else print(f"wrote {options.folder / PAGE}")
-    return 0
-
-
-# ---- files ----
-
-
-def _inspect(options: argparse.Namespace) -> int:
-    from .artefact import read
-
-    artefact = read(options.file)
-    layers = [
-        {
-            "name": name,
-            "type": layer.type_name,
-            "shape": list(layer.weight_shape()),
-            "mean_bits": float(layer.bits.float().mean()) if len(layer.bits) else 0.0,
-            "bits": {str(b): int(n) for b in range(9) if (n := (layer.bits == b).sum())},
-            "bytes": layer.data.numel(),
-            "input": _input_of(layer),
-        }
-        for name, layer in artefact.layers.items()
-    ]
-    manifest = {k: artefact.manifest[k] for k in ("format", "architecture", "sha256", "notes")}
-    values = {name: [str(v.dtype).removeprefix("torch."), list(v.shape)] for name, v in artefact.values.items()}
-    if options.json:
-        _print_json({"file": str(options.file), "bytes": artefact.size, **manifest, "layers": layers, "values": values})
-        return 0
-    table = Table(title=Text(f"{_plain(options.file.name)}: {artefact.size:,} bytes, format {manifest['format']}"))
-    with_inputs = any(row["input"] for row in layers)
-    for column in ("layer", "type", "weight", "mean bits", "rows by bits", "bytes", *["input"] * with_inputs):
-        table.add_column(column, justify="right" if column in ("mean bits", "bytes") else "left")
-    for row in layers:
-        shown = " ".join(f"{b}:{n}" for b, n in row["bits"].items())
-        name = Text(_plain(row["name"]))  # never markup: a layer may be called "[/bold]"
-        said = [name, row["type"], str(row["shape"]), f"{row['mean_bits']:.2f}", shown, f"{row['bytes']:,}"]
-        if with_inputs:
-            grid = row["input"]
-            said.append(f"{grid['code_min']}..{grid['code_max']} × {grid['scale']:.4g}" if grid else "float")
-        table.add_row(*said)
-    console = Console()
-    console.print(table)
-    console.print(f"{len(values)} other tensors, {sum(v.numel() for v in artefact.values.values()):,} values")
-    console.print(Text(_plain(f"architecture {manifest['architecture']}, notes {manifest['notes']}")))
-    console.print(f"sha256 {manifest['sha256']}", soft_wrap=True)
-    return 0
-
-
-def _input_of(layer: PackedLayer) -> dict[str, Any] | None:
-    """The grid that the layer rounds its input to, if any."""
-    if getattr(layer, "input_grid", None) is None:
-        return None
-    scale, low, high = layer.get_buffer("input_grid").tolist()
-    return {"scale": scale, "code_min": int(low), "code_max": int(high)}
-
-
-def _verify(options: argparse.Namespace) -> int:
-    from .artefact import ArtefactError, read
-
-    try:
-        artefact = read(options.file)
-    except ArtefactError as error:
-        if options.json:
-            _print_json({"file": str(options.file), "ok": False, "reason": str(error)})
-        raise
-    if options.json:
-        _print_json(
-            {"file": str(options.file), "ok": True, "bytes": artefact.size, "sha256": artefact.manifest["sha256"]}
-        )
-    else:
-        print(f"{options.file.name}: whole, {artefact.size:,} bytes, {len(artefact.layers)} packed layers")
+    print_json({"file": str(options.folder / PAGE)}) if options.json else print(f"wrote {options.folder / PAGE}")
     return 0
 
 
@@ -303,16 +242,18 @@ def _verify(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from .measure import broken_claims, measure_ops
 
+    if options.claims and options.op is not None:
+        raise ValueError("--op is of measuring, --claims measures nothing; leave one of them out")
     if options.claims:
         broken = broken_claims(options.results)
         if options.json:
-            _print_json(broken)
+            print_json(broken)
         for claim in broken if not options.json else ():
             print(f"{claim['file']}: {claim['claim']}: {claim['measured']} against {claim['target']} {claim['unit']}")
         return 1 if broken else 0
     rows = measure_ops(options.op, options.budget)
     if options.json:
-        _print_json(rows)
+        print_json(rows)
         return 0
     table = Table(title="medians; share is of the copy bandwidth measured in the same run")
     for column in ("operation", "case", "backend", "µs", "GB/s", "share", "Gop/s"):
@@ -332,9 +273,9 @@ def _tune(options: argparse.Namespace) -> int:
     with Progress(quiet=options.json) as progress:
         rows = tune(layers, options.batches, pixels=options.pixels, dtypes=options.dtypes, progress=progress)
     if options.json:
-        _print_json(rows)
+        print_json(rows)
     for row in rows if not options.json else ():
-        what = f"{_plain(', '.join(row['layers']))}, {row['columns']} {row['of']}, {row['dtype']}"
+        what = f"{plain(', '.join(row['layers']))}, {row['columns']} {row['of']}, {row['dtype']}"
         times = f"{row['heuristic_microseconds']:.1f} -> {row['microseconds']:.1f} µs"
         print(f"{what}: {times}, {row['config'] or 'the heuristic stays'}")
     return 0

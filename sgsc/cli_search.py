@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     """
     from . import report as reports
     from .environment import environment
-    from .files import write_atomically
+    from .files import made, write_atomically
 
     try:
         import optuna
@@ -49,8 +49,7 @@ def run(options: argparse.Namespace) -> int:
     parse_budget(options.budget, 1)  # a bad flag is refused before the data is read
     task = task_of(options)
     folder = options.out or Path("runs") / f"search-{options.task}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with Progress(quiet=options.json) as progress:
+    with made(folder), Progress(quiet=options.json) as progress:
         done = search(
             *(task, options.budget, folder),
             trials=options.trials,

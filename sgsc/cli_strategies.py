@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     from . import report as reports
     from .demos.strategies import draw, search, search_any, train
     from .environment import environment
-    from .files import write_atomically
+    from .files import made, write_atomically
 
     settings: dict[str, Any] = {
         **{key: vars(options)[key] for key in ("bits_weights", "weights", "inputs", "skip", "seed")},
@@ -71,16 +71,16 @@ def run(options: argparse.Namespace) -> int:
     with Progress(quiet=options.json) as progress:
         if options.model:
             network, inputs = _named(options.model), draw(_read(options.calibration), options.samples, options.seed)
-            folder.mkdir(parents=True, exist_ok=True)
-            report = search_any(network, inputs, folder, progress=progress, **settings)
+            with made(folder):
+                report = search_any(network, inputs, folder, progress=progress, **settings)
         else:
             task = task_of(options)
-            folder.mkdir(parents=True, exist_ok=True)
             settings |= {"samples": options.samples, "progress": progress}
-            if options.train is None:
-                report = search(task, folder, **settings)
-            else:
-                report = train(task, folder, steps=options.train, rate=options.rate, **settings)
+            with made(folder):
+                if options.train is None:
+                    report = search(task, folder, **settings)
+                else:
+                    report = train(task, folder, steps=options.train, rate=options.rate, **settings)
     report |= {"limit": options.limit, **environment()}
     write_atomically(folder / "report.json", reports.to_json(report).encode())
     reports.write_strategies_html(report, folder / "report.html")
@@ -102,10 +102,17 @@ def _check_purpose(options: argparse.Namespace) -> None:
         ValueError: If there is one, or a network of one's own is to be trained.
     """
     of_task = {"--start": options.start, "--float-steps": options.float_steps, "--data": options.data}
-    of_task["--limit"] = options.limit
+    of_task |= {"--limit": options.limit, "--precision": None if options.precision == "float32" else options.precision}
     for flag, given in of_task.items() if options.model else ():
         if given is not None:
             raise ValueError(f"{flag} is of a task; --model is trained already, and takes --calibration")
+    for flag, bits, none in (
+        ("--bits-weights", options.bits_weights, False),
+        ("--bits-activations", options.bits_activations, True),
+        ("--edge-bits", options.edge_bits, True),
+    ):
+        if not (2 <= bits <= 8 or (none and bits == 0)):
+            raise ValueError(f"{flag} {bits}: want 2 to 8{', or 0 for none' if none else ''}")
     if options.train is None:
         if options.rate is not None:
             raise ValueError("--rate is of a training; name its steps too, with --train STEPS")
@@ -136,6 +143,8 @@ def _named(name: str) -> Any:
     from torch import nn
 
     home, _, attribute = name.rpartition(":")
+    if not home or not attribute:
+        raise ValueError(f"--model {name!r}: want module:name or file.py:name, such as net.py:make")
     # what the network's own code imports lies beside it, and may be imported as late as it runs; ours goes first
     sys.path.append(str(Path(home).resolve().parent) if home.endswith(".py") else str(Path.cwd()))
     try:

@@ -16,7 +16,7 @@ def setting(default: Any, help: str) -> Any:
 class CompressionConfig:
     """How a network is compressed."""
 
-    target_size: float = setting(0.05, "stored bytes to reach, as a share of the float32 bytes")
+    target_size: float = setting(0.05, "stored bytes to reach, as a share of the float32 bytes, such as 0.05 or 5%%")
     tolerance: float = setting(0.0, "share of the preservation samples that may regress")
     margin_tolerance: float = setting(0.2, "share of the mean margin of the preservation samples that may be lost")
     steps: int = setting(1000, "optimiser steps of the compression")
@@ -72,8 +72,20 @@ def add_settings(parser: argparse.ArgumentParser, config: type, defaults: dict[s
         default = (defaults or {}).get(f.name, f.default)
         shown = "" if default is None else f" (default: {default})"
         how: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if types[f.name] is bool else {}
-        how = how or {"type": types[f.name]}
+        how = how or {"type": number if types[f.name] is float else types[f.name]}
         parser.add_argument(f"--{f.name.replace('_', '-')}", default=default, help=f.metadata["help"] + shown, **how)
+
+
+def number(text: str) -> float:
+    """A number as it is typed: 0.05, or 5%.
+
+    Raises:
+        ArgumentTypeError: If it is none.
+    """
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: want a number, such as 0.05 or 5%") from None
 
 
 def from_arguments(config: type, arguments: argparse.Namespace, **replace: Any) -> Any:

@@ -1,9 +1,11 @@
 """The command line: exit codes, files of the run folder, one JSON document, and resuming, byte for byte."""
 
+import argparse
 import contextlib
 import dataclasses
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,12 +16,14 @@ import pytest
 import torch
 from torch import nn
 
+import sgsc
 from sgsc import cli
 from sgsc.artefact import load, read, save
 from sgsc.checkpoint import load_checkpoint, save_checkpoint
 from sgsc.cli import main
+from sgsc.config import CompressionConfig, add_settings
 from sgsc.demos import job, tasks
-from sgsc.kernels import OPS
+from sgsc.kernels import OPS, extension
 from sgsc.packed import pack
 from sgsc.preparation import prepare
 from sgsc.quantizers import StaticInput
@@ -266,7 +270,10 @@ BAD = {
     "unknown-command": (["squeeze"], "invalid choice: 'squeeze'"),
     "unknown-flag": (["compress", "digits", "--sice", "1"], "unrecognized arguments: --sice"),
     "no-task": (["compress"], "required: task"),
-    "not-a-number": (["compress", "digits", "--target-size", "small"], "argument --target-size: invalid float value"),
+    "not-a-number": (
+        ["compress", "digits", "--target-size", "small"],
+        "'small': want a number, such as 0.05 or 5%",
+    ),
     "unknown-task": (["compress", "digit"], "no task is called 'digit'; there are digits"),
     "target": (["compress", "digits", "--target-size", "5"], "target_size=5.0: want a share"),
     "target-nan": (["compress", "digits", "--target-size", "nan"], "target_size=nan"),
@@ -288,12 +295,13 @@ BAD = {
     "data-not-given": (["compress", "mnist"], "mnist is not bundled"),
     "data-not-a-file": (["compress", "char-lm", "--data", "nowhere.txt"], "'nowhere.txt' is not a file"),
     "resume-nothing": (["compress", "digits", "--resume", "--out", "nothing"], "no checkpoint at nothing/checkpoint"),
-    "out-is-a-file": (["compress", "digits", "--out", "a-file"], "File exists: 'a-file'"),
+    "out-is-a-file": (["compress", "digits", "--out", "a-file"], "a-file: File exists; name another path"),
     "certify-nothing": (["certify", "nowhere"], "nowhere is no run folder: it has no report.json; `sgsc compress TASK"),
     "report-nothing": (["report", "nowhere"], "nowhere is no run folder"),
-    "inspect-nothing": (["inspect", "nowhere.sgsc"], "No such file or directory: 'nowhere.sgsc'"),
-    "verify-nothing": (["verify", "nowhere.sgsc"], "No such file or directory: 'nowhere.sgsc'"),
+    "inspect-nothing": (["inspect", "nowhere.sgsc"], "nowhere.sgsc: No such file or directory; name another path"),
+    "verify-nothing": (["verify", "nowhere.sgsc"], "nowhere.sgsc: No such file or directory; name another path"),
     "verify-folder": (["verify", "."], "Is a directory"),
+    "bench-claims-of-one": (["bench", "--claims", "--op", "pack"], "--op is of measuring, --claims measures nothing"),
     "bench-unknown": (["bench", "--op", "nope"], "no operation 'nope' to measure; there are "),
     "bench-budget": (["bench", "--op", "pack", "--budget", "inf"], "budget=inf: want a finite number"),
     "bench-no-results": (["bench", "--claims", "--results", "nowhere"], "no result files in nowhere"),
@@ -317,6 +325,33 @@ def test_wrong_use_is_exit_code_2_with_a_message_and_nothing_on_stdout(name, tmp
     assert (code, out) == (2, "")
     assert message in err
     assert "Traceback" not in err
+
+
+def test_a_folder_that_was_made_for_nothing_is_gone(tmp_path, capsys):
+    assert main(["compress", "digits", "--target-size", "0.0001", "--out", str(tmp_path / "new")]) == 2
+    assert "raise the target size" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_instruction_set_that_is_not_there_is_named(capsys):
+    environment = {**os.environ, "SGSC_ISA": "foo"}
+    command = [sys.executable, "-m", "sgsc", "bench", "--op", "pack", "--budget", "0.001"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if extension.LOADED:
+        assert done.returncode == 2
+        assert done.stderr.startswith("sgsc bench: SGSC_ISA=foo: this machine runs scalar")
+
+
+def test_a_share_may_be_typed_in_hundredths():
+    parser = argparse.ArgumentParser()
+    add_settings(parser, CompressionConfig)
+    assert parser.parse_args(["--target-size", "5%"]).target_size == 0.05
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"sgsc {sgsc.__version__}\n"
 
 
 def test_every_command_has_json_and_help(capsys):

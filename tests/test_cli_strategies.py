@@ -145,10 +145,10 @@ def test_a_training_learns_the_float_answers_and_needs_no_labels():
     [
         (["--train", "0"], "steps=0: want a whole number, 1 or more"),
         (["--train", "5", "--weights", "mse"], "'mse' is not known"),
-        (["--train", "5", "--bits-weights", "9"], "strategies serve 2 to 8"),
+        (["--train", "5", "--bits-weights", "9"], "--bits-weights 9: want 2 to 8"),
         (["--train", "5", "--samples", "0"], "samples=0 calibrates nothing"),
         (["--steps", "-1"], "steps=-1: want a whole number, 0 or more"),
-        (["--bits-weights", "9"], "strategies serve 2 to 8"),
+        (["--bits-weights", "9"], "--bits-weights 9: want 2 to 8"),
         (["--inputs", "pact"], "'pact' is not known without training"),
         (["--samples", "0"], "samples=0 calibrates nothing"),
         (["--loss", "l3"], "loss='l3' is not known"),

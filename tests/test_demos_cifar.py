@@ -407,5 +407,5 @@ def test_a_device_that_is_not_there_is_refused():
     assert usable("cpu") == "cpu"
     assert usable("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
     for wrong in ("gpu", "cuda:97"):
-        with pytest.raises(ValueError, match=f"device '{wrong}' cannot be used here .*; take cpu, or auto"):
+        with pytest.raises(ValueError, match=f"device '{wrong}' cannot be used here .*; take cpu, cuda or auto"):
             usable(wrong)

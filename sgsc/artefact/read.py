@@ -102,7 +102,8 @@ def _head(file: io.BufferedIOBase, size: int) -> bytes:
     first = file.read(8)
     length = int.from_bytes(first, "little")
     if length > MAX_HEADER:
-        raise ArtefactError(f"header length {length} is over the limit of {MAX_HEADER} bytes")
+        said = f"header length {length} is over the limit of {MAX_HEADER} bytes"
+        raise ArtefactError(f"{said}: this is no .sgsc file, or it is damaged")
     if 8 + length > size:
         raise ArtefactError(f"header length {length}, but only {size - 8} bytes follow: the file is cut short")
     return first + file.read(length)

@@ -37,7 +37,7 @@ def load(name: str, data: Path | str | None = None, seed: int = 0, limit: int | 
     if name not in TASKS:
         raise ValueError(f"no task is called {name!r}; there are {', '.join(TASKS)}")
     if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit} leaves no sample; give 1 or more, or None for all")
+        raise ValueError(f"limit={limit} leaves no sample; give 1 or more, or leave it out")
     return TASKS[name](None if data is None else Path(data), seed, limit)
 
 

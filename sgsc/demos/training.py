@@ -37,8 +37,8 @@ def usable(device: str) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
-        said = str(error).splitlines()[0]
-        raise ValueError(f"device {device!r} cannot be used here ({said}); take cpu, or auto") from None
+        said = str(error).splitlines()[0][:100]
+        raise ValueError(f"device {device!r} cannot be used here ({said}); take cpu, cuda or auto") from None
     return device
 
 
