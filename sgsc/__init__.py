@@ -120,7 +120,13 @@ if TYPE_CHECKING:
     from .together import quantize_together
 
 
+# packages that a user may name after `import sgsc` alone
+_PARTS = ("artefact", "config", "distributed", "kernels", "layers", "packed", "quantizers", "search", "strategies")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _PARTS:
+        return import_module(f".{name}", __name__)
     if name not in _HOME:
         raise AttributeError(f"module 'sgsc' has no attribute {name!r}")
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)

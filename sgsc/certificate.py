@@ -59,6 +59,7 @@ class Certificate:
         hashes: Digests of model, data and file, by name, for the record.
         margin_tolerance: Share of the float model's mean margin on the preservation set that may be lost; None if
             margins are reported and not judged.
+        remark: What else is to be said of it, in words.
     """
 
     guard: Comparison

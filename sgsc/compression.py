@@ -50,10 +50,12 @@ class SelfCompression:
         keep: The preservation set, chosen with the float model; None turns preservation and guard off.
         optimizer: The user's optimiser, or several, whose moments follow channels that are revived or cut out.
         file: Further arguments that `save` will get (architecture, notes): the target counts the whole file.
-        scaler: The user's `torch.amp.GradScaler`, if losses are scaled before backward. A step whose gradients overflow
-            then moves no width and no range, as the scaler has it for the weights.
+        scaler: The user's `torch.amp.GradScaler`, if losses are scaled: a step whose gradients overflow moves nothing.
         process_group: Ranks that train the model together; where torch.distributed is initialised, all of them.
-        settings: Fields of `CompressionConfig`.
+        settings: Fields of `sgsc.config.CompressionConfig`, such as target_size=0.05, tolerance=0.0 and steps=1000.
+
+    Raises:
+        ValueError: If the model is not prepared, a setting is out of range, or no width reaches the target.
 
     Once a step: `run.loss(task_loss).backward()`, the user's optimiser, `run.step()`; after the last, `run.finish()`.
     """
@@ -71,8 +73,7 @@ class SelfCompression:
     ) -> None:
         self.config = CompressionConfig(**settings)
         self.model, self.keep, self.scaler = model, keep, scaler
-        several = isinstance(optimizer, Sequence)
-        self.optimizers = list(optimizer) if several else [] if optimizer is None else [optimizer]
+        self.optimizers = [] if optimizer is None else [*optimizer] if isinstance(optimizer, Sequence) else [optimizer]
         if not quant_layers(model):
             raise ValueError("the model has no quantized layer; pass what prepare(model).model returned")
         self.ranks = Ranks(process_group)
@@ -210,8 +211,7 @@ class SelfCompression:
         self.control.bits.detach()
         self.control.measure()
         self.finished = True
-        steps = self.steps, self.config.steps
-        return judged(self._look(), self.size, self.config.target_size, steps, unreached)
+        return judged(self._look(), self.size, self.config.target_size, (self.steps, self.config.steps), unreached)
 
     # ---- preservation ----
 

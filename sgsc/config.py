@@ -21,7 +21,7 @@ class CompressionConfig:
     margin_tolerance: float = setting(0.2, "share of the mean margin of the preservation samples that may be lost")
     steps: int = setting(1000, "optimiser steps of the compression")
     shrink_share: float = setting(0.4, "share of the steps after which the target size shall be reached")
-    settle_share: float = setting(0.6, "share of the steps after which widths stay as they are")
+    settle_share: float = setting(0.6, "share of the steps after which widths stay; no less than shrink-share")
     preservation_weight: float = setting(0.25, "weight of the preservation loss; grows while the tolerance is violated")
     preservation_batch: int = setting(32, "preservation samples a step")
     sparsity_weight: float = setting(0.0, "weight of the mean magnitude of the weights")

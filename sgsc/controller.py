@@ -96,9 +96,10 @@ class Controller:
             self.coupling.silence(smallest)
             least = stored_size(pack(smallest), **self.file) / self.float_bytes
         if self.config.target_size < least:
+            way_out = "raise the target size" if least < 1 else "the network is too small: keep it float"
             raise ValueError(
                 f"target_size={self.config.target_size}: with no bit left in any channel that may go, the file still "
-                f"has {least:.2%} of the float32 bytes, for what stays float and for its header; raise the target size"
+                f"has {least:.2%} of the float32 bytes, for what stays float and for its header; {way_out}"
             )
 
     def look_anew(self) -> None:

@@ -25,8 +25,10 @@ def distilled(outputs: Tensor, wanted: Tensor, temperature: float = TEMPERATURE)
     87.8 %; by half of each, at 1, 2, 4: 85.4, 86.2, 88.1 %.
 
     Raises:
-        ValueError: If the temperature is not finite and above 0.
+        ValueError: If the temperature is not finite and above 0, or the shapes differ.
     """
+    if outputs.shape != wanted.shape:
+        raise ValueError(f"outputs {tuple(outputs.shape)}, wanted {tuple(wanted.shape)}: both are logits of one batch")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature={temperature}: want a finite number above 0, such as 4")
     return temperature**2 * divergence(outputs.float() / temperature, wanted.float() / temperature)

@@ -120,19 +120,31 @@ class _Bits(torch.autograd.Function):
 
 def _bits(model: nn.Module, coupling: Coupling | None, file: bool) -> Tensor:
     costs = [layer.weight_quantizer.bit_cost() for layer in quant_layers(model).values()]
+    if not costs:
+        raise ValueError("the model has no quantized layer; pass what prepare(model).model returned")
     return _Bits.apply(torch.cat(costs), SizeModel(model, coupling, file=file))
 
 
 def nominal_bits(model: nn.Module, coupling: Coupling | None = None) -> Tensor:
     """Bits that the quantized weights need; a differentiable scalar.
 
-    With a `coupling` only live inputs are charged (equation 5), else all of them (equations 3 and 4).
+    With a `coupling` only live inputs are charged (arXiv 2301.13142, equation 5), else all of them (3 and 4).
+
+    Raises:
+        ValueError: If the model has no quantized layer.
     """
     return _bits(model, coupling, file=False)
 
 
 def file_bits(model: nn.Module, coupling: Coupling | None = None) -> Tensor:
-    """Bits of a file that depend on the widths, see the module's docstring; a differentiable scalar."""
+    """Bits of a file that depend on the widths, a differentiable scalar: those of weights, of scales (16 a live row),
+    of widths (4 a row), and of biases and batch norms (32 a value) of channels that are not cut out.
+
+    With a `coupling` only live inputs are charged.
+
+    Raises:
+        ValueError: If the model has no quantized layer.
+    """
     return _bits(model, coupling, file=True)
 
 
@@ -144,7 +156,8 @@ def weight_count(model: nn.Module) -> int:
 def float_bytes(model: nn.Module) -> int:
     """Bytes of the model's parameters and buffers in float32: what every stored size is compared with.
 
-    Quantizer parameters do not count, nor do counters and masks that are not floating point.
+    Quantizer parameters do not count, nor do counters and masks that are not floating point. Of a float or a prepared
+    model; the codes of a packed one are no floats, and would not count.
     """
     own = {id(p) for layer in quant_layers(model).values() for p in layer.weight_quantizer.parameters()}
     values = {k: v for k, v in model.state_dict(keep_vars=True).items() if v.is_floating_point() and id(v) not in own}

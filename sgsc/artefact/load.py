@@ -31,6 +31,7 @@ def load(path: str | os.PathLike) -> nn.Module:
 
     Raises:
         ArtefactError: If the file is malformed, or names no architecture that is known: use `load_into` then.
+        FileNotFoundError: If there is none.
     """
     artefact = read(path)
     known = artefact.manifest["architecture"]
@@ -73,6 +74,7 @@ def load_into(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
     Raises:
         ArtefactError: If the file is malformed or does not fit the model; the message names the layer.
+        FileNotFoundError: If there is none.
     """
     return _fill(copy.deepcopy(model), read(path))
 

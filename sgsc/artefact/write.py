@@ -81,14 +81,29 @@ def save(
     architecture: tuple[str, dict[str, Any]] | None = None,
     notes: dict[str, Any] | None = None,
 ) -> int:
-    """Write a packed model, atomically: `path` holds the old file or the new one, never a part. Returns its bytes."""
+    """Write a packed model, atomically: `path` holds the old file or the new one, never a part. Returns its bytes.
+
+    Args:
+        model: What `pack` returned.
+        path: Of the file; its folder must be there.
+        architecture: (name, arguments) of a builder in `ARCHITECTURES` that makes the float model, for `load`.
+        notes: JSON-able facts to keep in the file.
+
+    Raises:
+        ValueError: If the model holds no packed layer, or something that the format does not hold.
+        OSError: If the file cannot be written.
+    """
     data = to_bytes(model, architecture=architecture, notes=notes)
     write_atomically(Path(path), data)
     return len(data)
 
 
 def stored_size(model: nn.Module, **kwargs: Any) -> int:
-    """Bytes that `save` would write for this packed model."""
+    """Bytes that `save` would write for this packed model, with the same `architecture` and `notes`.
+
+    Raises:
+        ValueError: As `save` does.
+    """
     return len(to_bytes(model, **kwargs))
 
 
