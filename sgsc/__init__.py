@@ -121,7 +121,7 @@ if TYPE_CHECKING:
 
 
 # packages that a user may name after `import sgsc` alone
-_PARTS = ("artefact", "config", "distributed", "kernels", "layers", "packed", "quantizers", "search", "strategies")
+_PARTS = ("artefact", "config", "distributed", "kernels", "layers", "packed", "quantizers", "strategies")
 
 
 def __getattr__(name: str) -> Any:

@@ -157,7 +157,7 @@ def test_importing_the_package_imports_nothing_heavy():
 def test_every_public_name_is_there():
     done = run("import sgsc; [getattr(sgsc, n) for n in sgsc.__all__]; assert callable(sgsc.prepare)")
     assert done.returncode == 0, done.stderr
-    done = run("import sgsc; sgsc.quantizers.StaticInput; sgsc.artefact.ARCHITECTURES; sgsc.search.candidates.as_float")
+    done = run("import sgsc; sgsc.quantizers.StaticInput; sgsc.artefact.ARCHITECTURES; sgsc.strategies.WEIGHTS")
     assert done.returncode == 0, done.stderr
     done = run("import sgsc; sgsc.nothing")
     assert "module 'sgsc' has no attribute 'nothing'" in done.stderr
