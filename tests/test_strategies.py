@@ -292,7 +292,7 @@ def test_the_offset_of_lsq_plus_learns():
     x = torch.tensor([-9.0, 9.0, 9.0])
     quantizer(x).sum().backward()
     # d code_min = d code_max = d offset / step, and each of the three is clipped: dq = 3 d offset, made slow
-    slow = quantizer.slowness
+    slow = quantizer.slowness.item()
     assert quantizer.get_parameter("offset").grad.item() == pytest.approx(3 * slow, rel=1e-5)
     with torch.no_grad():
         quantizer.get_parameter("offset").sub_(quantizer.get_parameter("step"))

@@ -51,7 +51,7 @@ def corrected(problem, batches=None):
 def test_mean_answers_are_those_of_the_float_network(parts, close):
     """In one pass: of several batches to first order."""
     problem = make_problem(network(), data(), SETTINGS)
-    before = corrected(problem, list(torch.cat(problem.fit).chunk(parts)))
+    before = corrected(problem, list(torch.cat(problem.fit[:]).chunk(parts)))
     after = answers(problem.model, problem.layers, problem.fit)
     wanted = answers(fold_batch_norms(network()).model, problem.layers, problem.fit)
     for name in problem.layers:
