@@ -30,8 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, cli_files, cli_search, cli_strategies
-from .cli_files import plain, print_json
-from .cli_progress import Progress
+from .cli_output import Progress, plain, print_json
 from .cli_task import add_device, add_task, shares, task_of
 from .config import CompressionConfig, add_settings, from_arguments
 

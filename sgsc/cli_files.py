@@ -9,20 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .cli_output import plain, print_json
+
 if TYPE_CHECKING:
     from .packed import PackedLayer
-
-
-def plain(value: object) -> str:
-    """Text without control characters: what a file says must not steer the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(value))
-
-
-def print_json(value: Any) -> None:
-    """One document on standard output."""
-    from .report import to_json
-
-    print(to_json(value))
 
 
 def inspect(options: argparse.Namespace) -> int:

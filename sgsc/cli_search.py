@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .cli_progress import Progress
+from .cli_output import Progress, print_json
 from .cli_task import add_device, add_task, task_of
 
 
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     write_atomically(folder / "report.json", reports.to_json(report).encode())
     reports.write_search_html(report, folder / "report.html")
     if options.json:
-        print(reports.to_json(report))
+        print_json(report)
     else:
         Console().print(reports.search_summary(report))
         print(f"wrote {folder}/: model.sgsc, winner.safetensors, report.json, report.html")

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from .cli_progress import Progress
+from .cli_output import Progress, print_json
 from .cli_task import add_task, task_of
 
 
@@ -68,24 +68,22 @@ def run(options: argparse.Namespace) -> int:
         settings |= {key: vars(options)[key] for key in ("loss", "steps") if vars(options)[key] is not None}
     of = options.task or "model"
     folder = options.out or Path("runs") / f"strategies-{of}{'' if options.train is None else '-trained'}"
-    with Progress(quiet=options.json) as progress:
+    with made(folder), Progress(quiet=options.json) as progress:
         if options.model:
             network, inputs = _named(options.model), draw(_read(options.calibration), options.samples, options.seed)
-            with made(folder):
-                report = search_any(network, inputs, folder, progress=progress, **settings)
+            report = search_any(network, inputs, folder, progress=progress, **settings)
         else:
             task = task_of(options)
             settings |= {"samples": options.samples, "progress": progress}
-            with made(folder):
-                if options.train is None:
-                    report = search(task, folder, **settings)
-                else:
-                    report = train(task, folder, steps=options.train, rate=options.rate, **settings)
+            if options.train is None:
+                report = search(task, folder, **settings)
+            else:
+                report = train(task, folder, steps=options.train, rate=options.rate, **settings)
     report |= {"limit": options.limit, **environment()}
     write_atomically(folder / "report.json", reports.to_json(report).encode())
     reports.write_strategies_html(report, folder / "report.html")
     if options.json:
-        print(reports.to_json(report))
+        print_json(report)
         return 0
     Console().print(reports.strategies_summary(report))
     written = ["derived.safetensors", *(["model.sgsc"] if not report["not_packed"] else []), "report.json, report.html"]

@@ -29,7 +29,7 @@ from .config import CompressionConfig
 from .controller import Controller
 from .distributed import Ranks
 from .guard import Check, check, generosity, mends, owned, restore
-from .layers import quant_layers
+from .layers import quant_layers, some_quant_layers
 from .outcome import Outcome, judged
 from .preservation import PreservationSet
 from .samples import as_deployed, device_of
@@ -74,8 +74,7 @@ class SelfCompression:
         self.config = CompressionConfig(**settings)
         self.model, self.keep, self.scaler = model, keep, scaler
         self.optimizers = [] if optimizer is None else [*optimizer] if isinstance(optimizer, Sequence) else [optimizer]
-        if not quant_layers(model):
-            raise ValueError("the model has no quantized layer; pass what prepare(model).model returned")
+        some_quant_layers(model)  # refuses a float one
         self.ranks = Ranks(process_group)
         self._share_start()
         self.preservation_weight = self.config.preservation_weight

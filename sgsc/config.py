@@ -16,7 +16,7 @@ def setting(default: Any, help: str) -> Any:
 class CompressionConfig:
     """How a network is compressed."""
 
-    target_size: float = setting(0.05, "stored bytes to reach, as a share of the float32 bytes, such as 0.05 or 5%%")
+    target_size: float = setting(0.05, "stored bytes to reach, as a share of the float32 bytes, or typed in percent")
     tolerance: float = setting(0.0, "share of the preservation samples that may regress")
     margin_tolerance: float = setting(0.2, "share of the mean margin of the preservation samples that may be lost")
     steps: int = setting(1000, "optimiser steps of the compression")

@@ -329,3 +329,15 @@ REFUSED: tuple[type[nn.Module], ...] = (
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
     """The quantized layers of a model by name, each once, in the model's order."""
     return {name: m for name, m in model.named_modules() if isinstance(m, QuantLayer)}
+
+
+def some_quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
+    """`quant_layers` of a model that must have some.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    layers = quant_layers(model)
+    if not layers:
+        raise ValueError("the model has no quantized layer; pass what prepare(model).model returned")
+    return layers

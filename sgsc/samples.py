@@ -68,6 +68,22 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
+@contextmanager
+def taking(inputs: Tensor, what: str) -> Iterator[None]:
+    """Name the inputs, as `what` they are, that a model does not take.
+
+    Raises:
+        ValueError: In place of what the model raised within.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, IndexError) as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(
+            f"the model does not take {what}, {inputs.dtype} of shape {tuple(inputs.shape)}: {said}"
+        ) from None
+
+
 def refuse_doubles(model: nn.Module) -> None:
     """Refuse a model of float64, all of it or in part: its layers have no form that is stored.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .coupling import Coupling
-from .layers import quant_layers
+from .layers import quant_layers, some_quant_layers
 
 SCALE, WIDTH, VALUE = 16, 4, 32  # bits of a scale, of a row's width, of anything else
 
@@ -119,9 +119,7 @@ class _Bits(torch.autograd.Function):
 
 
 def _bits(model: nn.Module, coupling: Coupling | None, file: bool) -> Tensor:
-    costs = [layer.weight_quantizer.bit_cost() for layer in quant_layers(model).values()]
-    if not costs:
-        raise ValueError("the model has no quantized layer; pass what prepare(model).model returned")
+    costs = [layer.weight_quantizer.bit_cost() for layer in some_quant_layers(model).values()]
     return _Bits.apply(torch.cat(costs), SizeModel(model, coupling, file=file))
 
 

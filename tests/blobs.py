@@ -6,19 +6,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from sgsc import (
-    PreservationSet,
-    SelfCompression,
-    prepare,
-)
+from sgsc import PreservationSet, SelfCompression, prepare
+from tests import small
 
 
 def blobs(count: int = 400, seed: int = 0) -> TensorDataset:
-    """Four classes around corners of a cube, overlapping a little."""
-    make = torch.Generator().manual_seed(seed)
-    y = torch.arange(count) % 4
-    corners = torch.tensor([[1, 1, 0], [-1, 1, 0], [0, -1, 1], [0, -1, -1]]).float()
-    return TensorDataset(corners[y].repeat(1, 4) + 0.5 * torch.randn(count, 12, generator=make), y)
+    return TensorDataset(*small.blobs(count, 0.5, seed, torch.float32))
 
 
 def network() -> nn.Module:

@@ -17,11 +17,14 @@ SETTINGS = {
 }
 
 
-def blobs(count: int = 240) -> tuple[torch.Tensor, torch.Tensor]:
-    make = torch.Generator().manual_seed(0)
+def blobs(
+    count: int = 240, noise: float = 0.4, seed: int = 0, dtype: torch.dtype = torch.double
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Four classes around corners of a cube, overlapping a little."""
+    make = torch.Generator().manual_seed(seed)
     y = torch.arange(count) % 4
-    corners = torch.tensor([[1, 1, 0], [-1, 1, 0], [0, -1, 1], [0, -1, -1]]).double()
-    return corners[y].repeat(1, 4) + 0.4 * torch.randn(count, 12, generator=make, dtype=torch.double), y
+    corners = torch.tensor([[1, 1, 0], [-1, 1, 0], [0, -1, 1], [0, -1, -1]]).to(dtype)
+    return corners[y].repeat(1, 4) + noise * torch.randn(count, 12, generator=make, dtype=dtype), y
 
 
 def network(norm: bool = False) -> nn.Module:

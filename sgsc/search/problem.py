@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sgsc.layers import quant_layers
+from sgsc.samples import taking
 
 from .baselines import greedy, integer_program, narrowed, uniform
 from .candidates import parent_of
@@ -76,13 +77,8 @@ def prepare_search(
     parent = parent_of(network, tuple(skip))
     structure = structure_of(parent)
     x = batches[0][0]
-    try:
+    with taking(x, "the batches' inputs"):
         cost = CostModel(parent, structure, x, architecture, notes)
-    except (RuntimeError, TypeError, IndexError) as error:
-        said = str(error).splitlines()[0]
-        raise ValueError(
-            f"the model does not take the batches' inputs, {x.dtype} of shape {tuple(x.shape)}: {said}"
-        ) from None
     if known is not None:
         cost.times = {(name, bits): seconds for name, bits, seconds in known["times"]}
     if latency and not cost.times:

@@ -176,7 +176,7 @@ def check_settings(trials: int, seed: int, sampler: str, method: str) -> None:
     """Refuse what no search can begin with.
 
     Raises:
-        ValueError: If trials are below 1, the seed is negative, or the sampler or the method is unknown.
+        ValueError: If trials are no whole number from 1, the seed is negative, or the sampler or the method is unknown.
     """
     if not isinstance(trials, Integral) or trials < 1:
         raise ValueError(f"trials={trials!r}: want a whole number of trials, 1 or more")

@@ -41,6 +41,11 @@ class Batches(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self.parts)
 
+    @property
+    def samples(self) -> int:
+        """Of all batches."""
+        return sum(map(len, self.parts))
+
     @overload
     def __getitem__(self, index: int) -> Tensor: ...
     @overload

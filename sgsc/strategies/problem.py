@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sgsc.layers import QuantEmbedding, QuantLayer, quant_layers
 from sgsc.preparation import Prepared, alike, prepare, read_beside
 from sgsc.quantizers import InputQuantizer, Quantizer
-from sgsc.samples import device_of, evaluating, fed
+from sgsc.samples import device_of, evaluating, fed, taking
 
 from .biases import Answers, correct_bias, correct_biases, float_answers, mean, mean_inputs, own_biases
 from .calibration import Calls, calibrate, count_calls, room
@@ -75,13 +75,13 @@ class Problem:
     layers: dict[str, QuantLayer]
     bits: dict[str, tuple[int, int | None]]
     input_strategies: Mapping[str, Any]
-    fit: Sequence[Tensor]
-    select: Sequence[Tensor]
+    fit: Batches
+    select: Batches
     wanted: list[Tensor]
     float_model: nn.Module
     loss: Loss
     left: dict[str, str]
-    together: Sequence[Tensor]
+    together: Batches
     calls: Calls
     counts: list[dict[str, int]] = field(default_factory=list)
     weights: dict[str, dict[str, Quantizer]] = field(default_factory=dict)
@@ -274,13 +274,8 @@ def make_problem(
 
 
 def _answer(network: nn.Module, x: Tensor, loss: str | Loss) -> Tensor:
-    try:
+    with taking(x, "the calibration data"):
         outputs = network(fed(network, x))
-    except (RuntimeError, TypeError, IndexError) as error:
-        said = str(error).splitlines()[0]
-        raise ValueError(
-            f"the model does not take the calibration data, {x.dtype} of shape {tuple(x.shape)}: {said}"
-        ) from None
     if not isinstance(outputs, Tensor) or not torch.isfinite(outputs).all():
         said = "NaN or infinity" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}, not a tensor"
         raise ValueError(f"the float model answers {said} on the calibration data; there is nothing to be close to")

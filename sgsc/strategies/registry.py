@@ -105,10 +105,9 @@ class WeightStrategy(Quantizer):
         seen = rows if self.per_channel else rows.reshape(1, -1)
         largest = seen.abs().amax(1, keepdim=True).clamp_min(SMALLEST_STEP)
         unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
-        codes = int(2 ** (int(self.bit_depth.max()) - 1) - 1)
         # magnitudes up to 2: squares of the largest weights of float32 would overflow, of the least vanish; the unit is
         # a power of two, so that a step rounds here as it does there
-        steps = self.steps(seen / unit, max(codes, 1))
+        steps = self.steps(seen / unit, self.most())
         if steps.shape != seen.shape[:1] or not (steps >= 0).all():
             raise ValueError(
                 f"{type(self).__name__}.steps gives {tuple(steps.shape)} numbers, the least {steps.min().item():.3g}; "
@@ -116,6 +115,10 @@ class WeightStrategy(Quantizer):
             )
         steps = steps.clamp_min(1e-6) * unit[:, 0]
         return steps.bfloat16().to(rows.dtype).clamp_min(SMALLEST_STEP).expand(len(rows)).contiguous()
+
+    def most(self) -> int:
+        """The largest code, 1 at least."""
+        return max(2 ** (int(self.bit_depth.max()) - 1) - 1, 1) if len(self.bit_depth) else 1
 
     @abstractmethod
     def steps(self, rows: Tensor, most: int) -> Tensor:

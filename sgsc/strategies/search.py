@@ -134,8 +134,8 @@ def search_strategies(
     ]
     report = {
         **{key: getattr(wanted, key) for key in KEPT},
-        **{"correct_bias": wanted.correct_bias, "steps": steps, "samples_fit": sum(map(len, problem.fit))},
-        **{"samples_select": sum(map(len, problem.select)), "origin": origin, "loss": result, "left": problem.left},
+        **{"correct_bias": wanted.correct_bias, "steps": steps, "samples_fit": problem.fit.samples},
+        **{"samples_select": problem.select.samples, "origin": origin, "loss": result, "left": problem.left},
         **{"uniform": [{"weight": w, "input": a, "loss": v} for (w, a), v in uniforms.items()]},
         **{"best_uniform": list(best), "best_uniform_loss": uniforms[best], "greedy_loss": ends["greedy"].loss},
         **{"mixture_argmax_loss": ends["mixture"].start, "mixture_greedy_loss": ends["mixture"].loss},

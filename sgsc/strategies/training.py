@@ -43,8 +43,7 @@ class LSQ(WeightStrategy, name="lsq"):
     def fit(self, rows: Tensor, where: Tensor | None = None) -> None:
         """See `WeightStrategy`."""
         super().fit(rows, where)
-        most = max(2.0 ** (self.bit_depth.max().item() - 1) - 1, 1.0) if len(self.bit_depth) else 1.0
-        self.slowness.fill_((max(rows.numel() // max(len(self.step), 1), 1) * most) ** -0.5)
+        self.slowness.fill_((max(rows.numel() // max(len(self.step), 1), 1) * self.most()) ** -0.5)
         self.step.copy_(self.scale[: len(self.step)])
 
     def grid(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

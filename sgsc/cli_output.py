@@ -1,4 +1,4 @@
-"""Progress of a long command on standard error."""
+"""What commands print: results on standard output, progress of a long one on standard error."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ from typing import Any
 import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+
+
+def plain(value: object) -> str:
+    """Text without control characters: what a file says must not steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+
+
+def print_json(value: Any) -> None:
+    """One document on standard output."""
+    from .report import to_json
+
+    print(to_json(value))
 
 
 class Progress:
