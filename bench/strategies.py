@@ -81,6 +81,7 @@ def _methods(of: Network, setting: str, seed: int, randoms: int) -> dict[str, Ca
     """Method -> how it is measured, on one draw."""
     bits_weights, bits_activations = SETTINGS[setting]
     how = {"bits_weights": bits_weights, "bits_activations": bits_activations, "skip": of.skip, "loss": of.loss}
+    how |= {"batch_size": of.batch_size}
 
     @functools.cache
     def found() -> tuple[Strategies, dict[str, Tensor]]:

@@ -30,6 +30,7 @@ PATCH, SCALE = 41, 2  # of VDSR's calibration, and of its test images
 PATCHES = 48  # of each of T91's images, from which calibration is drawn
 STORY, STORIES = 256, 200  # tokens of a story that count, and stories that judge
 SAMPLES = 1024
+LARGE = 16  # samples of a batch where each is a whole text or picture
 
 Each = Callable[[nn.Module], dict[str, Tensor]]
 
@@ -40,7 +41,7 @@ class Network:
 
     `each` returns what it is judged by for each test sample, (N,) by metric. `metric` is the one that claims are made
     of; `sign` is 1 where more of it is better. `weights` names those that were trained here: no two machines train
-    alike.
+    alike. `batch_size` is of the search: a sample of many places is many samples to a layer.
     """
 
     model: nn.Module
@@ -51,6 +52,7 @@ class Network:
     skip: tuple[str, ...] = ()
     loss: str = "kl"
     samples: int = SAMPLES
+    batch_size: int = 64
     train: TensorDataset | None = None
     test_samples: int = 0
     weights: str | None = None
@@ -125,7 +127,7 @@ def stories(data: Path, most: int | None) -> Network:
     each: Each = lambda m: answered(m, pairs, 16)  # noqa: E731
     samples = min(256, len(pool))  # of 256 tokens each
     model = loader.network("stories260k")
-    of: dict[str, Any] = {"metric": "loss", "sign": -1, "skip": ("emb",), "samples": samples}
+    of: dict[str, Any] = {"metric": "loss", "sign": -1, "skip": ("emb",), "samples": samples, "batch_size": LARGE}
     return Network(model, pool, each, **of, test_samples=len(test))
 
 
@@ -166,7 +168,7 @@ def vdsr(data: Path, most: int | None) -> Network:
         return dict(zip(("psnr", "ssim"), torch.tensor(found).T, strict=True))
 
     model, pool = loader.network("vdsr"), torch.stack(patches)[:, None]
-    return Network(model, pool, each, metric="psnr", loss="l1", test_samples=len(pairs))
+    return Network(model, pool, each, metric="psnr", loss="l1", batch_size=LARGE, test_samples=len(pairs))
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
