@@ -29,7 +29,7 @@ from optuna.trial import TrialState
 
 from sgsc.demos.training import usable
 from sgsc.search.storage import open_storage, open_study
-from tests import postgres_server
+from tests import servers
 
 from . import record
 from .runs import Row, Section, Settings
@@ -90,11 +90,12 @@ def _proposal(seed: int, method: str) -> Row:
 
 
 def kills(section: Section, seeds: Sequence[int]) -> None:
-    """Workers killed at random moments, one after another on one study; on a server too where one is installed."""
+    """Workers killed at random moments, one after another on one study; on servers too that are installed."""
     for seed in seeds:
         section.row({"task": "kills", "seed": seed, "method": "SQLite"}, lambda s=seed: _kills_of_a_file(s))
-        if postgres_server.INSTALLED:
-            section.row({"task": "kills", "seed": seed, "method": "PostgreSQL"}, lambda s=seed: _kills_of_a_server(s))
+        for kind in filter(lambda kind: kind.installed(), servers.KINDS):
+            row = {"task": "kills", "seed": seed, "method": kind.__name__}
+            section.row(row, lambda s=seed, k=kind: _kills_of_a_server(s, k))
 
 
 def _kills_of_a_file(seed: int) -> Row:
@@ -102,8 +103,8 @@ def _kills_of_a_file(seed: int) -> Row:
         return _kills(seed, f"{folder}/s.db")
 
 
-def _kills_of_a_server(seed: int) -> Row:
-    with postgres_server.server() as server:
+def _kills_of_a_server(seed: int, kind: type[servers.Server]) -> Row:
+    with servers.server(kind) as server:
         return _kills(seed, server.database("kills"))
 
 

@@ -18,7 +18,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -73,8 +73,17 @@ def measure_network(
                 if not methods or method in methods:
                     more = {"assignments": randoms} if method == RANDOM else {}
                     section.row({**one, "method": method, **more}, lambda measure=measure: timed(measure))
-    if unknown := [m for m in methods if m not in named]:
-        raise SystemExit(f"bench.strategies: no method is called {unknown[0]!r}; there are {', '.join(sorted(named))}")
+    refuse_unknown(methods, named)
+
+
+def refuse_unknown(methods: Sequence[str], known: Collection[str]) -> None:
+    """Refuse a method that there is none of.
+
+    Raises:
+        SystemExit: If there is one.
+    """
+    if unknown := [m for m in methods if m not in known]:
+        raise SystemExit(f"bench.strategies: no method is called {unknown[0]!r}; there are {', '.join(sorted(known))}")
 
 
 def _methods(of: Network, setting: str, seed: int, randoms: int) -> dict[str, Callable[[], Row]]:
@@ -231,15 +240,21 @@ def pairs_trained() -> dict[str, tuple[str, str] | None]:
     return found | {f"{w} + {i}": (w, i) for w, i in zip_longest(*rest, fillvalue="lsq")}
 
 
-def measure_qat(section: Section, of: Network, steps: int, draws: int, rate: float) -> None:
-    """ResNet-20 at 4 bits: strategies that are searched, and each pair in all layers, equally long."""
+def measure_qat(
+    section: Section, of: Network, steps: int, draws: int, rate: float, methods: Sequence[str] = ()
+) -> None:
+    """ResNet-20 at 4 bits, equally long: strategies that are searched, each pair in all layers; or these methods."""
     assert of.train is not None
     float_row = {"task": "resnet20", "test_samples": of.test_samples}
     common = {**float_row, "setting": "W4A4", "steps": steps, "rate": rate, "samples": of.samples}
     common["train_samples"] = len(of.train)
     section.row({**float_row, "method": "float"}, lambda: timed(lambda: of.judge(of.model)))
+    known = pairs_trained()
+    refuse_unknown(methods, known)
     for seed in range(draws):
-        for method, names in pairs_trained().items():
+        for method, names in known.items():
+            if methods and method not in methods:
+                continue
             section.row(
                 {**common, "seed": seed, "method": method},
                 lambda s=seed, n=names: timed(lambda: _train(of, steps, s, n, rate)),
@@ -295,7 +310,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measure = functools.partial(measure_mixture, section)
         elif name == "qat":
             measure = functools.partial(
-                measure_qat, section, drawn_from("resnet20", trained=True), chosen.steps, draws, chosen.rate
+                measure_qat,
+                section,
+                drawn_from("resnet20", trained=True),
+                chosen.steps,
+                draws,
+                chosen.rate,
+                chosen.methods,
             )
         else:
             measure = functools.partial(

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 
 from bench import readme, record, runs, search, search_claims, search_networks, search_surrogates
 from bench.search_surrogates import MEASURED, METHODS, Measured, Surrogate, measure
-from tests import postgres_server
+from tests import servers
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -140,8 +140,8 @@ def test_a_kill_run_and_a_proposal_are_measured(monkeypatch):
     monkeypatch.setattr(search, "KILLS", 2)
     found = {"method": "SQLite"} | search._kills_of_a_file(0)
     assert (found["kills"], found["lost"], found["zombies"]) == (2, 0, 0)
-    if postgres_server.INSTALLED:
-        assert search._kills_of_a_server(0)["lost"] == 0
+    for kind in filter(lambda kind: kind.installed(), servers.KINDS):
+        assert search._kills_of_a_server(0, kind)["lost"] == 0
     monkeypatch.setattr(search, "TRIALS", 20)
     assert search._proposal(0, "k-means TPE")["milliseconds"] > 0
     assert "| SQLite | 2 |" in search_claims.kill_table([found])

@@ -204,7 +204,12 @@ def test_training_rows(monkeypatch, short):
         test_samples=64,
     )
     monkeypatch.setattr(strategies, "network", lambda *_: of)
-    assert strategies.main(["qat", "--steps", "5", "--draws", "1", "--results", str(short)]) == 0
+    how = ["qat", "--steps", "5", "--draws", "1", "--results", str(short)]
+    with pytest.raises(SystemExit, match="no method is called 'uniform'; there are DQSS, dorefa"):
+        strategies.main([*how, "--methods", "uniform"])
+    assert strategies.main([*how, "--methods", "DQSS"]) == 0
+    assert [r["method"] for r in json.loads((short / "strategies.json").read_text())["rows"]] == ["float", "DQSS"]
+    assert strategies.main(how) == 0
     rows = json.loads((short / "strategies.json").read_text())["rows"]
     assert [r["method"] for r in rows] == ["float", "DQSS", "lsq", "lsq+", "straight-through", "dorefa + pact"]
     assert all(0 <= r["accuracy"] <= 1 for r in rows)

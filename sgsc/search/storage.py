@@ -241,7 +241,7 @@ def clock(storage: Any) -> float:
         return time.time()
     mysql = engine.dialect.name in ("mysql", "mariadb")  # its now() is in a time zone that the session sets
     with engine.connect() as connection:
-        told = connection.execute(select(func.utc_timestamp() if mysql else func.now())).scalar_one()
+        told = connection.execute(select(func.utc_timestamp(6) if mysql else func.now())).scalar_one()
     return told.replace(tzinfo=told.tzinfo or datetime.timezone.utc).timestamp()
 
 
