@@ -15,6 +15,7 @@ from sgsc.layers import quant_layers
 from sgsc.quantizers import StaticInput
 from sgsc.samples import outputs
 from sgsc.strategies import INPUTS, WEIGHTS, StrategySettings, make_problem
+from sgsc.strategies import problem as problem_module
 from sgsc.strategies.biases import round_biases
 from sgsc.strategies.calibration import calibrate
 from sgsc.strategies.registry import RangeStrategy, WeightStrategy
@@ -99,11 +100,17 @@ def test_probabilities_are_no_logits():
     assert search_strategies(nn.Sequential(net(), nn.Softmax(-1)), data(), loss="l1", **QUICK).loss < 0.1
 
 
-def test_answers_to_what_grids_are_fitted_to_are_not_kept():
+def test_answers_to_what_mixtures_learn_from_are_kept_where_they_are_few():
     problem = make_problem(net(), data(), StrategySettings(batch_size=8))
     assert len(problem.fit) == 6
     assert sum(map(len, problem.wanted)) == sum(map(len, problem.select)) == 16
-    assert torch.equal(problem.answer(3), net()(problem.fit[3]).detach())
+    for few, kept in ((1e9, []), (0, [3])):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(problem_module, "FEW", few)
+            found = [problem.answer(3, problem.fit[3]) for _ in range(2)]
+        assert list(problem.answered) == kept
+        assert (found[0] is found[1]) == bool(kept)
+        assert torch.equal(found[1], net()(problem.fit[3]).detach())
 
 
 def test_a_strategy_of_training_is_none_of_a_search():

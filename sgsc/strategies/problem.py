@@ -27,6 +27,7 @@ from .settings import LOSSES, Loss, StrategySettings
 from .statistics import InputStatistics
 
 Choice = dict[str, tuple[str, str | None]]  # layer -> strategy of its weight, of its input
+FEW = 4  # answers are kept that take no more than this part of the room of what they answer
 
 
 class Derived(NamedTuple):
@@ -68,6 +69,7 @@ class Problem:
         answers: Of the float network, for each batch of `fit`; of layers whose biases may be corrected.
         biases: The same layers -> their biases as they were.
         learns: Names of the model's own parameters that were not frozen when it was given.
+        answered: Place of a batch of `fit` -> what the float model answered, where that was kept.
         place: Of the batch that `judge` is at.
     """
 
@@ -89,6 +91,7 @@ class Problem:
     answers: list[Answers] = field(default_factory=list)
     biases: dict[str, Tensor] = field(default_factory=dict)
     learns: list[str] = field(default_factory=list)
+    answered: dict[int, Tensor] = field(default_factory=dict)
     place: int = 0
 
     def set(self, choice: Choice, bias: Tensor | None = None) -> None:
@@ -115,10 +118,15 @@ class Problem:
         return math.inf if math.isnan(total) else total / count  # -inf is a loss too, of equal answers
 
     @torch.no_grad()
-    def answer(self, place: int) -> Tensor:
-        """What the float model answers to that batch of `fit`: to keep all of it takes more room than the data."""
+    def answer(self, place: int, x: Tensor) -> Tensor:
+        """What the float model answers to `x`, that batch of `fit`; kept where it is small beside it, as of classes."""
+        if place in self.answered:
+            return self.answered[place]
         with evaluating(self.float_model):
-            return self.float_model(fed(self.float_model, self.fit[place]))
+            found = self.float_model(fed(self.float_model, x))
+        if FEW * found.nbytes <= x.nbytes:
+            self.answered[place] = found
+        return found
 
     def fitted(self, name: str, strategy: str, seen: InputStatistics) -> InputQuantizer:
         """The input quantizer that a strategy gives a layer, where the layer is.

@@ -193,7 +193,8 @@ def train_mixture(
         part = step / max(steps - 1, 1)
         set_temperature(model, COLDEST**part)
         place = int(torch.randint(len(problem.fit), (1,), generator=draw))
-        loss = problem.loss(model(fed(model, problem.fit[place])), problem.answer(place))
+        x = problem.fit[place]
+        loss = problem.loss(model(fed(model, x)), problem.answer(place, x))
         sharp = entropy(model)
         if math.isfinite(loss.item()):  # else nothing is to be learned from this step
             first = abs(loss.item()) if first is None else first
