@@ -168,7 +168,7 @@ def vdsr(data: Path, most: int | None) -> Network:
         return dict(zip(("psnr", "ssim"), torch.tensor(found).T, strict=True))
 
     model, pool = loader.network("vdsr"), torch.stack(patches)[:, None]
-    return Network(model, pool, each, metric="psnr", loss="l1", batch_size=LARGE, test_samples=len(pairs))
+    return Network(model, pool, each, metric="psnr", loss="l2", batch_size=LARGE, test_samples=len(pairs))
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -292,12 +292,12 @@ def _answer(network: nn.Module, x: Tensor, loss: str | Loss) -> Tensor:
         if outputs.dim() not in (2, 3) or outputs.shape[-1] < 2:
             raise ValueError(
                 "loss='kl' compares answers among classes, (samples, classes) or (samples, places, classes), and the "
-                f"model's outputs are {tuple(outputs.shape)}; take loss='l1', or pass a function"
+                f"model's outputs are {tuple(outputs.shape)}; take loss='l1' or 'l2', or pass a function"
             )
         if (outputs >= 0).all() and torch.allclose(outputs.float().sum(-1), torch.ones(()).to(outputs.device)):
             raise ValueError(
                 "loss='kl' takes logits, and the model's outputs are probabilities: each row sums to 1; leave the "
-                "softmax out of the model, or take loss='l1', or pass a function"
+                "softmax out of the model, or take loss='l1' or 'l2', or pass a function"
             )
     return outputs
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from sgsc.distillation import divergence
@@ -21,7 +22,7 @@ def distance(outputs: Tensor, wanted: Tensor) -> Tensor:
     return (outputs - wanted).abs().mean()
 
 
-LOSSES: dict[str, Loss] = {"kl": divergence, "l1": distance}
+LOSSES: dict[str, Loss] = {"kl": divergence, "l1": distance, "l2": F.mse_loss}
 
 
 def check_steps(steps: int, least: int, name: str = "steps") -> None:
@@ -46,8 +47,9 @@ class StrategySettings:
         weights: Names of WEIGHTS to choose from; all that serve the purpose if None.
         inputs: Names of INPUTS, likewise.
         skip: Names of layers to leave float, as `prepare` takes them.
-        loss: "kl" (divergence of the answers from the float model's, classes last), "l1" (for images and other real
-            numbers), or a function (outputs, wanted) -> scalar.
+        loss: "kl" (divergence of the answers from the float model's, classes last), "l1" or "l2" (mean absolute or
+            squared difference, for images and other real numbers; PSNR is of the latter), or a function
+            (outputs, wanted) -> scalar.
         select_share: Of the samples, by which discrete choices are judged; the others find grids and train mixtures.
         batch_size: Samples of a step.
         correct_bias: Without training: whether biases may make up for what rounding does to mean answers of layers; it
