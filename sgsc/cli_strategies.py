@@ -33,7 +33,7 @@ def arguments_of(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--inputs", type=_names, default=None, help="the same of activations (default: all)")
     sub.add_argument("--skip", type=_names, default=(), help="layers to leave float, with commas")
-    sub.add_argument("--loss", default=None, help="kl (default: of logits, classes last), l1 or l2 (of images, numbers)")
+    sub.add_argument("--loss", default=None, help="kl (default: logits, classes last), l1 or l2 (images, numbers)")
     sub.add_argument("--steps", type=int, default=None, help="of the mixture (default: 100)")
     sub.add_argument("--train", type=int, default=None, metavar="STEPS", help="train a task with strategies that learn")
     sub.add_argument("--rate", type=float, default=None, help="peak learning rate of --train (default: the task's)")
