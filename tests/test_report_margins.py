@@ -13,8 +13,7 @@ from sgsc.comparison import compare
 from sgsc.config import CompressionConfig, from_arguments
 from sgsc.report import margins, page
 from sgsc.report.words import command
-
-from .test_report import HOSTILE, SVG, elements_of, full_report, printed, words_of
+from tests.pages import HOSTILE, SVG, elements_of, full_report, printed, words_of
 
 NAN, INF = float("nan"), float("inf")
 

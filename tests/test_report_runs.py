@@ -8,8 +8,7 @@ import pytest
 
 from sgsc import cli
 from sgsc.report import beside, page, plots, runs_beside, to_json, write_html
-
-from .test_report import HOSTILE, SVG, elements_of, full_report, words_of
+from tests.pages import HOSTILE, SVG, elements_of, full_report, words_of
 
 NAN, INF = float("nan"), float("inf")
 

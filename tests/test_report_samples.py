@@ -13,8 +13,7 @@ from torch import nn
 from sgsc.demos.certification import _changed
 from sgsc.demos.tasks import load
 from sgsc.report import page, pictures, to_json
-
-from .test_report import HOSTILE, elements_of, words_of
+from tests.pages import HOSTILE, elements_of, words_of
 
 NAN, INF = float("nan"), float("inf")
 
