@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sgsc import fold_batch_norms, load_into, pack, save, search_strategies
+from sgsc import ArtefactError, fold_batch_norms, load_derived, load_into, pack, save, save_derived, search_strategies
 from sgsc.cli import main
 from sgsc.layers import quant_layers
 from sgsc.preparation import prepare
@@ -172,13 +172,67 @@ class Odd(nn.Module):
         return self.head(self.other(self.one(self.bare(self.table(ids)).relu()).relu()))
 
 
-def test_layers_without_a_bias_of_their_own_stay():
+def test_layers_that_share_a_bias_stay_and_one_without_is_given_one():
     problem = make_problem(Odd(), torch.arange(72).view(24, 3) % 9, SETTINGS)
-    assert own_biases(problem.model, problem.layers) == ["head"] == list(problem.biases)
+    assert own_biases(problem.model, problem.layers) == ["bare", "head"] == list(problem.biases)
+    assert problem.added == ["bare"]
     before = problem.layers["one"].bias.clone()
+    assert not problem.layers["bare"].bias.any()
     corrected(problem)
     assert torch.equal(problem.layers["one"].bias, before)
-    assert problem.layers["bare"].bias is None
+    assert problem.layers["bare"].bias.any()
+
+
+def bare_network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(1, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), nn.ReLU(), nn.Flatten()),
+        nn.Linear(32, 3, bias=False),
+    ).eval()
+
+
+@pytest.mark.parametrize("integer_bias", [False, True])
+def test_biases_that_a_network_lacks_come_with_its_files(tmp_path, integer_bias):
+    x = data(80, 3)[..., :6, :6]
+    how = {"bits_weights": 3, "edge_bits": None, "integer_bias": integer_bias}
+    found = search_strategies(bare_network(), x, **{**QUICK, **how})
+    given = {name: layer.bias for name, layer in quant_layers(found.model).items()}
+    assert found.report["biases_added"] == sum(bias is not None for bias in given.values()) > 0
+    assert all(bias is None or bias.any() for bias in given.values())
+    plain = search_strategies(bare_network(), x, **{**QUICK, **how}, correct_bias=False)
+    assert plain.report["biases_added"] == 0
+    assert all(layer.bias is None for layer in quant_layers(plain.model).values())
+    assert integer_bias or found.loss < plain.loss
+    save(pack(found.model), tmp_path / "m.sgsc")
+    save_derived(found.model, tmp_path / "derived.safetensors")
+    packed, derived = (
+        load(bare_network(), tmp_path / name)
+        for load, name in ((load_into, "m.sgsc"), (load_derived, "derived.safetensors"))
+    )
+    for name, bias in given.items():
+        for other in (packed, derived):
+            assert (other.get_submodule(name).bias is None) == (bias is None)
+            assert bias is None or torch.equal(other.get_submodule(name).bias, bias)
+    with torch.no_grad():
+        assert torch.equal(derived(x), found.model(x))
+        torch.testing.assert_close(packed(x), found.model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_an_added_bias_that_helps_nothing_is_taken_back(monkeypatch):
+    monkeypatch.setattr("sgsc.strategies.problem.correct_biases", lambda *_: None)
+    monkeypatch.setattr("sgsc.strategies.problem.correct_bias", lambda *_: None)
+    found = search_strategies(bare_network(), data(80, 3)[..., :6, :6], **QUICK)
+    assert (found.report["biases_added"], found.report["biases_corrected"]) == (0, False)
+    assert all(layer.bias is None for layer in quant_layers(found.model).values())
+
+
+def test_a_bias_of_a_table_is_refused(tmp_path):
+    torch.manual_seed(0)
+    made = pack(prepare(nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 3))).model)
+    made[0].bias = torch.ones(9)
+    save(made, tmp_path / "m.sgsc")
+    with pytest.raises(ArtefactError, match=r"layer '0': its bias .* want None"):
+        load_into(nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 3)), tmp_path / "m.sgsc")
 
 
 @pytest.mark.parametrize("better", [True, False])

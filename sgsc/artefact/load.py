@@ -93,7 +93,7 @@ def _fill(model: nn.Module, artefact: Artefact) -> nn.Module:
             raise ArtefactError(f"layer {name!r} of the file is not in the model")
         _check_fits(name, module, layer)
         layer.bias = values.pop(_join(name, "bias"), None)
-        _check_bias(name, getattr(module, "bias", None), layer)
+        _check_bias(name, module, layer)
         if isinstance(layer, PackedEmbedding):
             layer.like = torch.empty(0, dtype=module.weight.dtype)  # pyright: ignore  a tensor, as _check_fits has seen
         for other in [n for n, m in modules.items() if m is module]:  # a module in two places stays one
@@ -164,9 +164,17 @@ def _check_fits(name: str, module: Any, layer: PackedLayer) -> None:
                 raise ArtefactError(f"layer {name!r}: {key} {value} in the file, {in_model[key]} in the model")
 
 
-def _check_bias(name: str, in_model: Tensor | None, layer: PackedLayer) -> None:
-    have, want = (None if b is None else (str(b.dtype), *b.shape) for b in (layer.bias, in_model))
-    if want is not None:
-        want = (want[0], len(layer.bits))
+def _check_bias(name: str, module: Any, layer: PackedLayer) -> None:
+    """Check the bias that the file has for a layer: also where the model's has none, for corrections may need one.
+
+    Raises:
+        ArtefactError: If it is missing, of another length or dtype, or of a layer that adds none.
+    """
+    in_model = getattr(module, "bias", None)
+    if layer.bias is None and in_model is None:
+        return
+    have = None if layer.bias is None else (str(layer.bias.dtype), *layer.bias.shape)
+    want = (str((module.weight if in_model is None else in_model).dtype), len(layer.bits))
+    want = None if isinstance(layer, PackedEmbedding) else want
     if have != want:
         raise ArtefactError(f"layer {name!r}: its bias in the file does not fit the model's: {have}, want {want}")

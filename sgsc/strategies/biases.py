@@ -4,8 +4,8 @@
 
 The empirical form of bias correction (Nagel et al. 2019, arXiv 1906.04721, section 4.2, equation 17, after a layer and
 not its activation): means are over samples, places and calls, of the float network and of the quantized one, in which
-the layers before are corrected already. A layer without a bias stays as it is, for a file with one more would no longer
-load into the network that it is of; and so does one that shares its bias.
+the layers before are corrected already. A layer without a bias is given one, and files say so: they load into the
+network that they are of, which has none. One that shares its bias stays as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sgsc.layers import QuantLayer, quant_layers
+from sgsc.layers import QuantEmbedding, QuantLayer, quant_layers
 from sgsc.preparation import unrounded
 from sgsc.quantizers import InputQuantizer
 from sgsc.samples import evaluating, fed
@@ -33,6 +33,23 @@ def mean(sums: Sequence[Sum]) -> Tensor | None:
     """Of all together; None of nothing."""
     count = sum(count for _, count in sums)
     return torch.stack([total for total, _ in sums]).sum(0) / count if count else None
+
+
+def give_biases(layers: Mapping[str, QuantLayer]) -> list[str]:
+    """Give layers that multiply and have no bias one of zeros, frozen; their names."""
+    bare = [n for n, layer in layers.items() if layer.bias is None and not isinstance(layer, QuantEmbedding)]
+    for name in bare:
+        weight = layers[name].weight
+        layers[name].bias = nn.Parameter(weight.new_zeros(len(weight)), requires_grad=False)
+    return bare
+
+
+def take_back(layers: Mapping[str, QuantLayer], names: Sequence[str]) -> list[str]:
+    """Take the biases of those names away again that are zeros still; the names of the others."""
+    for name in names:
+        if not layers[name].bias.any():  # pyright: ignore  it was given one
+            layers[name].bias = None
+    return [name for name in names if layers[name].bias is not None]
 
 
 def own_biases(model: nn.Module, layers: Mapping[str, QuantLayer]) -> list[str]:

@@ -24,6 +24,7 @@ from sgsc.layers import quant_layers
 from sgsc.preparation import prepare
 from sgsc.quantizers import InputQuantizer, Quantizer
 
+from .biases import give_biases
 from .folding import fold_batch_norms
 from .registry import INPUTS, WEIGHTS
 from .statistics import InputStatistics
@@ -76,6 +77,7 @@ def load_derived(network: nn.Module, path: str | os.PathLike) -> nn.Module:
             model = prepare(base, quantizer="lsq8", skip=map(re.escape, _others(base, layers))).model
             if set(quant_layers(model)) == set(layers):
                 _attach(model, layers)
+                _give(model, state)
                 model.load_state_dict(state)
                 _check_grids(model.eval(), layers)
                 return model
@@ -100,6 +102,13 @@ def _attach(model: nn.Module, layers: Mapping[str, Sequence[Any]]) -> None:
         at = layer.weight.device
         layer.weight_quantizer = WEIGHTS[weight](layer.weight.shape[0], bits, per_channel).to(at)
         layer.input_quantizer = None if given is None else INPUTS[given].fitted(seen, bits).to(at)
+
+
+def _give(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Give biases to layers that have none in the network and one in the file."""
+    for name, layer in quant_layers(model).items():
+        if f"{name}.bias".removeprefix(".") in state:
+            give_biases({name: layer})
 
 
 def _check_grids(model: nn.Module, layers: Mapping[str, Sequence[Any]]) -> None:

@@ -18,7 +18,7 @@ from sgsc.preparation import Prepared, alike, prepare, read_beside
 from sgsc.quantizers import InputQuantizer, Quantizer
 from sgsc.samples import device_of, evaluating, fed, taking
 
-from .biases import Answers, correct_bias, correct_biases, float_answers, mean, mean_inputs, own_biases
+from .biases import Answers, correct_bias, correct_biases, float_answers, give_biases, mean, mean_inputs, own_biases
 from .calibration import Calls, calibrate, count_calls, room
 from .data import Batches, Calibration, split
 from .folding import Folded, fold_batch_norms
@@ -68,6 +68,7 @@ class Problem:
         inputs: Layer -> strategy -> quantizer; empty for embeddings, and where inputs stay float.
         answers: Of the float network, for each batch of `fit`; of layers whose biases may be corrected.
         biases: The same layers -> their biases as they were.
+        added: Those among them that had none, and were given zeros.
         learns: Names of the model's own parameters that were not frozen when it was given.
         answered: Place of a batch of `fit` -> what the float model answered, where that was kept.
         place: Of the batch that `judge` is at.
@@ -90,6 +91,7 @@ class Problem:
     inputs: dict[str, dict[str, InputQuantizer]] = field(default_factory=dict)
     answers: list[Answers] = field(default_factory=list)
     biases: dict[str, Tensor] = field(default_factory=dict)
+    added: list[str] = field(default_factory=list)
     learns: list[str] = field(default_factory=list)
     answered: dict[int, Tensor] = field(default_factory=dict)
     place: int = 0
@@ -256,6 +258,7 @@ def make_problem(
     problem = Problem(model, layers, bits, of_inputs, fit, select, wanted, network, judge, left, together, calls)
     problem.learns = learns
     if settings.correct_bias and not settings.trained:
+        problem.added = give_biases(layers)
         problem.biases = {name: layers[name].bias.clone() for name in own_biases(model, layers)}  # pyright: ignore
         problem.answers = float_answers(model, layers, list(problem.biases), fit)
         problem.counts = count_calls(model, layers, fit).counts

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from sgsc.layers import QuantLayer, quant_layers
 from sgsc.samples import fed
 
-from .biases import round_biases
+from .biases import round_biases, take_back
 from .data import Calibration
 from .mixture import MixedInput, MixedWeights, entropy, mixtures, set_temperature
 from .problem import Choice, Derived, Problem, make_problem
@@ -128,6 +128,7 @@ def search_strategies(
     if integer_bias:
         left_biases = round_biases(problem.model)
         result = problem.judge()
+    added = take_back(problem.layers, problem.added)
     layers = [
         row | {"weight_losses": end.losses[row["name"]][0], "input_losses": end.losses[row["name"]][1]}
         for row in layer_rows(problem.layers, end.choice, problem.bits, shares)
@@ -140,6 +141,7 @@ def search_strategies(
         **{"best_uniform": list(best), "best_uniform_loss": uniforms[best], "greedy_loss": ends["greedy"].loss},
         **{"mixture_argmax_loss": ends["mixture"].start, "mixture_greedy_loss": ends["mixture"].loss},
         **{"recalibrated": derived.recalibrated, "biases_corrected": corrected, "biases_left": left_biases},
+        **{"biases_added": len(added)},
         **{"course": course, "layers": layers},
         **{"seconds_by_phase": clock, "seconds": time.perf_counter() - started},
     }

@@ -53,7 +53,7 @@ class StrategySettings:
         select_share: Of the samples, by which discrete choices are judged; the others find grids and train mixtures.
         batch_size: Samples of a step.
         correct_bias: Without training: whether biases may make up for what rounding does to mean answers of layers; it
-            doubles the time of a search.
+            doubles the time of a search. A layer without a bias is given one, which files bring with them.
         seed: Of every random choice.
 
     Raises:
