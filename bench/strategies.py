@@ -63,17 +63,14 @@ def measure_network(
     common |= {"left_float": list(of.skip)} if of.skip else {}
     common |= {"weights": of.weights} if of.weights else {}
     section.row({**common, "method": "float"}, lambda: timed(lambda: of.judge(of.model)))
-    named: set[str] = set()
+    refuse_unknown(methods, {m for setting in settings for m in _methods(of, setting, 0, randoms)})
     for setting in settings:
         for seed in range(draws):
             one = {**common, "setting": setting, "samples": of.samples, "seed": seed}
-            known = _methods(of, setting, seed, randoms)
-            named |= known.keys()
-            for method, measure in known.items():
+            for method, measure in _methods(of, setting, seed, randoms).items():
                 if not methods or method in methods:
                     more = {"assignments": randoms} if method == RANDOM else {}
                     section.row({**one, "method": method, **more}, lambda measure=measure: timed(measure))
-    refuse_unknown(methods, named)
 
 
 def refuse_unknown(methods: Sequence[str], known: Collection[str]) -> None:
@@ -333,7 +330,9 @@ def _more(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draws", type=int, default=3, help="of calibration data (default: 3)")
     parser.add_argument("--samples", type=int, default=1024, help="of a draw (default: 1024)")
     parser.add_argument("--random", type=int, default=10, help="random assignments a draw (default: 10)")
-    parser.add_argument("--methods", type=lambda text: text.split(","), default=(), help="of a network (default: all)")
+    parser.add_argument(
+        "--methods", type=lambda text: text.split(","), default=(), help="of networks, or of qat (default: all)"
+    )
     parser.add_argument("--test", type=int, default=None, help="at most so many test samples, and rows say so")
     parser.add_argument("--steps", type=int, default=2000, help="of the section qat (default: 2000)")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of the section qat (default: 1e-3)")

@@ -142,8 +142,8 @@ def server(kind: type[Server]) -> Iterator[Server]:
         if AS:
             shutil.chown(folder, AS["user"])
         made = kind(folder)
+        made.start()
         try:
-            made.start()
             yield made
         finally:
             made.stop()

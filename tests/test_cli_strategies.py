@@ -77,6 +77,8 @@ def test_the_page_escapes_and_survives_what_is_missing(run):
     assert "<script>" not in render_strategies(hostile)
     strategies_summary({})
     render_strategies({"layers": [{"name": "a"}], "uniform": [{}], "course": [{}]})
+    assert "brings biases for 3 layers that have none" in render_strategies({"biases_added": 3})
+    assert "brings biases" not in render_strategies({"biases_added": 0})
 
 
 def test_the_terminal_shows_choices(run, tmp_path, capsys):

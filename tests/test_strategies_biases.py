@@ -11,7 +11,7 @@ from sgsc.cli import main
 from sgsc.layers import quant_layers
 from sgsc.preparation import prepare
 from sgsc.quantizers import StaticInput
-from sgsc.strategies import make_problem
+from sgsc.strategies import LOSSES, StrategySettings, make_problem
 from sgsc.strategies.biases import correct_bias, correct_biases, float_answers, mean_inputs, own_biases
 from sgsc.strategies.calibration import count_calls
 from sgsc.strategies.problem import Problem
@@ -224,6 +224,91 @@ def test_an_added_bias_that_helps_nothing_is_taken_back(monkeypatch):
     found = search_strategies(bare_network(), data(80, 3)[..., :6, :6], **QUICK)
     assert (found.report["biases_added"], found.report["biases_corrected"]) == (0, False)
     assert all(layer.bias is None for layer in quant_layers(found.model).values())
+
+
+class Looks(nn.Module):
+    """Answers otherwise, or fails, where a layer has a bias."""
+
+    def __init__(self, fails):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.fails = nn.Linear(6, 8, bias=False), nn.Linear(8, 3, bias=False), fails
+
+    def forward(self, x):
+        assert not self.fails or self.body.bias is None
+        y = self.body(x)
+        return self.head(y.relu() if self.body.bias is None else y)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_network_that_looks_for_biases_is_given_none(fails):
+    x = torch.randn(80, 6)
+    found = search_strategies(Looks(fails), x, **QUICK)
+    assert found.report["biases_added"] == 0
+    assert all(layer.bias is None for layer in quant_layers(found.model).values())
+    problem = make_problem(Looks(fails), x, SETTINGS)
+    assert (problem.added, problem.biases) == ([], {})
+
+
+NETWORKS = {
+    "one layer": (lambda: nn.Linear(6, 3, bias=False), (6,)),
+    "attention": (
+        lambda: nn.Sequential(
+            nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, bias=False), nn.Linear(8, 3, bias=False)
+        ),
+        (5, 8),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_files_of_all_kinds_of_layers_bring_their_biases(name, dtype, tmp_path):
+    make, shape = NETWORKS[name]
+    torch.manual_seed(0)
+    network, x = make().to(dtype).eval(), (torch.rand(80, *shape) + 0.3).to(dtype)
+    problem = make_problem(network, x, StrategySettings(bits_weights=2, edge_bits=None, batch_size=32))
+    problem.set(problem.uniform("max-abs", "min-max"))
+    correct_biases(problem.model, problem.layers, problem.answers, problem.fit)
+    assert problem.added == list(problem.layers)
+    assert all(layer.bias.any() for layer in problem.layers.values())
+    save(pack(problem.model), tmp_path / "m.sgsc")
+    save_derived(problem.model, tmp_path / "d")
+    with torch.no_grad():
+        wanted = problem.model(x)
+        assert torch.equal(load_derived(network, tmp_path / "d")(x), wanted)
+        close = 1e-4 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(load_into(network, tmp_path / "m.sgsc")(x), wanted, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("bad", [torch.full((3,), torch.nan), torch.ones(3).double(), torch.ones(4), torch.ones(3, 1)])
+def test_a_bias_that_no_search_gives_is_refused(bad, tmp_path):
+    problem = make_problem(nn.Linear(6, 3, bias=False), torch.randn(80, 6), SETTINGS)
+    problem.set(problem.uniform("mse", "mse"))
+    problem.model.bias = nn.Parameter(bad)
+    save_derived(problem.model, tmp_path / "d")
+    with pytest.raises(ValueError, match=r"does not fit the network: .*bias"):
+        load_derived(nn.Linear(6, 3, bias=False), tmp_path / "d")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_added_biases_of_halves_are_whole_steps_or_none(dtype):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 16, bias=False), nn.ReLU(), nn.Linear(16, 3, bias=False)).to(dtype).eval()
+    how = {**QUICK, "bits_weights": 2, "edge_bits": None, "integer_bias": True}
+    found = search_strategies(network, torch.rand(80, 6).to(dtype), **how)
+    assert found.report["biases_left"] == 0
+    for layer in quant_layers(found.model).values():
+        step = layer.weight_quantizer.grid()[0].double() * layer.input_quantizer.grid()[0].double()
+        codes = torch.zeros(()) if layer.bias is None else layer.bias.double() / step
+        assert ((codes - codes.round()).abs() <= 0.01 + codes.abs() * 2.0**-23).all()
+
+
+@pytest.mark.parametrize("name", ["l1", "l2"])
+def test_small_differences_of_halves_are_told(name):
+    a, b = torch.full((4, 3), 0.02, dtype=torch.float16), torch.full((4, 3), 0.0201, dtype=torch.float16)
+    assert 0 < LOSSES[name](a, b) < 1e-3
+    assert LOSSES[name](300 * torch.ones(2).half(), -300 * torch.ones(2).half()) == (600 if name == "l1" else 360000)
 
 
 def test_a_bias_of_a_table_is_refused(tmp_path):

@@ -23,7 +23,8 @@ The header's only metadata is "sgsc", the manifest, JSON again:
                   shift bits have their levels at half steps (1: a bit means -1/2 or +1/2); settings are those that
                   differ from the usual. In format 2 a sixth part, where there is one, is the grid of the layer's
                   input, [scale, code_min, code_max]
-    values        {DTYPE: [[name, shape], …]}, biases of packed layers among them
+    values        {DTYPE: [[name, shape], …]}, biases of packed layers among them, also of layers that have none in the
+                  float model: a Linear or convolution is the same with a bias of its own
     notes         free JSON of the writer
 
 A row of b bits stands for (level + offset) * scale with offset = -2^(b-1), plus 1/2 where b <= shift.

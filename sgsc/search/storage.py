@@ -28,7 +28,7 @@ import sqlalchemy
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import event, func, select
+from sqlalchemy import event, func, literal_column, select
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
 HOST, WORKER, BEAT = "host", "worker", "beat"  # attributes of a study, and of a trial
@@ -241,7 +241,7 @@ def clock(storage: Any) -> float:
         return time.time()
     mysql = engine.dialect.name in ("mysql", "mariadb")  # its now() is in a time zone that the session sets
     with engine.connect() as connection:
-        told = connection.execute(select(func.utc_timestamp(6) if mysql else func.now())).scalar_one()
+        told = connection.execute(select(func.utc_timestamp(literal_column("6")) if mysql else func.now())).scalar_one()
     return told.replace(tzinfo=told.tzinfo or datetime.timezone.utc).timestamp()
 
 

@@ -10,7 +10,7 @@ network that they are of, which has none. One that shares its bias stays as it i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgsc.layers import QuantEmbedding, QuantLayer, quant_layers
-from sgsc.preparation import unrounded
+from sgsc.preparation import alike, unrounded
 from sgsc.quantizers import InputQuantizer
 from sgsc.samples import evaluating, fed
 
@@ -36,12 +36,31 @@ def mean(sums: Sequence[Sum]) -> Tensor | None:
 
 
 def give_biases(layers: Mapping[str, QuantLayer]) -> list[str]:
-    """Give layers that multiply and have no bias one of zeros, frozen; their names."""
+    """Give layers that multiply and have no bias one of zeros, frozen; their names. See `take_back`."""
     bare = [n for n, layer in layers.items() if layer.bias is None and not isinstance(layer, QuantEmbedding)]
     for name in bare:
         weight = layers[name].weight
         layers[name].bias = nn.Parameter(weight.new_zeros(len(weight)), requires_grad=False)
     return bare
+
+
+@torch.no_grad()
+def give_unseen(model: nn.Module, layers: Mapping[str, QuantLayer], x: Tensor, wanted: Tensor) -> list[str]:
+    """`give_biases`, but none where the model looks whether its layers have one, and then answers otherwise.
+
+    Args:
+        model: From `prepare`, in evaluation mode.
+        layers: All of its quantized layers.
+        x: A batch of inputs.
+        wanted: What the float network answers to it.
+    """
+    added = give_biases(layers)
+    try:
+        with unrounded(layers.values()):
+            same = not added or alike(model(fed(model, x)), wanted)
+    except Exception:  # of a forward that asserts that there is none
+        same = False
+    return added if same else take_back(layers, added)
 
 
 def take_back(layers: Mapping[str, QuantLayer], names: Sequence[str]) -> list[str]:
@@ -171,13 +190,14 @@ def correct_bias(layer: QuantLayer, wanted: Tensor, given: Tensor | None) -> Non
 
 
 @torch.no_grad()
-def round_biases(model: nn.Module) -> int:
+def round_biases(model: nn.Module, added: Collection[str] = ()) -> int:
     """Round biases to what integer kernels add: whole steps of scale_w * scale_x in int32, in place.
 
     Ours add a float bias to the scaled sum, which is exact: this is for networks that will run on kernels which
     accumulate codes with the bias among them. The error is at most half such a step. A bias of more than 2^31 steps
     stays as it is: such are those of rows of zeros. So does one whose dtype cannot hold whole steps, to a hundredth or
-    as far as float32 can, or that several layers share.
+    as far as float32 can, or that several layers share. Of layers that had no bias, the names in `added`, what would
+    stay as it is goes: without it they were right for such kernels.
 
     Returns:
         How many biases were left; of those that are shared once a layer.
@@ -193,8 +213,8 @@ def round_biases(model: nn.Module) -> int:
         rounded = (code * step).to(layer.bias.dtype)
         fits &= (rounded.double() / step - code).abs() <= 0.01 + code.abs() * 2.0**-23  # as float32 holds them
         fits &= name in own
-        kept += int((~fits).sum())
-        layer.bias.copy_(torch.where(fits, rounded, layer.bias))
+        kept += 0 if name in added else int((~fits).sum())
+        layer.bias.copy_(torch.where(fits, rounded, 0.0 if name in added else layer.bias))
     return kept
 
 

@@ -1,7 +1,8 @@
 """Calibration data: samples that users give in one tensor or in batches, checked, split, and batched anew.
 
 They lie in memory once, where their user has them; a batch is joined when it is asked for. Beside them a search keeps
-statistics whose size does not depend on how many there are, and the float network's answers to what it selects by.
+statistics whose size does not depend on how many there are, and the float network's answers to what it selects by; to
+the rest where they are small beside it.
 """
 
 from __future__ import annotations

@@ -105,10 +105,19 @@ def _attach(model: nn.Module, layers: Mapping[str, Sequence[Any]]) -> None:
 
 
 def _give(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Give biases to layers that have none in the network and one in the file."""
+    """Give biases to layers that have none in the network and one in the file.
+
+    Raises:
+        ValueError: If a bias is not finite, or of another dtype than its layer's weight.
+    """
     for name, layer in quant_layers(model).items():
-        if f"{name}.bias".removeprefix(".") in state:
+        bias = state.get(f"{name}.bias".removeprefix("."))
+        if bias is not None and layer.bias is None:
             give_biases({name: layer})
+            if bias.dtype != layer.weight.dtype:
+                raise ValueError(f"layer {name!r}: a bias of {bias.dtype}, a weight of {layer.weight.dtype}")
+        if bias is not None and not torch.isfinite(bias).all():
+            raise ValueError(f"layer {name!r}: a bias that is not finite")
 
 
 def _check_grids(model: nn.Module, layers: Mapping[str, Sequence[Any]]) -> None:

@@ -18,7 +18,7 @@ from sgsc.preparation import Prepared, alike, prepare, read_beside
 from sgsc.quantizers import InputQuantizer, Quantizer
 from sgsc.samples import device_of, evaluating, fed, taking
 
-from .biases import Answers, correct_bias, correct_biases, float_answers, give_biases, mean, mean_inputs, own_biases
+from .biases import Answers, correct_bias, correct_biases, float_answers, give_unseen, mean, mean_inputs, own_biases
 from .calibration import Calls, calibrate, count_calls, room
 from .data import Batches, Calibration, split
 from .folding import Folded, fold_batch_norms
@@ -222,7 +222,7 @@ def make_problem(
     """Fold, prepare, and find every candidate's grid; see `search_strategies` for network and data.
 
     The start of all inputs is the strategy `mse`, or the first that was named: what the layers before give a layer when
-    its candidates find their grids.
+    its candidates find their grids. Layers `added` to those with a bias keep it: `take_back` takes those of zeros.
 
     Raises:
         ValueError: If the calibration data, the model or a setting cannot be served.
@@ -258,7 +258,7 @@ def make_problem(
     problem = Problem(model, layers, bits, of_inputs, fit, select, wanted, network, judge, left, together, calls)
     problem.learns = learns
     if settings.correct_bias and not settings.trained:
-        problem.added = give_biases(layers)
+        problem.added = give_unseen(model, layers, fit[0], first)
         problem.biases = {name: layers[name].bias.clone() for name in own_biases(model, layers)}  # pyright: ignore
         problem.answers = float_answers(model, layers, list(problem.biases), fit)
         problem.counts = count_calls(model, layers, fit).counts

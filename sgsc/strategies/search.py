@@ -126,7 +126,7 @@ def search_strategies(
     result, left_biases = derived.loss, 0
     corrected = any(not torch.equal(bias, problem.biases[name]) for name, bias in derived.biases.items())
     if integer_bias:
-        left_biases = round_biases(problem.model)
+        left_biases = round_biases(problem.model, problem.added)
         result = problem.judge()
     added = take_back(problem.layers, problem.added)
     layers = [
@@ -135,6 +135,9 @@ def search_strategies(
     ]
     report = {
         **{key: getattr(wanted, key) for key in KEPT},
+        **{
+            "judged_by": wanted.loss if isinstance(wanted.loss, str) else getattr(wanted.loss, "__name__", "a function")
+        },
         **{"correct_bias": wanted.correct_bias, "steps": steps, "samples_fit": problem.fit.samples},
         **{"samples_select": problem.select.samples, "origin": origin, "loss": result, "left": problem.left},
         **{"uniform": [{"weight": w, "input": a, "loss": v} for (w, a), v in uniforms.items()]},
