@@ -23,7 +23,7 @@ from .calibration import Calls, calibrate, count_calls, room
 from .data import Batches, Calibration, split
 from .folding import Folded, fold_batch_norms
 from .registry import INPUTS, WEIGHTS, strategies
-from .settings import LOSSES, Loss, StrategySettings
+from .settings import LOSSES, Loss, StrategySettings, check_loss
 from .statistics import InputStatistics
 
 Choice = dict[str, tuple[str, str | None]]  # layer -> strategy of its weight, of its input
@@ -239,7 +239,7 @@ def make_problem(
         for place in range(1, len(fit)):
             _answer(network, fit[place], settings.loss)
         wanted = [_answer(network, x, settings.loss) for x in select]
-    _check_loss(judge, first)
+    check_loss(judge, first)
     folded = _folded(network, fit[0], first) if fold else Folded(network, (), {})
     prepared = _prepared(folded.model, settings.skip, fit[0])
     quantizers = {id(p) for layer in quant_layers(prepared.model).values() for p in layer.weight_quantizer.parameters()}
@@ -263,25 +263,41 @@ def make_problem(
         problem.answers = float_answers(model, layers, list(problem.biases), fit)
         problem.counts = count_calls(model, layers, fit).counts
     for name, layer in layers.items():
-        problem.weights[name] = {}
-        for strategy, cls in of_weights.items():
-            made = cls(layer.weight.shape[0], bits[name][0], settings.per_channel).to(layer.weight.device)
-            try:
-                made.fit(layer.rows())
-            except ValueError as error:
-                raise ValueError(f"layer {name!r}: {error}") from None
-            if not all(torch.isfinite(part).all() for part in made.grid()):
-                raise ValueError(f"strategy {strategy!r} finds a grid that is not finite for layer {name!r}")
-            problem.weights[name][strategy] = made
-        layer.weight_quantizer = problem.weights[name]["mse" if "mse" in of_weights else next(iter(of_weights))]
-    start = "mse" if "mse" in of_inputs else next(iter(of_inputs))
+        problem.weights[name] = _fitted_weights(name, layer, of_weights, bits[name][0], settings.per_channel)
+        layer.weight_quantizer = problem.weights[name][_start(of_weights)]
 
     def choose(name: str, seen: InputStatistics) -> InputQuantizer:
         problem.inputs[name] = {strategy: problem.fitted(name, strategy, seen) for strategy in of_inputs}
-        return problem.inputs[name][start]
+        return problem.inputs[name][_start(of_inputs)]
 
     problem.calibrate(choose)
     return problem
+
+
+def _start(known: Mapping[str, Any]) -> str:
+    """The strategy that layers have while others find their grids."""
+    return "mse" if "mse" in known else next(iter(known))
+
+
+def _fitted_weights(
+    name: str, layer: QuantLayer, known: Mapping[str, Any], bits: int, per_channel: bool
+) -> dict[str, Quantizer]:
+    """Strategy -> the quantizer of a layer's weight that it gives.
+
+    Raises:
+        ValueError: If one finds no grid, or none that is finite.
+    """
+    found: dict[str, Quantizer] = {}
+    for strategy, cls in known.items():
+        made = cls(layer.weight.shape[0], bits, per_channel).to(layer.weight.device)
+        try:
+            made.fit(layer.rows())
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from None
+        if not all(torch.isfinite(part).all() for part in made.grid()):
+            raise ValueError(f"strategy {strategy!r} finds a grid that is not finite for layer {name!r}")
+        found[strategy] = made
+    return found
 
 
 def _answer(network: nn.Module, x: Tensor, loss: str | Loss) -> Tensor:
@@ -303,18 +319,6 @@ def _answer(network: nn.Module, x: Tensor, loss: str | Loss) -> Tensor:
                 "softmax out of the model, or take loss='l1' or 'l2', or pass a function"
             )
     return outputs
-
-
-def _check_loss(loss: Loss, outputs: Tensor) -> None:
-    """Refuse a function that is no loss.
-
-    Raises:
-        ValueError: If it does not give one number for equal answers; -inf is one, as -PSNR has it.
-    """
-    value = loss(outputs, outputs)
-    if not isinstance(value, Tensor) or value.numel() != 1 or value.isnan().any():
-        said = tuple(value.shape) if isinstance(value, Tensor) and value.numel() != 1 else value
-        raise ValueError(f"loss of the model's answers with themselves is {said}; want a tensor of one number")
 
 
 def _prepared(network: nn.Module, skip: Iterable[str], x: Tensor) -> Prepared:

@@ -29,6 +29,18 @@ def squared_distance(outputs: Tensor, wanted: Tensor) -> Tensor:
 LOSSES: dict[str, Loss] = {"kl": divergence, "l1": distance, "l2": squared_distance}
 
 
+def check_loss(loss: Loss, outputs: Tensor) -> None:
+    """Refuse a function that is no loss.
+
+    Raises:
+        ValueError: If it does not give one number for equal answers; -inf is one, as -PSNR has it.
+    """
+    value = loss(outputs, outputs)
+    if not isinstance(value, Tensor) or value.numel() != 1 or value.isnan().any():
+        said = tuple(value.shape) if isinstance(value, Tensor) and value.numel() != 1 else value
+        raise ValueError(f"loss of the model's answers with themselves is {said}; want a tensor of one number")
+
+
 def check_steps(steps: int, least: int, name: str = "steps") -> None:
     """Refuse a number of steps, or of what is named, that makes no search or training.
 
