@@ -32,6 +32,12 @@ SHOWN = (
     ("search", "digits*best loss of the trials*", "the same, best loss of the trials of Optuna's TPE over ours"),
     ("strategies", "resnet20*W8A8*against float", "ResNet-20 at W8A8 without retraining: accuracy lost"),
     ("strategies", "resnet20*W3*hqq*", "the same at W3, ahead of HQQ, or not far behind: accuracy"),
+    ("strategies", "vdsr*W8A8*psnr lost*", "super-resolution (VDSR, Set5 times 2) at W8A8: PSNR lost"),
+    (
+        "strategies",
+        "stories260k*W4A8*brevitas MSE*",
+        "Llama-like network of 260 thousand weights at W4A8, ahead of Brevitas, or not far behind: loss",
+    ),
     ("cpu_kernels", "fake_quantize*torch.compile", "learned quantizer at 4096x4096 on a CPU, against torch.compile"),
     (
         "cpu_peers",
