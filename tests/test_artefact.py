@@ -607,7 +607,6 @@ STRANGERS = {
     ),
     "other-groups": (lambda: changed(0, nn.Conv2d(4, 4, 3, padding=1, groups=2)), r"layer '0': weight \[3, 2, 3, 3\]"),
     "depthwise": (lambda: changed(0, nn.Conv2d(4, 4, 3, padding=1, groups=4)), r"layer '0': weight \[3, 2, 3, 3\]"),
-    "no-bias": (lambda: changed(3, nn.Linear(16, 3, bias=False)), "layer '3': its bias"),
     "bias-of-another-dtype": (lambda: small().double(), "layer '0': its bias"),
     "fewer-norm-channels": (lambda: changed(1, nn.BatchNorm2d(2)), r"'1.weight': torch.float32 \[3\] in the file"),
     "norm-of-another-kind": (lambda: changed(1, nn.GroupNorm(1, 4)), r"'1.weight': torch.float32 \[3\] in the file"),
@@ -619,6 +618,12 @@ def test_a_model_that_is_not_the_files_is_refused_by_the_name_of_the_part(file, 
     make, match = STRANGERS[name]
     with pytest.raises(ArtefactError, match=match):
         load_into(make(), file)
+
+
+def test_a_file_brings_a_bias_that_the_model_lacks(file):
+    loaded, whole = load_into(changed(3, nn.Linear(16, 3, bias=False)), file), load_into(small(), file)
+    assert torch.equal(loaded[3].bias, whole[3].bias)
+    assert_same(loaded[3].weight_rows(), whole[3].weight_rows())
 
 
 def test_the_bias_must_be_there_where_the_model_has_one(tmp_path):
