@@ -93,7 +93,7 @@ def kills(section: Section, seeds: Sequence[int]) -> None:
     """Workers killed at random moments, one after another on one study; on servers too that are installed."""
     for seed in seeds:
         section.row({"task": "kills", "seed": seed, "method": "SQLite"}, lambda s=seed: _kills_of_a_file(s))
-        for kind in filter(lambda kind: kind.installed(), servers.KINDS):
+        for kind in servers.installed():
             row = {"task": "kills", "seed": seed, "method": kind.__name__}
             section.row(row, lambda s=seed, k=kind: _kills_of_a_server(s, k))
 

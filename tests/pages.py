@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import html.parser
 import math
 import random
 import re
+import struct
+import zlib
 
 from rich.console import Console
 
@@ -200,6 +203,27 @@ def elements_of(page):
     reader.close()
     assert reader.open == []
     return reader.elements
+
+
+def rows_of(uri, colour, size):
+    """Rows, in bytes, of a PNG that this package wrote: 8 bits a sample, of that colour type and bytes a pixel."""
+    data = base64.b64decode(uri.removeprefix("data:image/png;base64,"), validate=True)
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    chunks, at = {}, 8
+    while at < len(data):
+        (length,) = struct.unpack(">I", data[at : at + 4])
+        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + length]
+        assert struct.unpack(">I", data[at + 8 + length : at + 12 + length])[0] == zlib.crc32(kind + body)
+        chunks[kind], at = body, at + 12 + length
+    assert list(chunks) == [b"IHDR", b"IDAT", b"IEND"]
+    width, height, *rest = struct.unpack(">2I5B", chunks[b"IHDR"])
+    assert rest == [8, colour, 0, 0, 0]
+    raw = zlib.decompress(chunks[b"IDAT"])
+    wide = 1 + size * width  # a byte says how a row is filtered
+    assert len(raw) == height * wide
+    rows = [raw[i : i + wide] for i in range(0, len(raw), wide)]
+    assert all(row[0] == 0 for row in rows)
+    return [row[1:] for row in rows]
 
 
 def printed(report, width):

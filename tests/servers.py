@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ PLACES = os.pathsep.join(["/usr/sbin", *map(str, Path("/usr/lib/postgresql").glo
 READY = 60.0  # seconds that a server has to begin in
 
 
-class Server:
+class Server(ABC):
     """It listens on a socket in its folder, to nobody else."""
 
     driver: ClassVar[str]  # module that sqlalchemy talks through
@@ -36,17 +37,17 @@ class Server:
         """Whether it can be run here."""
         return all(map(where, cls.tools)) and importlib.util.find_spec(cls.driver) is not None and _can_run()
 
+    @abstractmethod
     def start(self) -> None:
         """Begin, or begin again with what is there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stop(self) -> None:
         """End at once, as in a power cut."""
-        raise NotImplementedError
 
+    @abstractmethod
     def url(self, database: str) -> str:
         """Of a database, by a user who may do anything."""
-        raise NotImplementedError
 
     def database(self, name: str) -> str:
         """The URL of a new database."""
@@ -127,6 +128,11 @@ class MariaDB(Server):
 
 
 KINDS = (PostgreSQL, MariaDB)
+
+
+def installed() -> list[type[Server]]:
+    """Those that can be run here."""
+    return [kind for kind in KINDS if kind.installed()]
 
 
 def where(tool: str) -> str | None:

@@ -144,13 +144,19 @@ def test_the_script_runs_everything_and_says_what_failed(out, tmp_path):
     assert log.read_text().splitlines() == [expected[2], expected[0]]
 
 
-def test_the_checks_alone_have_nearly_all_of_the_time(tmp_path):
+@pytest.fixture
+def timeout(tmp_path):
+    """The log of a program `timeout` that runs nothing, and an environment in which it is found first."""
     log, folder = tmp_path / "log", tmp_path / "bin"
     folder.mkdir()
     fake = folder / "timeout"
     fake.write_text(f'#!/bin/sh\necho "$*" >>{log}\n')
     fake.chmod(0o755)
-    found = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "OUT": "/o"}
+    return log, {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def test_the_checks_alone_have_nearly_all_of_the_time(timeout, tmp_path):
+    log, found = timeout[0], {**timeout[1], "OUT": "/o"}
     for sections, most in (["checks"], 530), (["checks", "linear"], 190):
         command = ["bash", str(ROOT / "bench/gpu.sh"), *sections]
         assert subprocess.run(command, check=False, env=found, cwd=tmp_path).returncode == 0
@@ -186,13 +192,8 @@ def test_a_task_is_a_call_of_its_own_with_nearly_all_of_the_time(section, tmp_pa
     assert section not in (ROOT / "bench/gpu.sh").read_text().split("set -- ")[1].splitlines()[0]
 
 
-def test_what_is_apart_has_a_call_of_its_own(tmp_path):
-    log, folder = tmp_path / "log", tmp_path / "bin"
-    folder.mkdir()
-    fake = folder / "timeout"
-    fake.write_text(f'#!/bin/sh\necho "$*" >>{log}\n')
-    fake.chmod(0o755)
-    found = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "OUT": str(tmp_path / "out")}
+def test_what_is_apart_has_a_call_of_its_own(timeout, tmp_path):
+    log, found = timeout[0], {**timeout[1], "OUT": str(tmp_path / "out")}
     for section, (_, budget) in gpu.APART.items():
         command = ["bash", str(ROOT / "bench/gpu.sh"), section]
         assert subprocess.run(command, check=False, env=found, cwd=tmp_path).returncode == 0

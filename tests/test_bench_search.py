@@ -140,7 +140,7 @@ def test_a_kill_run_and_a_proposal_are_measured(monkeypatch):
     monkeypatch.setattr(search, "KILLS", 2)
     found = {"method": "SQLite"} | search._kills_of_a_file(0)
     assert (found["kills"], found["lost"], found["zombies"]) == (2, 0, 0)
-    for kind in filter(lambda kind: kind.installed(), servers.KINDS):
+    for kind in servers.installed():
         assert search._kills_of_a_server(0, kind)["lost"] == 0
     monkeypatch.setattr(search, "TRIALS", 20)
     assert search._proposal(0, "k-means TPE")["milliseconds"] > 0

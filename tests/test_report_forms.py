@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
-import base64
 import copy
 import json
-import struct
-import zlib
 
 import pytest
 from rich.console import Console
 
 from sgsc.report import page as pages
 from sgsc.report import pictures, summary, to_json, write_html
-from tests.pages import INF, NAN, full_report, page_of, printed, words_of
-
-
-@pytest.fixture(scope="module")
-def full_page(tmp_path_factory):
-    return page_of(full_report(), tmp_path_factory.mktemp("report"))
-
+from tests.pages import INF, NAN, full_report, page_of, printed, rows_of, words_of
 
 # ---- pictures
 
 
 def pixels_of(uri):
-    data = base64.b64decode(uri.removeprefix("data:image/png;base64,"), validate=True)
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    chunks, at = {}, 8
-    while at < len(data):
-        (length,) = struct.unpack(">I", data[at : at + 4])
-        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + length]
-        assert struct.unpack(">I", data[at + 8 + length : at + 12 + length])[0] == zlib.crc32(kind + body)
-        chunks[kind], at = body, at + 12 + length
-    assert list(chunks) == [b"IHDR", b"IDAT", b"IEND"]
-    width, height, *rest = struct.unpack(">2I5B", chunks[b"IHDR"])
-    assert rest == [8, 0, 0, 0, 0]
-    raw = zlib.decompress(chunks[b"IDAT"])
-    assert len(raw) == height * (width + 1)
-    rows = [raw[i : i + width + 1] for i in range(0, len(raw), width + 1)]
-    assert all(row[0] == 0 for row in rows)
-    return [list(row[1:]) for row in rows]
+    return [list(row) for row in rows_of(uri, colour=0, size=1)]
 
 
 @pytest.mark.parametrize(
@@ -145,9 +121,9 @@ def test_json_names_what_it_cannot_hold(value, message):
         to_json(value)
 
 
-def test_a_report_read_back_gives_the_same_page(full_page, tmp_path):
+def test_a_report_read_back_gives_the_same_page(tmp_path):
     report = full_report()
-    assert page_of(json.loads(to_json(report)), tmp_path) == full_page
+    assert page_of(json.loads(to_json(report)), tmp_path) == page_of(full_report(), tmp_path)
 
 
 # ---- the terminal

@@ -8,9 +8,7 @@ import pytest
 
 from sgsc import cli
 from sgsc.report import beside, page, plots, runs_beside, to_json, write_html
-from tests.pages import HOSTILE, SVG, elements_of, full_report, words_of
-
-NAN, INF = float("nan"), float("inf")
+from tests.pages import HOSTILE, INF, NAN, SVG, elements_of, full_report, words_of
 
 
 def run(**more):

@@ -1,9 +1,6 @@
 """Changed samples: as the page shows them, in colour or with the character that decided; as a run records them."""
 
-import base64
 import dataclasses
-import struct
-import zlib
 from types import SimpleNamespace
 
 import pytest
@@ -13,26 +10,12 @@ from torch import nn
 from sgsc.demos.certification import _changed
 from sgsc.demos.tasks import load
 from sgsc.report import page, pictures, to_json
-from tests.pages import HOSTILE, elements_of, words_of
-
-NAN, INF = float("nan"), float("inf")
+from tests.pages import HOSTILE, INF, NAN, elements_of, rows_of, words_of
 
 
 def pixels_of(uri):
     """Rows of [r, g, b] of a PNG that this package wrote."""
-    data = base64.b64decode(uri.removeprefix("data:image/png;base64,"), validate=True)
-    chunks, at = {}, 8
-    while at < len(data):
-        (length,) = struct.unpack(">I", data[at : at + 4])
-        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + length]
-        assert struct.unpack(">I", data[at + 8 + length : at + 12 + length])[0] == zlib.crc32(kind + body)
-        chunks[kind], at = body, at + 12 + length
-    width, height, *rest = struct.unpack(">2I5B", chunks[b"IHDR"])
-    assert rest == [8, 2, 0, 0, 0]  # 8 bits, red green blue
-    raw = zlib.decompress(chunks[b"IDAT"])
-    assert len(raw) == height * (1 + 3 * width)
-    rows = [raw[i + 1 : i + 1 + 3 * width] for i in range(0, len(raw), 1 + 3 * width)]
-    return [[list(row[i : i + 3]) for i in range(0, len(row), 3)] for row in rows]
+    return [[list(row[i : i + 3]) for i in range(0, len(row), 3)] for row in rows_of(uri, colour=2, size=3)]
 
 
 @pytest.mark.parametrize(
