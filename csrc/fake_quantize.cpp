@@ -49,6 +49,7 @@ void backward(const void* grad, const void* x, const Grid& grid, void* grad_x, s
       narrow(S(0), out[i]);
     } else {
       sums.scale += g * (std::nearbyint(v) - v);
+      sums.inside += g * widen(in[i]);
       out[i] = up[i];
     }
   }
@@ -176,6 +177,49 @@ void clear(const GridRows& t, std::int64_t element, std::int64_t n) {
   if (n > 0) std::memset(at(t, t.out, element), 0, n * size_of(t.type));
 }
 
+// ---- mixtures ----
+
+constexpr std::int64_t CHUNK = 512;  // elements that go through all grids, one after the other, in the first cache
+
+// One block of the row; with `sums`, one a grid, backward.
+template <class T, class S>
+void mix(const MixedRow& mixed, const GridKernels& kernels, std::int64_t first, std::int64_t length, Sums* sums) {
+  const GridRows& t = mixed.row;
+  T part[CHUNK];
+  S total[CHUNK];
+  for (std::int64_t begin = first; begin < first + length; begin += CHUNK) {
+    const std::int64_t n = std::min(CHUNK, first + length - begin);
+    const T* x = static_cast<const T*>(t.x) + begin;
+    std::fill_n(total, n, S(0));
+    for (std::int64_t i = 0; i < mixed.grids; ++i) {
+      const Grid grid = grid_of(t, i);
+      if (!(grid.hi > grid.lo)) continue;
+      if (sums)
+        kernels.backward(static_cast<const T*>(t.grad) + begin, x, grid, part, n, sums[i]);
+      else
+        kernels.forward(x, grid, part, n);
+      const S share = S(vector_at(t, mixed.shares, i));
+      for (std::int64_t j = 0; j < n; ++j) total[j] += share * widen(part[j]);
+    }
+    for (std::int64_t i = 0; i < n; ++i) narrow(total[i], (static_cast<T*>(t.out) + begin)[i]);
+  }
+}
+
+using Mix = void (*)(const MixedRow&, const GridKernels&, std::int64_t, std::int64_t, Sums*);
+
+Mix mix_of(Type type) {
+  switch (type) {
+    case Type::f64:
+      return mix<double, double>;
+    case Type::bf16:
+      return mix<Bfloat16, float>;
+    case Type::f16:
+      return mix<Float16, float>;
+    default:
+      return mix<float, float>;
+  }
+}
+
 }  // namespace
 
 void fake_quantize(const std::vector<GridRows>& tensors, const Threads& threads) {
@@ -212,14 +256,37 @@ void fake_quantize_backward(const std::vector<GridRows>& tensors, const Threads&
     const std::int64_t blocks = blocks_a_row(tensors[i]);
     for (std::int64_t row = 0; row < tensors[i].rows; ++row) {
       Sums sums;
-      for (std::int64_t block = 0; block < blocks; ++block) {
-        const Sums& part = parts[i].sums[row * blocks + block];
-        sums.scale += part.scale;
-        sums.lo += part.lo;
-        sums.hi += part.hi;
-      }
+      for (std::int64_t block = 0; block < blocks; ++block) sums.add(parts[i].sums[row * blocks + block]);
       set_sums(tensors[i], row, sums);
     }
+  }
+}
+
+void fake_quantize_mixed(const MixedRow& mixed, const Threads& threads) {
+  const GridKernels kernels = grid_kernels(mixed.row.type, false);
+  const Mix mix = mix_of(mixed.row.type);
+  for_each_block({mixed.row}, threads,
+                 [&](std::size_t, std::int64_t, std::int64_t, std::int64_t element, std::int64_t n) {
+                   mix(mixed, kernels, element, n, nullptr);
+                 });
+}
+
+void fake_quantize_mixed_backward(const MixedRow& mixed, const Threads& threads) {
+  const GridRows& t = mixed.row;
+  const GridKernels kernels = grid_kernels(t.type, false);
+  const Mix mix = mix_of(t.type);
+  std::vector<Sums> sums(blocks_a_row(t) * mixed.grids);
+  for_each_block({t}, threads,
+                 [&](std::size_t, std::int64_t, std::int64_t block, std::int64_t element, std::int64_t n) {
+                   mix(mixed, kernels, element, n, sums.data() + block * mixed.grids);
+                 });
+  for (std::int64_t i = 0; i < mixed.grids; ++i) {
+    Sums all;
+    for (std::int64_t block = 0; block < blocks_a_row(t); ++block) all.add(sums[block * mixed.grids + i]);
+    // what `scale` sums is (q - x) / scale inside and q / scale outside
+    set_vector(t, mixed.grad_shares, i, vector_at(t, t.scale, i) * all.scale + all.inside);
+    const double share = vector_at(t, mixed.shares, i);
+    set_sums(t, i, {share * all.scale, share * all.lo, share * all.hi});
   }
 }
 

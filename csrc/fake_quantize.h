@@ -9,7 +9,7 @@
 // Results larger than the last-level cache are written past it, so that no line is read before it is overwritten.
 //
 // Floor in float32: forward 8 bytes an element (read x, write q), about 6 operations; backward 12 bytes (read grad and
-// x, write the gradient of x), about 14 operations. Both are bound by memory.
+// x, write the gradient of x), about 16 operations. Both are bound by memory.
 #pragma once
 
 #include <algorithm>
@@ -35,6 +35,19 @@ struct GridRows {
 void fake_quantize(const std::vector<GridRows>& tensors, const Threads& threads);
 void fake_quantize_backward(const std::vector<GridRows>& tensors, const Threads& threads);
 
+// One row on several grids at once, and the sum of what comes, weighed; the formulas are in
+// kernels/fake_quantize_mixed.py. Its vectors have one value a grid. Pointers of the direction that is not run stay
+// null.
+struct MixedRow {
+  GridRows row;  // rows = 1
+  std::int64_t grids;
+  const void* shares;
+  void* grad_shares;
+};
+
+void fake_quantize_mixed(const MixedRow& mixed, const Threads& threads);
+void fake_quantize_mixed_backward(const MixedRow& mixed, const Threads& threads);
+
 // For tests: results of so many bytes and more go past the caches. Returns what held before.
 std::int64_t set_stream_from(std::int64_t bytes);
 
@@ -48,6 +61,14 @@ struct Grid {
 
 struct Sums {
   double scale = 0, lo = 0, hi = 0;
+  double inside = 0;  // of grad * x where x is inside: what mixtures need
+
+  void add(const Sums& other) {
+    scale += other.scale;
+    lo += other.lo;
+    hi += other.hi;
+    inside += other.inside;
+  }
 };
 
 struct GridKernels {

@@ -93,10 +93,10 @@ void forward(const void* x, const Grid& grid, void* q, std::int64_t n) {
 }
 
 struct Lanes {
-  __m256 scale, lo, hi;
+  __m256 scale, lo, hi, inside;
 
   // Written out: an implicit constructor would not be compiled for the target of the pragma.
-  Lanes() : scale(_mm256_setzero_ps()), lo(scale), hi(scale) {}
+  Lanes() : scale(_mm256_setzero_ps()), lo(scale), hi(scale), inside(scale) {}
 
   static double total(__m256 v) {
     const __m256d pair =
@@ -110,6 +110,7 @@ struct Lanes {
     sums.scale += total(scale);
     sums.lo += factor * total(lo);
     sums.hi += factor * total(hi);
+    sums.inside += total(inside);
   }
 };
 
@@ -121,13 +122,14 @@ void backward(const void* grad, const void* x, const Grid& grid, void* grad_x, s
   Lanes lanes;
   // `here` keeps the lanes that hold an element: on a grid whose scale is 0 or infinite, the others may turn into NaN
   const auto eight = [&](const T* from, const T* grads, __m256 here) {
-    const __m256 v = g.real_code(load(from)), code = g.code(v), d = load(grads);
+    const __m256 x = load(from), v = g.real_code(x), code = g.code(v), d = load(grads);
     const __m256 below = _mm256_cmp_ps(v, g.lo, _CMP_LT_OQ), above = _mm256_cmp_ps(v, g.hi, _CMP_GT_OQ);
     const __m256 outside = _mm256_or_ps(below, above);
     const __m256 slope = _mm256_blendv_ps(_mm256_sub_ps(code, v), _mm256_add_ps(code, g.shift), outside);
     lanes.scale = _mm256_add_ps(lanes.scale, _mm256_and_ps(here, _mm256_mul_ps(d, slope)));
     lanes.lo = _mm256_add_ps(lanes.lo, _mm256_and_ps(_mm256_and_ps(here, below), d));
     lanes.hi = _mm256_add_ps(lanes.hi, _mm256_and_ps(_mm256_and_ps(here, above), d));
+    lanes.inside = _mm256_add_ps(lanes.inside, _mm256_andnot_ps(outside, _mm256_mul_ps(d, x)));
     return _mm256_andnot_ps(outside, d);
   };
   const __m256 all = _mm256_castsi256_ps(_mm256_set1_epi32(-1));

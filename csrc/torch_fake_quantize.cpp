@@ -101,6 +101,60 @@ Tensors fake_quantize_many_backward(const Tensors& grad, const Tensors& x, const
   return all;
 }
 
+// What a mixture is made of, taken and checked; copies must outlive the kernel.
+struct Mixture {
+  const char* op;
+  sgsc::MixedRow mixed{};
+  Tensors alive;
+  Tensor out;
+
+  Mixture(const char* op, const Tensor& x, const Tensor& shares, const Tensor& scale, const Tensor& lo,
+          const Tensor& hi, const Tensor& shift)
+      : op(op), out(empty_reused(x, {x.numel()}, sgsc::size_of(type_of(op, x, true)))) {
+    sgsc::GridRows& t = mixed.row;
+    t.type = type_of(op, x, true);
+    t.rows = 1, t.width = x.numel();
+    mixed.grids = shares.numel();
+    t.x = keep("x", x, x.scalar_type(), t.width);
+    mixed.shares = keep("shares", shares, real(), mixed.grids);
+    t.scale = keep("scale", scale, real(), mixed.grids);
+    t.lo = keep("lo", lo, real(), mixed.grids);
+    t.hi = keep("hi", hi, real(), mixed.grids);
+    t.shift = keep("shift", shift, real(), mixed.grids);
+    t.out = out.mutable_data_ptr();
+  }
+
+  ScalarType real() const { return mixed.row.type == Type::f64 ? ScalarType::Double : ScalarType::Float; }
+
+  const void* keep(const char* name, const Tensor& t, ScalarType dtype, int64_t length) {
+    alive.push_back(take(op, name, t, dtype, {length}));
+    return alive.back().const_data_ptr();
+  }
+};
+
+Tensor fake_quantize_mixed(const Tensor& x, const Tensor& shares, const Tensor& scale, const Tensor& lo,
+                           const Tensor& hi, const Tensor& shift) {
+  Mixture of("fake_quantize_mixed", x, shares, scale, lo, hi, shift);
+  sgsc::fake_quantize_mixed(of.mixed, threads());
+  return of.out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fake_quantize_mixed_backward(const Tensor& grad, const Tensor& x,
+                                                                                const Tensor& shares,
+                                                                                const Tensor& scale, const Tensor& lo,
+                                                                                const Tensor& hi, const Tensor& shift) {
+  Mixture of("fake_quantize_mixed_backward", x, shares, scale, lo, hi, shift);
+  of.mixed.row.grad = of.keep("grad", grad, x.scalar_type(), of.mixed.row.width);
+  const auto make = [&] { return empty(scale, {of.mixed.grids}); };
+  Tensor grad_shares = make(), grad_scale = make(), grad_lo = make(), grad_hi = make();
+  of.mixed.grad_shares = grad_shares.mutable_data_ptr();
+  of.mixed.row.grad_scale = grad_scale.mutable_data_ptr();
+  of.mixed.row.grad_lo = grad_lo.mutable_data_ptr();
+  of.mixed.row.grad_hi = grad_hi.mutable_data_ptr();
+  sgsc::fake_quantize_mixed_backward(of.mixed, threads());
+  return {of.out, grad_shares, grad_scale, grad_lo, grad_hi};
+}
+
 // The floor of both directions, for benches: `to` = `from`, or from + with, past the caches.
 void stream(const Tensor& from, const std::optional<Tensor>& with, const Tensor& to) {
   const auto dtype = ScalarType::Float;
@@ -146,4 +200,6 @@ STABLE_TORCH_LIBRARY_IMPL(sgsc, CPU, m) {
   m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward));
   m.impl("fake_quantize_many", TORCH_BOX(&fake_quantize_many));
   m.impl("fake_quantize_many_backward", TORCH_BOX(&fake_quantize_many_backward));
+  m.impl("fake_quantize_mixed", TORCH_BOX(&fake_quantize_mixed));
+  m.impl("fake_quantize_mixed_backward", TORCH_BOX(&fake_quantize_mixed_backward));
 }

@@ -19,6 +19,7 @@ else:
     from importlib.util import find_spec
 
     from .fake_quantize import fake_quantize, fake_quantize_many
+    from .fake_quantize_mixed import fake_quantize_mixed
     from .op import OPS, Op, backend
     from .packed_conv2d import packed_conv2d, tile_kernel
     from .packed_embedding import packed_embedding
@@ -38,6 +39,7 @@ else:
         "backend",
         "fake_quantize",
         "fake_quantize_many",
+        "fake_quantize_mixed",
         "pack",
         "packed_conv2d",
         "packed_embedding",

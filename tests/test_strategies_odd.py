@@ -1,6 +1,7 @@
 """Networks, losses and strategies that do what few do: right results, or errors that name what is wrong."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -100,17 +101,19 @@ def test_probabilities_are_no_logits():
     assert search_strategies(nn.Sequential(net(), nn.Softmax(-1)), data(), loss="l1", **QUICK).loss < 0.1
 
 
-def test_answers_to_what_mixtures_learn_from_are_kept_where_they_are_few():
-    problem = make_problem(net(), data(), StrategySettings(batch_size=8))
-    assert len(problem.fit) == 6
-    assert sum(map(len, problem.wanted)) == sum(map(len, problem.select)) == 16
-    for few, kept in ((1e9, []), (0, [3])):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(problem_module, "FEW", few)
-            found = [problem.answer(3, problem.fit[3]) for _ in range(2)]
-        assert list(problem.answered) == kept
-        assert (found[0] is found[1]) == bool(kept)
-        assert torch.equal(found[1], net()(problem.fit[3]).detach())
+def test_answers_to_what_mixtures_learn_from_are_kept_as_far_as_there_is_room(monkeypatch):
+    of = StrategySettings(batch_size=8)
+    one = net()(data()[:8]).nbytes
+    for room, kept in ((2**28, 6), (2.5 * one, 2), (0, 0)):
+        monkeypatch.setattr(problem_module, "MOST_BYTES", room)
+        problem = make_problem(net(), data(), of)
+        assert len(problem.fit) == 6
+        assert sum(map(len, problem.wanted)) == sum(map(len, problem.select)) == 16
+        assert list(problem.answered) == list(range(kept))
+        for place, x in enumerate(problem.fit):
+            assert torch.equal(problem.answer(place, x), net()(x).detach())
+    monkeypatch.setattr(problem_module, "MOST_BYTES", 2**28)
+    assert not make_problem(net(), data(), replace(of, trained=True)).answered
 
 
 def test_a_strategy_of_training_is_none_of_a_search():

@@ -9,7 +9,7 @@ W_j          (C, K) the weight on the grid of candidate j; A_i(x) the input on t
 
 The layer stays what it is: its weight quantizer and its input quantizer are mixtures. Backward rounds the input again
 instead of keeping N roundings of it: memory of activations is that of one candidate, whatever their number, and so is
-the product. What grows with N is one pass over the input a candidate, forward and backward, and the J weights, which
+the product. What grows with N is the arithmetic of rounding (kernels/fake_quantize_mixed.py), and the J weights, which
 are held beside one another.
 """
 
@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from sgsc.kernels.fake_quantize import BACKWARD, OP
+from sgsc.kernels import fake_quantize_mixed
 from sgsc.layers import quant_layers
 from sgsc.quantizers import InputQuantizer, Quantizer
 from sgsc.quantizers.base import Codes
@@ -105,38 +104,7 @@ class MixedInput(Mixture, InputQuantizer):
         for candidate in self.candidates if self.training and x.numel() else ():
             candidate.follow(x)  # pyright: ignore
         grids = [torch.cat(parts) for parts in zip(*(q.grid() for q in self.candidates), strict=True)]  # pyright: ignore
-        return _Mix.apply(x, self.shares(), *grids)
-
-
-class _Mix(torch.autograd.Function):
-    """x, alpha (N,), scale, lo, hi, shift (N,) -> sum_i alpha_i fake_quantize(x, grid i)."""
-
-    @staticmethod
-    def forward(ctx, x, shares, scale, lo, hi, shift):
-        ctx.save_for_backward(x, shares, scale, lo, hi, shift)
-        row, out = x.reshape(1, -1), None
-        for i, share in enumerate(shares.tolist()):
-            part = OP(row, *(v[i : i + 1] for v in (scale, lo, hi, shift)))
-            out = part.mul_(share) if out is None else out.add_(part, alpha=share)
-        return x.clone() if out is None else out.view(x.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, shares, *grid = ctx.saved_tensors
-        row, g = x.reshape(1, -1), grad.reshape(1, -1)
-        total = None
-        of_shares, of_grid = torch.zeros_like(shares), [torch.zeros_like(v) for v in grid[:3]]
-        for i, share in enumerate(shares.tolist()):
-            one = [v[i : i + 1] for v in grid]
-            of_shares[i] = torch.dot(g[0].to(shares.dtype), OP(row, *one)[0].to(shares.dtype))
-            if not any(ctx.needs_input_grad[k] for k in (0, 2, 3, 4)):
-                continue
-            gx, *rest = BACKWARD(g, row, *one)
-            total = gx.mul_(share) if total is None else total.add_(gx, alpha=share)
-            for into, value in zip(of_grid, rest, strict=True):
-                into[i] = share * value[0]
-        return None if total is None else total.view(x.shape), of_shares, *of_grid, None
+        return fake_quantize_mixed(x, self.shares(), *grids)
 
 
 def mixtures(model: nn.Module) -> list[Mixture]:

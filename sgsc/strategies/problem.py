@@ -27,7 +27,7 @@ from .settings import LOSSES, Loss, StrategySettings, check_loss
 from .statistics import InputStatistics
 
 Choice = dict[str, tuple[str, str | None]]  # layer -> strategy of its weight, of its input
-FEW = 4  # answers are kept that take no more than this part of the room of what they answer
+MOST_BYTES = 2**28  # of the float network's answers to what mixtures learn from: others are asked for again
 
 
 class Derived(NamedTuple):
@@ -70,7 +70,7 @@ class Problem:
         biases: The same layers -> their biases as they were.
         added: Those among them that had none, and were given zeros.
         learns: Names of the model's own parameters that were not frozen when it was given.
-        answered: Place of a batch of `fit` -> what the float model answered, where that was kept.
+        answered: Place of a batch of `fit` -> what the float model answers, of the first that there is room for.
         place: Of the batch that `judge` is at.
     """
 
@@ -121,14 +121,11 @@ class Problem:
 
     @torch.no_grad()
     def answer(self, place: int, x: Tensor) -> Tensor:
-        """What the float model answers to `x`, that batch of `fit`; kept where it is small beside it, as of classes."""
+        """What the float model answers to `x`, that batch of `fit`."""
         if place in self.answered:
             return self.answered[place]
         with evaluating(self.float_model):
-            found = self.float_model(fed(self.float_model, x))
-        if FEW * found.nbytes <= x.nbytes:
-            self.answered[place] = found
-        return found
+            return self.float_model(fed(self.float_model, x))
 
     def fitted(self, name: str, strategy: str, seen: InputStatistics) -> InputQuantizer:
         """The input quantizer that a strategy gives a layer, where the layer is.
@@ -234,10 +231,14 @@ def make_problem(
     to_fit, to_select = split(calibration, network, settings)
     device = device_of(network)
     fit, select = (Batches(samples, settings.batch_size, device) for samples in (to_fit, to_select))
+    answered, free = {}, 0 if settings.trained else MOST_BYTES  # trainings have a loss of their own
     with torch.no_grad(), evaluating(network):
         first = _answer(network, fit[0], settings.loss)
-        for place in range(1, len(fit)):
-            _answer(network, fit[place], settings.loss)
+        for place, x in enumerate(fit):
+            answer = first if place == 0 else _answer(network, x, settings.loss)
+            free -= answer.nbytes
+            if free >= 0:
+                answered[place] = answer
         wanted = [_answer(network, x, settings.loss) for x in select]
     check_loss(judge, first)
     folded = _folded(network, fit[0], first) if fold else Folded(network, (), {})
@@ -256,7 +257,7 @@ def make_problem(
             bits[name] = bits[name][0], None
     left = {**folded.left, **{k: v for k, v in prepared.left.items() if k not in folded.left}}
     problem = Problem(model, layers, bits, of_inputs, fit, select, wanted, network, judge, left, together, calls)
-    problem.learns = learns
+    problem.learns, problem.answered = learns, answered
     if settings.correct_bias and not settings.trained:
         problem.added = give_unseen(model, layers, fit[0], first)
         problem.biases = {name: layers[name].bias.clone() for name in own_biases(model, layers)}  # pyright: ignore

@@ -63,9 +63,12 @@ def large_arguments() -> dict[str, tuple]:
     scale, offset, bias = grid(bits)
     x = torch.randn(3, 50_003, generator=make)
     rows = (x, 0.1 * torch.ones(3), -8 * torch.ones(3), 7 * torch.ones(3), torch.zeros(3))
+    mixed = (torch.randn(300_007, generator=make), torch.tensor([0.2, 0.7, 0.1]), *rows[1:])
     found = {
         "fake_quantize": rows,
         "fake_quantize_backward": (torch.randn(x.shape, generator=make), *rows),
+        "fake_quantize_mixed": mixed,
+        "fake_quantize_mixed_backward": (torch.randn(300_007, generator=make), *mixed),
         "unpack": packed.args,
         "pack": (OPS["unpack"](*packed.args), bits, packed.starts, packed.data.numel()),
         "packed_embedding": (torch.arange(100).repeat(3).flip(0), *packed.args[:3], scale, offset, 601),
