@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "isa.h"
 #include "memory.h"
@@ -113,9 +114,11 @@ void fence() {
 #endif
 }
 
-// Runs work(tensor, row, block, first element of the block, its length) once for every block of every row.
+// Runs work(tensor, row, block, first element of the block, its length) once for every block of every row; an element
+// is worked on so many `times`.
 template <class Work>
-void for_each_block(const std::vector<GridRows>& tensors, const Threads& threads, const Work& work) {
+void for_each_block(const std::vector<GridRows>& tensors, const Threads& threads, const Work& work,
+                    std::int64_t times = 1) {
   std::vector<std::int64_t> first_task(1, 0);  // of each tensor, and the number of all
   for (const GridRows& t : tensors)
     first_task.push_back(first_task.back() + divide_up(t.rows, rows_a_task(t)) * blocks_a_row(t));
@@ -128,7 +131,7 @@ void for_each_block(const std::vector<GridRows>& tensors, const Threads& threads
       work(static_cast<std::size_t>(which), r, block, r * t.width + begin, std::min(BLOCK, t.width - begin));
     fence();  // once a task: after every row of 16 KiB, it would cost a tenth of the time
   };
-  if (elements_of(tensors) < ALONE)
+  if (elements_of(tensors) * times < ALONE)
     for (std::int64_t task = 0; task < first_task.back(); ++task) run(task);
   else
     threads.run(first_task.back(), run);
@@ -181,43 +184,54 @@ void clear(const GridRows& t, std::int64_t element, std::int64_t n) {
 
 constexpr std::int64_t CHUNK = 512;  // elements that go through all grids, one after the other, in the first cache
 
-// One block of the row; with `sums`, one a grid, backward.
+// Elements from + first …: themselves where they are of S, else in `wide`.
 template <class T, class S>
-void mix(const MixedRow& mixed, const GridKernels& kernels, std::int64_t first, std::int64_t length, Sums* sums) {
+const S* widened(const void* from, std::int64_t first, std::int64_t n, S* wide) {
+  const T* x = static_cast<const T*>(from) + first;
+  if constexpr (std::is_same_v<T, S>) return x;
+  for (std::int64_t i = 0; i < n; ++i) wide[i] = widen(x[i]);
+  return wide;
+}
+
+// One block of the row, in the arithmetic of the grids; with `sums`, one a grid, backward.
+template <class T, class S>
+void mix(const MixedRow& mixed, std::int64_t first, std::int64_t length, Sums* sums) {
   const GridRows& t = mixed.row;
-  T part[CHUNK];
-  S total[CHUNK];
+  const GridKernels kernels = grid_kernels(std::is_same_v<S, double> ? Type::f64 : Type::f32, false);
+  S wide_x[CHUNK], wide_grad[CHUNK], part[CHUNK], total[CHUNK];
   for (std::int64_t begin = first; begin < first + length; begin += CHUNK) {
     const std::int64_t n = std::min(CHUNK, first + length - begin);
-    const T* x = static_cast<const T*>(t.x) + begin;
+    const S* x = widened<T, S>(t.x, begin, n, wide_x);
+    const S* grad = sums ? widened<T, S>(t.grad, begin, n, wide_grad) : nullptr;
     std::fill_n(total, n, S(0));
     for (std::int64_t i = 0; i < mixed.grids; ++i) {
       const Grid grid = grid_of(t, i);
       if (!(grid.hi > grid.lo)) continue;
       if (sums)
-        kernels.backward(static_cast<const T*>(t.grad) + begin, x, grid, part, n, sums[i]);
+        kernels.backward(grad, x, grid, part, n, sums[i]);
       else
         kernels.forward(x, grid, part, n);
-      const S share = S(vector_at(t, mixed.shares, i));
-      for (std::int64_t j = 0; j < n; ++j) total[j] += share * widen(part[j]);
+      const S share = S(vector_at(t, mixed.share, i));
+      for (std::int64_t j = 0; j < n; ++j) total[j] += share * part[j];
     }
     for (std::int64_t i = 0; i < n; ++i) narrow(total[i], (static_cast<T*>(t.out) + begin)[i]);
   }
 }
 
-using Mix = void (*)(const MixedRow&, const GridKernels&, std::int64_t, std::int64_t, Sums*);
-
-Mix mix_of(Type type) {
-  switch (type) {
-    case Type::f64:
-      return mix<double, double>;
-    case Type::bf16:
-      return mix<Bfloat16, float>;
-    case Type::f16:
-      return mix<Float16, float>;
-    default:
-      return mix<float, float>;
-  }
+// A grid is as much work as one pass over the row.
+void mix(const MixedRow& mixed, const Threads& threads, Sums* sums) {
+  const auto run = [&](auto element, auto real) {
+    for_each_block(
+        {mixed.row}, threads,
+        [&](std::size_t, std::int64_t, std::int64_t block, std::int64_t first, std::int64_t n) {
+          mix<decltype(element), decltype(real)>(mixed, first, n, sums ? sums + block * mixed.grids : nullptr);
+        },
+        mixed.grids);
+  };
+  if (mixed.row.type == Type::f64)
+    run(double{}, double{});
+  else
+    as_element(mixed.row.type, [&](auto element) { run(element, float{}); });
 }
 
 }  // namespace
@@ -262,30 +276,19 @@ void fake_quantize_backward(const std::vector<GridRows>& tensors, const Threads&
   }
 }
 
-void fake_quantize_mixed(const MixedRow& mixed, const Threads& threads) {
-  const GridKernels kernels = grid_kernels(mixed.row.type, false);
-  const Mix mix = mix_of(mixed.row.type);
-  for_each_block({mixed.row}, threads,
-                 [&](std::size_t, std::int64_t, std::int64_t, std::int64_t element, std::int64_t n) {
-                   mix(mixed, kernels, element, n, nullptr);
-                 });
-}
+void fake_quantize_mixed(const MixedRow& mixed, const Threads& threads) { mix(mixed, threads, nullptr); }
 
 void fake_quantize_mixed_backward(const MixedRow& mixed, const Threads& threads) {
   const GridRows& t = mixed.row;
-  const GridKernels kernels = grid_kernels(t.type, false);
-  const Mix mix = mix_of(t.type);
   std::vector<Sums> sums(blocks_a_row(t) * mixed.grids);
-  for_each_block({t}, threads,
-                 [&](std::size_t, std::int64_t, std::int64_t block, std::int64_t element, std::int64_t n) {
-                   mix(mixed, kernels, element, n, sums.data() + block * mixed.grids);
-                 });
+  mix(mixed, threads, sums.data());
   for (std::int64_t i = 0; i < mixed.grids; ++i) {
     Sums all;
     for (std::int64_t block = 0; block < blocks_a_row(t); ++block) all.add(sums[block * mixed.grids + i]);
-    // what `scale` sums is (q - x) / scale inside and q / scale outside
-    set_vector(t, mixed.grad_shares, i, vector_at(t, t.scale, i) * all.scale + all.inside);
-    const double share = vector_at(t, mixed.shares, i);
+    // what `scale` sums is (q - x) / scale inside and q / scale outside; it is 0 where there is no grid
+    const double on_grid = all.scale == 0 ? 0 : vector_at(t, t.scale, i) * all.scale;
+    set_vector(t, mixed.grad_share, i, on_grid + all.inside);
+    const double share = vector_at(t, mixed.share, i);
     set_sums(t, i, {share * all.scale, share * all.lo, share * all.hi});
   }
 }

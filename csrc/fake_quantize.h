@@ -6,7 +6,8 @@
 // Gradient sums do not depend on the number of threads: a row is cut into fixed blocks, each block is summed in float
 // lanes of at most 32 terms and in double beyond, and the blocks of a row are added in order.
 //
-// Results larger than the last-level cache are written past it, so that no line is read before it is overwritten.
+// Results larger than the last-level cache are written past it, so that no line is read before it is overwritten;
+// those of mixtures, which are bound by arithmetic, are not.
 //
 // Floor in float32: forward 8 bytes an element (read x, write q), about 6 operations; backward 12 bytes (read grad and
 // x, write the gradient of x), about 16 operations. Both are bound by memory.
@@ -41,8 +42,8 @@ void fake_quantize_backward(const std::vector<GridRows>& tensors, const Threads&
 struct MixedRow {
   GridRows row;  // rows = 1
   std::int64_t grids;
-  const void* shares;
-  void* grad_shares;
+  const void* share;
+  void* grad_share;
 };
 
 void fake_quantize_mixed(const MixedRow& mixed, const Threads& threads);

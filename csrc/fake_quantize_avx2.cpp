@@ -122,14 +122,14 @@ void backward(const void* grad, const void* x, const Grid& grid, void* grad_x, s
   Lanes lanes;
   // `here` keeps the lanes that hold an element: on a grid whose scale is 0 or infinite, the others may turn into NaN
   const auto eight = [&](const T* from, const T* grads, __m256 here) {
-    const __m256 x = load(from), v = g.real_code(x), code = g.code(v), d = load(grads);
+    const __m256 given = load(from), v = g.real_code(given), code = g.code(v), d = load(grads);
     const __m256 below = _mm256_cmp_ps(v, g.lo, _CMP_LT_OQ), above = _mm256_cmp_ps(v, g.hi, _CMP_GT_OQ);
     const __m256 outside = _mm256_or_ps(below, above);
     const __m256 slope = _mm256_blendv_ps(_mm256_sub_ps(code, v), _mm256_add_ps(code, g.shift), outside);
     lanes.scale = _mm256_add_ps(lanes.scale, _mm256_and_ps(here, _mm256_mul_ps(d, slope)));
     lanes.lo = _mm256_add_ps(lanes.lo, _mm256_and_ps(_mm256_and_ps(here, below), d));
     lanes.hi = _mm256_add_ps(lanes.hi, _mm256_and_ps(_mm256_and_ps(here, above), d));
-    lanes.inside = _mm256_add_ps(lanes.inside, _mm256_andnot_ps(outside, _mm256_mul_ps(d, x)));
+    lanes.inside = _mm256_add_ps(lanes.inside, _mm256_andnot_ps(outside, _mm256_mul_ps(d, given)));
     return _mm256_andnot_ps(outside, d);
   };
   const __m256 all = _mm256_castsi256_ps(_mm256_set1_epi32(-1));

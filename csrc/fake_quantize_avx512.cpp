@@ -128,20 +128,20 @@ void backward(const void* grad, const void* x, const Grid& grid, void* grad_x, s
   const T *in = static_cast<const T*>(x), *up = static_cast<const T*>(grad);
   T* out = static_cast<T*>(grad_x);
   const Vectors g(grid);
-  __m512 by_scale = _mm512_setzero_ps(), by_lo = by_scale, by_hi = by_scale, inside = by_scale;
+  __m512 by_scale = _mm512_setzero_ps(), by_lo = by_scale, by_hi = by_scale, by_x = by_scale;
   const auto sixteen = [&](std::int64_t i, __mmask16 here, auto streamed) {
     const auto unchanged = load(here, up + i);
-    const __m512 x = Lanes<T>::widen(load(here, in + i)), v = g.real_code(x), code = g.code(v);
+    const __m512 given = Lanes<T>::widen(load(here, in + i)), v = g.real_code(given), code = g.code(v);
     const __m512 d = Lanes<T>::widen(unchanged);
     const __mmask16 below = _mm512_cmp_ps_mask(v, g.lo, _CMP_LT_OQ), above = _mm512_cmp_ps_mask(v, g.hi, _CMP_GT_OQ);
-    const __mmask16 outside = below | above;
+    const __mmask16 outside = below | above, within = static_cast<__mmask16>(~outside);
     const __m512 slope = _mm512_mask_add_ps(_mm512_sub_ps(code, v), outside, code, g.shift);
     // `here`: on a grid whose scale is 0 or infinite, the other lanes may turn into NaN
     by_scale = _mm512_mask_add_ps(by_scale, here, by_scale, _mm512_mul_ps(d, slope));
     by_lo = _mm512_mask_add_ps(by_lo, below, by_lo, d);
     by_hi = _mm512_mask_add_ps(by_hi, above, by_hi, d);
-    inside = _mm512_mask_add_ps(inside, static_cast<__mmask16>(~outside), inside, _mm512_mul_ps(d, x));
-    store<streamed>(here, out + i, keep(static_cast<__mmask16>(~outside), unchanged));
+    by_x = _mm512_mask_add_ps(by_x, within, by_x, _mm512_mul_ps(d, given));
+    store<streamed>(here, out + i, keep(within, unchanged));
   };
   const auto total = [](__m512& lanes) {
     const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(lanes));
@@ -153,7 +153,7 @@ void backward(const void* grad, const void* x, const Grid& grid, void* grad_x, s
     sums.scale += total(by_scale);
     sums.lo += grid.scale * total(by_lo);
     sums.hi += grid.scale * total(by_hi);
-    sums.inside += total(inside);
+    sums.inside += total(by_x);
   });
 }
 

@@ -17,16 +17,26 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
-// Tensors of one call and what they point into: copies must outlive the kernel.
-struct Batch {
+// What the operands of one call point into: copies must outlive the kernel.
+struct Operands {
   const char* op;
-  std::vector<sgsc::GridRows> tensors;
-  Tensors alive, out, grad_scale, grad_lo, grad_hi;
+  Tensors alive;
+
+  explicit Operands(const char* name) : op(name) {}
 
   const void* keep(const char* name, const Tensor& t, ScalarType dtype, const Sizes& want) {
     alive.push_back(take(op, name, t, dtype, want));
     return alive.back().const_data_ptr();
   }
+
+  static ScalarType real(Type type) { return type == Type::f64 ? ScalarType::Double : ScalarType::Float; }
+};
+
+// The tensors of one call.
+struct Batch : Operands {
+  using Operands::Operands;
+  std::vector<sgsc::GridRows> tensors;
+  Tensors out, grad_scale, grad_lo, grad_hi;
 
   void* make(Tensors& results, const Tensor& like, const Sizes& sizes) {
     results.push_back(empty(like, sizes));
@@ -36,15 +46,14 @@ struct Batch {
   void add(const Tensor* grad, const Tensor& x, const Tensor& scale, const Tensor& lo, const Tensor& hi,
            const Tensor& shift) {
     const Type type = type_of(op, x, true);
-    const ScalarType real = type == Type::f64 ? ScalarType::Double : ScalarType::Float;
     sgsc::GridRows t{};
     t.type = type;
     t.x = keep("x", x, x.scalar_type(), {ANY, ANY});
     t.rows = x.size(0), t.width = x.size(1);
-    t.scale = keep("scale", scale, real, {t.rows});
-    t.lo = keep("lo", lo, real, {t.rows});
-    t.hi = keep("hi", hi, real, {t.rows});
-    t.shift = keep("shift", shift, real, {t.rows});
+    t.scale = keep("scale", scale, real(type), {t.rows});
+    t.lo = keep("lo", lo, real(type), {t.rows});
+    t.hi = keep("hi", hi, real(type), {t.rows});
+    t.shift = keep("shift", shift, real(type), {t.rows});
     if (grad) {
       t.grad = keep("grad", *grad, x.scalar_type(), {t.rows, t.width});
       t.grad_scale = make(grad_scale, scale, {t.rows});
@@ -67,7 +76,7 @@ struct Batch {
 };
 
 Tensor fake_quantize(const Tensor& x, const Tensor& scale, const Tensor& lo, const Tensor& hi, const Tensor& shift) {
-  Batch batch{"fake_quantize"};
+  Batch batch("fake_quantize");
   batch.add(nullptr, x, scale, lo, hi, shift);
   sgsc::fake_quantize(batch.tensors, threads());
   return batch.out[0];
@@ -76,7 +85,7 @@ Tensor fake_quantize(const Tensor& x, const Tensor& scale, const Tensor& lo, con
 std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_backward(const Tensor& grad, const Tensor& x,
                                                                   const Tensor& scale, const Tensor& lo,
                                                                   const Tensor& hi, const Tensor& shift) {
-  Batch batch{"fake_quantize_backward"};
+  Batch batch("fake_quantize_backward");
   batch.add(&grad, x, scale, lo, hi, shift);
   sgsc::fake_quantize_backward(batch.tensors, threads());
   return {batch.out[0], batch.grad_scale[0], batch.grad_lo[0], batch.grad_hi[0]};
@@ -84,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_backward(const Tensor& 
 
 Tensors fake_quantize_many(const Tensors& x, const Tensors& scale, const Tensors& lo, const Tensors& hi,
                            const Tensors& shift) {
-  Batch batch{"fake_quantize_many"};
+  Batch batch("fake_quantize_many");
   batch.add(nullptr, x, scale, lo, hi, shift);
   sgsc::fake_quantize(batch.tensors, threads());
   return batch.out;
@@ -92,7 +101,7 @@ Tensors fake_quantize_many(const Tensors& x, const Tensors& scale, const Tensors
 
 Tensors fake_quantize_many_backward(const Tensors& grad, const Tensors& x, const Tensors& scale, const Tensors& lo,
                                     const Tensors& hi, const Tensors& shift) {
-  Batch batch{"fake_quantize_many_backward"};
+  Batch batch("fake_quantize_many_backward");
   batch.add(&grad, x, scale, lo, hi, shift);
   sgsc::fake_quantize_backward(batch.tensors, threads());
   Tensors all = batch.out;
@@ -101,58 +110,50 @@ Tensors fake_quantize_many_backward(const Tensors& grad, const Tensors& x, const
   return all;
 }
 
-// What a mixture is made of, taken and checked; copies must outlive the kernel.
-struct Mixture {
-  const char* op;
+// A row and what it is mixed of.
+struct Mixture : Operands {
   sgsc::MixedRow mixed{};
-  Tensors alive;
   Tensor out;
 
-  Mixture(const char* op, const Tensor& x, const Tensor& shares, const Tensor& scale, const Tensor& lo,
+  Mixture(const char* name, const Tensor& x, const Tensor& share, const Tensor& scale, const Tensor& lo,
           const Tensor& hi, const Tensor& shift)
-      : op(op), out(empty_reused(x, {x.numel()}, sgsc::size_of(type_of(op, x, true)))) {
+      : Operands(name), out(empty_reused(x, {x.numel()}, sgsc::size_of(type_of(name, x, true)))) {
     sgsc::GridRows& t = mixed.row;
     t.type = type_of(op, x, true);
     t.rows = 1, t.width = x.numel();
-    mixed.grids = shares.numel();
-    t.x = keep("x", x, x.scalar_type(), t.width);
-    mixed.shares = keep("shares", shares, real(), mixed.grids);
-    t.scale = keep("scale", scale, real(), mixed.grids);
-    t.lo = keep("lo", lo, real(), mixed.grids);
-    t.hi = keep("hi", hi, real(), mixed.grids);
-    t.shift = keep("shift", shift, real(), mixed.grids);
+    mixed.grids = share.numel();
+    t.x = keep("x", x, x.scalar_type(), {t.width});
+    mixed.share = keep("share", share, real(t.type), {mixed.grids});
+    t.scale = keep("scale", scale, real(t.type), {mixed.grids});
+    t.lo = keep("lo", lo, real(t.type), {mixed.grids});
+    t.hi = keep("hi", hi, real(t.type), {mixed.grids});
+    t.shift = keep("shift", shift, real(t.type), {mixed.grids});
     t.out = out.mutable_data_ptr();
-  }
-
-  ScalarType real() const { return mixed.row.type == Type::f64 ? ScalarType::Double : ScalarType::Float; }
-
-  const void* keep(const char* name, const Tensor& t, ScalarType dtype, int64_t length) {
-    alive.push_back(take(op, name, t, dtype, {length}));
-    return alive.back().const_data_ptr();
   }
 };
 
-Tensor fake_quantize_mixed(const Tensor& x, const Tensor& shares, const Tensor& scale, const Tensor& lo,
+Tensor fake_quantize_mixed(const Tensor& x, const Tensor& share, const Tensor& scale, const Tensor& lo,
                            const Tensor& hi, const Tensor& shift) {
-  Mixture of("fake_quantize_mixed", x, shares, scale, lo, hi, shift);
+  Mixture of("fake_quantize_mixed", x, share, scale, lo, hi, shift);
   sgsc::fake_quantize_mixed(of.mixed, threads());
   return of.out;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fake_quantize_mixed_backward(const Tensor& grad, const Tensor& x,
-                                                                                const Tensor& shares,
+                                                                                const Tensor& share,
                                                                                 const Tensor& scale, const Tensor& lo,
                                                                                 const Tensor& hi, const Tensor& shift) {
-  Mixture of("fake_quantize_mixed_backward", x, shares, scale, lo, hi, shift);
-  of.mixed.row.grad = of.keep("grad", grad, x.scalar_type(), of.mixed.row.width);
+  Mixture of("fake_quantize_mixed_backward", x, share, scale, lo, hi, shift);
+  sgsc::GridRows& t = of.mixed.row;
+  t.grad = of.keep("grad", grad, x.scalar_type(), {t.width});
   const auto make = [&] { return empty(scale, {of.mixed.grids}); };
-  Tensor grad_shares = make(), grad_scale = make(), grad_lo = make(), grad_hi = make();
-  of.mixed.grad_shares = grad_shares.mutable_data_ptr();
-  of.mixed.row.grad_scale = grad_scale.mutable_data_ptr();
-  of.mixed.row.grad_lo = grad_lo.mutable_data_ptr();
-  of.mixed.row.grad_hi = grad_hi.mutable_data_ptr();
+  Tensor grad_share = make(), grad_scale = make(), grad_lo = make(), grad_hi = make();
+  of.mixed.grad_share = grad_share.mutable_data_ptr();
+  t.grad_scale = grad_scale.mutable_data_ptr();
+  t.grad_lo = grad_lo.mutable_data_ptr();
+  t.grad_hi = grad_hi.mutable_data_ptr();
   sgsc::fake_quantize_mixed_backward(of.mixed, threads());
-  return {of.out, grad_shares, grad_scale, grad_lo, grad_hi};
+  return {of.out, grad_share, grad_scale, grad_lo, grad_hi};
 }
 
 // The floor of both directions, for benches: `to` = `from`, or from + with, past the caches.

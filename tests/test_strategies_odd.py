@@ -34,6 +34,13 @@ def data(count: int = 64) -> torch.Tensor:
     return torch.randn(count, 6, generator=torch.Generator().manual_seed(1)) + 0.5
 
 
+class Last(nn.Module):
+    """Answers a view of all that it is given, as language models do."""
+
+    def forward(self, x):
+        return x[:, -1]
+
+
 class InPlace(nn.Module):
     def __init__(self):
         super().__init__()
@@ -112,8 +119,12 @@ def test_answers_to_what_mixtures_learn_from_are_kept_as_far_as_there_is_room(mo
         assert list(problem.answered) == list(range(kept))
         for place, x in enumerate(problem.fit):
             assert torch.equal(problem.answer(place, x), net()(x).detach())
+            assert (problem.answer(place, x) is problem.answered.get(place)) == (place < kept)
     monkeypatch.setattr(problem_module, "MOST_BYTES", 2**28)
     assert not make_problem(net(), data(), replace(of, trained=True)).answered
+    last = nn.Sequential(nn.Linear(6, 4), nn.Flatten(0, 1), nn.Unflatten(0, (-1, 5)), Last())
+    for kept in make_problem(last, torch.randn(32, 5, 6), of).answered.values():
+        assert kept.untyped_storage().nbytes() == kept.nbytes
 
 
 def test_a_strategy_of_training_is_none_of_a_search():

@@ -231,14 +231,15 @@ def make_problem(
     to_fit, to_select = split(calibration, network, settings)
     device = device_of(network)
     fit, select = (Batches(samples, settings.batch_size, device) for samples in (to_fit, to_select))
-    answered, free = {}, 0 if settings.trained else MOST_BYTES  # trainings have a loss of their own
+    answered: dict[int, Tensor] = {}
+    free = 0 if settings.trained else MOST_BYTES  # trainings have a loss of their own
     with torch.no_grad(), evaluating(network):
         first = _answer(network, fit[0], settings.loss)
         for place, x in enumerate(fit):
             answer = first if place == 0 else _answer(network, x, settings.loss)
             free -= answer.nbytes
             if free >= 0:
-                answered[place] = answer
+                answered[place] = answer.clone()  # it may be a view of much more
         wanted = [_answer(network, x, settings.loss) for x in select]
     check_loss(judge, first)
     folded = _folded(network, fit[0], first) if fold else Folded(network, (), {})

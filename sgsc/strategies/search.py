@@ -112,6 +112,7 @@ def search_strategies(
     clock["uniform"] = time.perf_counter() - started - sum(clock.values())
     problem.set(problem.uniform(*best))  # biases as they were: the mixture's errors are not those of any choice
     proposed, shares, course = train_mixture(problem, steps, wanted.seed, progress)
+    problem.answered.clear()  # nobody else asks
     clock["mixture"] = time.perf_counter() - started - sum(clock.values())
     ends = {
         "greedy": greedy(problem, problem.uniform(*best), progress, "greedy pass from the best uniform"),

@@ -5,16 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sgsc.kernels import OPS, fake_quantize, fake_quantize_mixed
+from sgsc.kernels import OPS, extension, fake_quantize, fake_quantize_mixed
 from tests.checks import as_list, assert_close_to, assert_same
 
 SHARE = torch.tensor([0.2, 0.5, -0.1, 0.4])
 GRIDS = (  # the third is none
-    torch.tensor([0.1, 0.3, 1.0, 0.25]),
+    torch.tensor([0.1, 0.3, float("inf"), 0.25]),
     torch.tensor([-8.0, 0.0, 0.0, -3.0]),
     torch.tensor([7.0, 15.0, 0.0, 2.0]),
     torch.tensor([0.0, 0.0, 0.0, 0.5]),
 )
+
+needs_extension = pytest.mark.skipif(not extension.LOADED, reason=f"no C++ extension: {extension.WHY}")
 
 
 def composed(x: torch.Tensor, share: torch.Tensor, *grid: torch.Tensor) -> torch.Tensor:
@@ -63,6 +65,18 @@ def test_infinity_lies_outside_and_nan_stays(level):
     assert fake_quantize_mixed(x, SHARE, *GRIDS).isnan().nonzero().tolist() == [[5]]
     of_shares = OPS["fake_quantize_mixed_backward"](*arguments)[1]
     assert of_shares.isnan().tolist() == [True, True, False, True]  # not of the grid that is none
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_are_rounded_once(dtype, level):
+    x = torch.randn(2_000, generator=torch.Generator().manual_seed(2)).to(dtype)
+    assert_same(fake_quantize_mixed(x, SHARE, *GRIDS), fake_quantize_mixed(x.float(), SHARE, *GRIDS).to(dtype))
+
+
+@needs_extension
+def test_operands_of_another_dtype_are_named():
+    with pytest.raises(ValueError, match=r"fake_quantize_mixed: share is \(4\) Double; want \(4\) Float"):
+        fake_quantize_mixed(torch.ones(2), SHARE.double(), *GRIDS)
 
 
 def test_vectors_that_do_not_fit_each_other_are_refused():
