@@ -59,13 +59,13 @@ void backward(const void* grad, const void* x, const Grid& grid, void* grad_x, s
 GridKernels grid_kernels_scalar(Type type) {
   switch (type) {
     case Type::f64:
-      return {forward<double, double>, backward<double, double>};
+      return {forward<double, double>, backward<double, double>, backward<double, double>};
     case Type::bf16:
-      return {forward<Bfloat16, float>, backward<Bfloat16, float>};
+      return {forward<Bfloat16, float>, backward<Bfloat16, float>, backward<Bfloat16, float>};
     case Type::f16:
-      return {forward<Float16, float>, backward<Float16, float>};
+      return {forward<Float16, float>, backward<Float16, float>, backward<Float16, float>};
     default:
-      return {forward<float, float>, backward<float, float>};
+      return {forward<float, float>, backward<float, float>, backward<float, float>};
   }
 }
 
@@ -208,7 +208,7 @@ void mix(const MixedRow& mixed, std::int64_t first, std::int64_t length, Sums* s
       const Grid grid = grid_of(t, i);
       if (!(grid.hi > grid.lo)) continue;
       if (sums)
-        kernels.backward(grad, x, grid, part, n, sums[i]);
+        kernels.backward_mixed(grad, x, grid, part, n, sums[i]);
       else
         kernels.forward(x, grid, part, n);
       const S share = S(vector_at(t, mixed.share, i));

@@ -10,7 +10,7 @@
 // those of mixtures, which are bound by arithmetic, are not.
 //
 // Floor in float32: forward 8 bytes an element (read x, write q), about 6 operations; backward 12 bytes (read grad and
-// x, write the gradient of x), about 16 operations. Both are bound by memory.
+// x, write the gradient of x), about 14 operations. Both are bound by memory.
 #pragma once
 
 #include <algorithm>
@@ -62,7 +62,7 @@ struct Grid {
 
 struct Sums {
   double scale = 0, lo = 0, hi = 0;
-  double inside = 0;  // of grad * x where x is inside: what mixtures need
+  double inside = 0;  // of grad * x where x is inside: what mixtures need, and `backward_mixed` alone makes
 
   void add(const Sums& other) {
     scale += other.scale;
@@ -75,6 +75,7 @@ struct Sums {
 struct GridKernels {
   void (*forward)(const void* x, const Grid& grid, void* q, std::int64_t n);
   void (*backward)(const void* grad, const void* x, const Grid& grid, void* grad_x, std::int64_t n, Sums& sums);
+  void (*backward_mixed)(const void* grad, const void* x, const Grid& grid, void* grad_x, std::int64_t n, Sums& sums);
 };
 
 // Not for f64. With `stream`, results go past the caches, to memory, and the caller fences them.

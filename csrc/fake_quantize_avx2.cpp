@@ -110,11 +110,10 @@ struct Lanes {
     sums.scale += total(scale);
     sums.lo += factor * total(lo);
     sums.hi += factor * total(hi);
-    sums.inside += total(inside);
   }
 };
 
-template <class T, bool STREAM>
+template <class T, bool STREAM, bool MIXED>
 void backward(const void* grad, const void* x, const Grid& grid, void* grad_x, std::int64_t n, Sums& sums) {
   const T *in = static_cast<const T*>(x), *up = static_cast<const T*>(grad);
   T* out = static_cast<T*>(grad_x);
@@ -129,12 +128,13 @@ void backward(const void* grad, const void* x, const Grid& grid, void* grad_x, s
     lanes.scale = _mm256_add_ps(lanes.scale, _mm256_and_ps(here, _mm256_mul_ps(d, slope)));
     lanes.lo = _mm256_add_ps(lanes.lo, _mm256_and_ps(_mm256_and_ps(here, below), d));
     lanes.hi = _mm256_add_ps(lanes.hi, _mm256_and_ps(_mm256_and_ps(here, above), d));
-    lanes.inside = _mm256_add_ps(lanes.inside, _mm256_andnot_ps(outside, _mm256_mul_ps(d, given)));
+    if constexpr (MIXED) lanes.inside = _mm256_add_ps(lanes.inside, _mm256_andnot_ps(outside, _mm256_mul_ps(d, given)));
     return _mm256_andnot_ps(outside, d);
   };
   const __m256 all = _mm256_castsi256_ps(_mm256_set1_epi32(-1));
   const auto next_run = [&] {
     lanes.add_to(sums, grid.scale);
+    if constexpr (MIXED) sums.inside += Lanes::total(lanes.inside);
     lanes = Lanes();
   };
   const auto some = [&](std::int64_t i, std::int64_t end) {
@@ -166,9 +166,11 @@ void backward(const void* grad, const void* x, const Grid& grid, void* grad_x, s
 
 template <bool STREAM>
 GridKernels kernels(Type type) {
-  if (type == Type::bf16) return {forward<Bfloat16, STREAM>, backward<Bfloat16, STREAM>};
-  if (type == Type::f16) return {forward<Float16, STREAM>, backward<Float16, STREAM>};
-  return {forward<float, STREAM>, backward<float, STREAM>};
+  if (type == Type::bf16)
+    return {forward<Bfloat16, STREAM>, backward<Bfloat16, STREAM, false>, backward<Bfloat16, STREAM, true>};
+  if (type == Type::f16)
+    return {forward<Float16, STREAM>, backward<Float16, STREAM, false>, backward<Float16, STREAM, true>};
+  return {forward<float, STREAM>, backward<float, STREAM, false>, backward<float, STREAM, true>};
 }
 
 }  // namespace

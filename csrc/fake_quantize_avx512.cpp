@@ -123,7 +123,7 @@ void forward(const void* x, const Grid& grid, void* q, std::int64_t n) {
   for_each_sixteen<STREAM>(out, n, sixteen, [] {});
 }
 
-template <class T, bool STREAM>
+template <class T, bool STREAM, bool MIXED>
 void backward(const void* grad, const void* x, const Grid& grid, void* grad_x, std::int64_t n, Sums& sums) {
   const T *in = static_cast<const T*>(x), *up = static_cast<const T*>(grad);
   T* out = static_cast<T*>(grad_x);
@@ -140,7 +140,7 @@ void backward(const void* grad, const void* x, const Grid& grid, void* grad_x, s
     by_scale = _mm512_mask_add_ps(by_scale, here, by_scale, _mm512_mul_ps(d, slope));
     by_lo = _mm512_mask_add_ps(by_lo, below, by_lo, d);
     by_hi = _mm512_mask_add_ps(by_hi, above, by_hi, d);
-    by_x = _mm512_mask_add_ps(by_x, within, by_x, _mm512_mul_ps(d, given));
+    if constexpr (MIXED) by_x = _mm512_mask_add_ps(by_x, within, by_x, _mm512_mul_ps(d, given));
     store<streamed>(here, out + i, keep(within, unchanged));
   };
   const auto total = [](__m512& lanes) {
@@ -153,15 +153,17 @@ void backward(const void* grad, const void* x, const Grid& grid, void* grad_x, s
     sums.scale += total(by_scale);
     sums.lo += grid.scale * total(by_lo);
     sums.hi += grid.scale * total(by_hi);
-    sums.inside += total(by_x);
+    if constexpr (MIXED) sums.inside += total(by_x);
   });
 }
 
 template <bool STREAM>
 GridKernels kernels(Type type) {
-  if (type == Type::bf16) return {forward<Bfloat16, STREAM>, backward<Bfloat16, STREAM>};
-  if (type == Type::f16) return {forward<Float16, STREAM>, backward<Float16, STREAM>};
-  return {forward<float, STREAM>, backward<float, STREAM>};
+  if (type == Type::bf16)
+    return {forward<Bfloat16, STREAM>, backward<Bfloat16, STREAM, false>, backward<Bfloat16, STREAM, true>};
+  if (type == Type::f16)
+    return {forward<Float16, STREAM>, backward<Float16, STREAM, false>, backward<Float16, STREAM, true>};
+  return {forward<float, STREAM>, backward<float, STREAM, false>, backward<float, STREAM, true>};
 }
 
 }  // namespace

@@ -160,7 +160,7 @@ BACKWARD = Op(
     cases=backward_cases,
     bench_cases=_bench_cases_backward,
     traffic=lambda grad, x, *_: 3 * x.numel() * x.element_size() + 28 * x.shape[0],
-    operations=lambda grad, x, *_: 16 * x.numel(),
+    operations=lambda grad, x, *_: 14 * x.numel(),
 )
 
 
