@@ -107,12 +107,18 @@ def cases() -> dict[str, tuple[Tensor, ...]]:
 
 def backward_cases() -> dict[str, tuple[Tensor, ...]]:
     """The forward's cases with a random upstream gradient; infinite inputs are the forward's business."""
+    return with_random_upstream({name: c for name, c in cases().items() if name != "nan-and-infinity"})
+
+
+def with_random_upstream(of: Mapping[str, tuple[Tensor, ...]]) -> dict[str, tuple[Tensor, ...]]:
+    """Arguments of a backward from those of its forward, x first."""
     make = torch.Generator().manual_seed(1)
-    return {
-        name: (torch.randn(c[0].shape, generator=make).to(c[0].dtype), *c)
-        for name, c in cases().items()
-        if name != "nan-and-infinity"
-    }
+    return {name: (torch.randn(c[0].shape, generator=make).to(c[0].dtype), *c) for name, c in of.items()}
+
+
+def with_upstream_of_ones(of: Mapping[str, tuple[Tensor, ...]]) -> dict[str, tuple[Tensor, ...]]:
+    """The same for benches, where values do not matter."""
+    return {name: (torch.ones_like(c[0]), *c) for name, c in of.items()}
 
 
 def bench_cases() -> dict[str, tuple[Tensor, ...]]:
@@ -128,10 +134,6 @@ def bench_cases() -> dict[str, tuple[Tensor, ...]]:
         )
         for c, k in ((64, 576), (512, 512), (1024, 4096), (4096, 4096))
     }
-
-
-def _bench_cases_backward() -> dict[str, tuple[Tensor, ...]]:
-    return {name: (torch.ones_like(c[0]), *c) for name, c in bench_cases().items()}
 
 
 OP = Op(
@@ -158,7 +160,7 @@ BACKWARD = Op(
     reference=reference_backward,
     fake=_fake_backward,
     cases=backward_cases,
-    bench_cases=_bench_cases_backward,
+    bench_cases=lambda: with_upstream_of_ones(bench_cases()),
     traffic=lambda grad, x, *_: 3 * x.numel() * x.element_size() + 28 * x.shape[0],
     operations=lambda grad, x, *_: 14 * x.numel(),
 )

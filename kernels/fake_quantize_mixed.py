@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .fake_quantize import BACKWARD, OP, cases
+from .fake_quantize import BACKWARD, OP, cases, with_random_upstream, with_upstream_of_ones
 from .op import Op
 
 
@@ -73,23 +73,10 @@ def mixed_cases() -> dict[str, tuple[Tensor, ...]]:
     return found
 
 
-def mixed_backward_cases() -> dict[str, tuple[Tensor, ...]]:
-    """The forward's cases with a random upstream gradient."""
-    make = torch.Generator().manual_seed(1)
-    return {
-        name: (torch.randn(case[0].shape, generator=make).to(case[0].dtype), *case)
-        for name, case in mixed_cases().items()
-    }
-
-
 def _bench_cases() -> dict[str, tuple[Tensor, ...]]:
     """An activation, and the grids that the strategies of an input find, about."""
     x, ones = torch.randn(16 * 64 * 32 * 32, generator=torch.Generator().manual_seed(2)), torch.ones(7)
     return {"7 grids, 16x64x32x32": (x, ones / 7, 0.02 * ones.cumsum(0), -128 * ones, 127 * ones, 0 * ones)}
-
-
-def _bench_cases_backward() -> dict[str, tuple[Tensor, ...]]:
-    return {name: (torch.ones_like(case[0]), *case) for name, case in _bench_cases().items()}
 
 
 MIXED = Op(
@@ -111,8 +98,8 @@ MIXED_BACKWARD = Op(
         torch.empty_like(x, memory_format=torch.contiguous_format),
         *(torch.empty_like(share) for _ in range(4)),
     ),
-    cases=mixed_backward_cases,
-    bench_cases=_bench_cases_backward,
+    cases=lambda: with_random_upstream(mixed_cases()),
+    bench_cases=lambda: with_upstream_of_ones(_bench_cases()),
     traffic=lambda grad, x, share, *_: 3 * x.numel() * x.element_size() + 36 * share.numel(),
     operations=lambda grad, x, share, *_: 18 * x.numel() * share.numel(),
 )
