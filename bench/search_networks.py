@@ -71,7 +71,7 @@ FULL = {"digits": Plan("11%", 100), "mnist": Plan("11%", 100), "resnet20": Plan(
 REDUCED = {
     "digits": Plan("11%", 30, 40, 300, None, 20),
     "mnist": Plan("11%", 24, 25, 100, 500, 20),
-    "resnet20": Plan("11%", 20, 20, 80, None, 8, "bfloat16"),
+    "resnet20": Plan("11%", 20, 20, 80, None, 8),
 }
 
 
