@@ -157,7 +157,7 @@ def test_grids_behind_the_chosen_layers_are_taken_where_they_are_better(monkeypa
     found = search_strategies(network(), data(96), **QUICK)
     ends = min(found.report["greedy_loss"], found.report["mixture_greedy_loss"])
     assert found.report["recalibrated"] is better
-    assert found.loss == (0.0 if better else ends)
+    assert found.loss == 0.0 if better else 0 < found.loss <= ends
     assert torch.equal(grids(found.model), again[0]) is better
 
 

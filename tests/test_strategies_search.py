@@ -1,6 +1,8 @@
 """`search_strategies`: never worse than what it compares with, right on odd networks, clear about bad input."""
 
 import math
+import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from sgsc.distillation import distilled, divergence
 from sgsc.layers import quant_layers
 from sgsc.quantizers import StaticInput
 from sgsc.strategies import INPUTS, WEIGHTS, StrategySettings, make_problem
-from sgsc.strategies.search import greedy
+from sgsc.strategies.search import ahead, greedy
 from sgsc.strategies.settings import distance
 from sgsc.strategies.settled import Settled
 
@@ -67,8 +69,8 @@ def test_every_layer_reports_its_choice_and_each_candidate_s_loss(found):
         untrained = {name for name, cls in INPUTS.items() if not cls.trained}
         assert set(row["input_losses"]) == set(row["input_shares"]) == untrained
         assert sum(row["input_shares"].values()) == pytest.approx(1)
-        assert row["weight_losses"][row["weight"]] <= min(row["weight_losses"].values()) + 1e-12
-        assert row["input_losses"][row["input"]] == min(row["input_losses"].values())
+        for side in ("weight", "input"):
+            assert row[f"{side}_losses"][row[side]] < statistics.median(row[f"{side}_losses"].values())
         assert (row["bits_weight"], row["bits_input"]) == (3, 4)
 
 
@@ -154,6 +156,83 @@ def test_one_pass_starts_from_the_best_uniform_choice_and_one_from_the_mixture(m
 
 
 # ---- the pass ----
+
+
+def test_a_lead_counts_beyond_one_standard_error_of_the_same_samples():
+    best = torch.arange(5.0).double()
+    around = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).double()  # standard error of the mean: sqrt(2.5 / 5)
+    assert not ahead(best, best)
+    assert ahead(best - 1e-9, best)  # the same lead on each sample, however small
+    assert not ahead(best + 1e-9, best)
+    assert ahead(best - 0.708 + around, best)
+    assert not ahead(best - 0.706 + around, best)
+    assert ahead(torch.zeros(1).double(), torch.ones(1).double())  # nothing is known of its error
+    assert not ahead(torch.ones(1).double(), torch.zeros(1).double())
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "better"),
+    [
+        ([1.0, math.nan], [1.0, 2.0], False),
+        ([1.0, math.inf], [1.0, 2.0], False),
+        ([1.0, 2.0], [1.0, math.nan], True),
+        ([1.0, 2.0], [1.0, math.inf], True),
+        ([1.0, -math.inf], [1.0, 2.0], True),
+        ([-math.inf, -math.inf], [-math.inf, 2.0], False),  # both are the best there is
+    ],
+)
+def test_losses_that_are_not_finite_are_compared_too(losses, best, better):
+    assert ahead(torch.tensor(losses).double(), torch.tensor(best).double()) is better
+
+
+def test_a_pass_takes_what_counts_as_a_lead_and_nothing_else(monkeypatch):
+    ends = {}
+    for name, takes in {
+        "none": lambda losses, best: False,
+        "every": lambda losses, best: bool(losses.mean() < best.mean()),
+        "beyond chance": ahead,
+    }.items():
+        monkeypatch.setattr("sgsc.strategies.search.ahead", takes)
+        problem = make_problem(network(), data(), SETTINGS)
+        start = problem.uniform("mse", "mse")
+        ends[name] = greedy(problem, start, lambda *_: None, "")
+        assert problem.judge() == pytest.approx(ends[name].loss, rel=1e-6)
+    assert (ends["none"].choice, ends["none"].loss) == (start, ends["none"].start)
+    assert ends["every"].loss < ends["beyond chance"].loss < ends["none"].loss
+
+
+def test_each_sample_is_judged_by_itself():
+    problem = make_problem(network(), data(), replace(SETTINGS, batch_size=32))
+    problem.set(problem.uniform("mse", "mse"))
+    net, samples = network(), torch.cat(list(problem.select))
+    with torch.no_grad():
+        own = [divergence(problem.model(x[None]), net(x[None])).item() for x in samples]
+    assert len(own) == 40  # of two batches
+    torch.testing.assert_close(problem.losses(), torch.tensor(own).double(), rtol=1e-3, atol=1e-6)
+    assert problem.judge() == pytest.approx(statistics.fmean(own), rel=1e-3)
+
+
+class Total(nn.Module):
+    """Answers of no sample by itself."""
+
+    def __init__(self, reduce):
+        super().__init__()
+        self.net, self.reduce = network(), reduce
+
+    def forward(self, x):
+        return self.reduce(self.net(x))
+
+
+@pytest.mark.parametrize("reduce", [torch.sum, lambda y: y.sum(0), lambda y: y.sum(0, keepdim=True)])
+def test_answers_of_a_whole_batch_are_judged_as_one(reduce):
+    model = Total(reduce).eval()
+    problem = make_problem(model, data(), replace(SETTINGS, batch_size=32, loss=distance))
+    problem.set(problem.uniform("mse", "mse"))
+    with torch.no_grad():
+        batches = [(distance(problem.model(x), model(x)).item(), len(x)) for x in problem.select]
+    assert [n for _, n in batches] == [20, 20]
+    wanted = [loss for loss, n in batches for _ in range(n)]
+    torch.testing.assert_close(problem.losses(), torch.tensor(wanted).double(), rtol=1e-3, atol=1e-6)
 
 
 def test_answers_from_memory_change_nothing(monkeypatch):

@@ -23,7 +23,7 @@ from .calibration import Calls, calibrate, count_calls, room
 from .data import Batches, Calibration, split
 from .folding import Folded, fold_batch_norms
 from .registry import INPUTS, WEIGHTS, strategies
-from .settings import LOSSES, Loss, StrategySettings, check_loss
+from .settings import LOSSES, Loss, StrategySettings, check_answers, check_loss
 from .statistics import InputStatistics
 
 Choice = dict[str, tuple[str, str | None]]  # layer -> strategy of its weight, of its input
@@ -109,15 +109,23 @@ class Problem:
         return {name: (weight, given if self.inputs.get(name) else None) for name in self.layers}
 
     @torch.no_grad()
-    def judge(self) -> float:
-        """Mean loss of the model as it stands over the samples of `select`; infinite where it is NaN."""
-        total, count = 0.0, 0
+    def losses(self) -> Tensor:
+        """(samples,) float64: of the model as it stands, the loss of each sample of `select` by itself."""
+        found: list[Tensor] = []
         with evaluating(self.model):
             for place, (x, wanted) in enumerate(zip(self.select, self.wanted, strict=True)):
                 self.place = place
-                total += len(x) * self.loss(self.model(fed(self.model, x)), wanted).item()
-                count += len(x)
-        return math.inf if math.isnan(total) else total / count  # -inf is a loss too, of equal answers
+                outputs = self.model(fed(self.model, x))
+                pairs = [(outputs, wanted)]  # answers that are none of single samples count for all of their batch
+                if outputs.shape[:1] == x.shape[:1]:
+                    pairs = zip(outputs.split(1), wanted.split(1), strict=True)
+                losses = torch.stack([self.loss(*pair).reshape(()) for pair in pairs])
+                found.append(losses.expand(len(x)))
+        return torch.cat(found).double().cpu()
+
+    def judge(self) -> float:
+        """Mean of `losses`; infinite where it is NaN."""
+        return mean_loss(self.losses())
 
     @torch.no_grad()
     def answer(self, place: int, x: Tensor) -> Tensor:
@@ -213,6 +221,12 @@ class Problem:
             correct_bias(self.layers[name], self.means[name], given[choice[1]])
 
 
+def mean_loss(losses: Tensor) -> float:
+    """Of samples; infinite where it is NaN."""
+    loss = losses.mean().item()
+    return math.inf if math.isnan(loss) else loss  # -inf is a loss too, of equal answers
+
+
 def make_problem(
     network: nn.Module, calibration: Calibration, settings: StrategySettings, fold: bool = True
 ) -> Problem:
@@ -305,21 +319,7 @@ def _fitted_weights(
 def _answer(network: nn.Module, x: Tensor, loss: str | Loss) -> Tensor:
     with taking(x, "the calibration data"):
         outputs = network(fed(network, x))
-    if not isinstance(outputs, Tensor) or not torch.isfinite(outputs).all():
-        said = "NaN or infinity" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}, not a tensor"
-        raise ValueError(f"the float model answers {said} on the calibration data; there is nothing to be close to")
-    if loss == "kl":
-        # of images it is not known which axis holds classes
-        if outputs.dim() not in (2, 3) or outputs.shape[-1] < 2:
-            raise ValueError(
-                "loss='kl' compares answers among classes, (samples, classes) or (samples, places, classes), and the "
-                f"model's outputs are {tuple(outputs.shape)}; take loss='l1' or 'l2', or pass a function"
-            )
-        if (outputs >= 0).all() and torch.allclose(outputs.float().sum(-1), torch.ones(()).to(outputs.device)):
-            raise ValueError(
-                "loss='kl' takes logits, and the model's outputs are probabilities: each row sums to 1; leave the "
-                "softmax out of the model, or take loss='l1' or 'l2', or pass a function"
-            )
+    check_answers(outputs, loss)
     return outputs
 
 

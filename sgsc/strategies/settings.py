@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sgsc.distillation import divergence
@@ -35,10 +36,35 @@ def check_loss(loss: Loss, outputs: Tensor) -> None:
     Raises:
         ValueError: If it does not give one number for equal answers; -inf is one, as -PSNR has it.
     """
-    value = loss(outputs, outputs)
-    if not isinstance(value, Tensor) or value.numel() != 1 or value.isnan().any():
-        said = tuple(value.shape) if isinstance(value, Tensor) and value.numel() != 1 else value
-        raise ValueError(f"loss of the model's answers with themselves is {said}; want a tensor of one number")
+    one = outputs[:1] if outputs.dim() else outputs
+    for some, what in ((outputs, "the model's answers"), (one, "one of the model's answers")):
+        value = loss(some, some)
+        if not isinstance(value, Tensor) or value.numel() != 1 or value.isnan().any():
+            said = tuple(value.shape) if isinstance(value, Tensor) and value.numel() != 1 else value
+            raise ValueError(f"loss of {what} with themselves is {said}; want a tensor of one number")
+
+
+def check_answers(outputs: object, loss: str | Loss) -> None:
+    """Refuse answers of the float model that nothing can be close to, by that loss.
+
+    Raises:
+        ValueError: If they are no tensor, not finite, or no logits where loss is "kl".
+    """
+    if not isinstance(outputs, Tensor) or not torch.isfinite(outputs).all():
+        said = "NaN or infinity" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}, not a tensor"
+        raise ValueError(f"the float model answers {said} on the calibration data; there is nothing to be close to")
+    if loss == "kl":
+        # of images it is not known which axis holds classes
+        if outputs.dim() not in (2, 3) or outputs.shape[-1] < 2:
+            raise ValueError(
+                "loss='kl' compares answers among classes, (samples, classes) or (samples, places, classes), and the "
+                f"model's outputs are {tuple(outputs.shape)}; take loss='l1' or 'l2', or pass a function"
+            )
+        if (outputs >= 0).all() and torch.allclose(outputs.float().sum(-1), torch.ones(()).to(outputs.device)):
+            raise ValueError(
+                "loss='kl' takes logits, and the model's outputs are probabilities: each row sums to 1; leave the "
+                "softmax out of the model, or take loss='l1' or 'l2', or pass a function"
+            )
 
 
 def check_steps(steps: int, least: int, name: str = "steps") -> None:
@@ -65,7 +91,7 @@ class StrategySettings:
         skip: Names of layers to leave float, as `prepare` takes them.
         loss: "kl" (divergence of the answers from the float model's, classes last), "l1" or "l2" (mean absolute or
             squared difference, for images and other real numbers; PSNR is of the latter), or a function
-            (outputs, wanted) -> scalar.
+            (outputs, wanted) -> scalar, which is asked of batches and of samples by themselves.
         select_share: Of the samples, by which discrete choices are judged; the others find grids and train mixtures.
         batch_size: Samples of a step.
         correct_bias: Without training: whether biases may make up for what rounding does to mean answers of layers; it
