@@ -218,6 +218,8 @@ def network_table(rows: Rows) -> str:
     note += (
         "All learned the float network's answers." if all(r.get("distilled") for r in rows) else "All learned labels."
     )
+    if all(r.get("judged_by") == "answers" for r in rows):
+        note += " Validation losses are of these answers too."
     return "\n\n".join([table(head, lines, text=2), note, *said])
 
 

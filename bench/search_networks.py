@@ -52,6 +52,7 @@ from .runs import Row, Section, called
 from .search_claims import REFERENCES, SEARCHES
 
 SHARE = 0.8  # of the bytes of the smaller reference
+LEARNED = {"distilled": True, "judged_by": "answers"}  # all rows; labels taught and judged those of before
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ def ended(one: Network, model: nn.Module) -> Row:
     return {
         **{"float_bytes": total, "stored_bytes": size, "stored_ratio": size / total, "budget": one.plan.budget},
         **{"packed_accuracy": after["accuracy"], "float_accuracy": before["accuracy"]},
-        **{"steps": one.schedule.steps, "finish_steps": one.schedule.finish_steps, "distilled": True},
+        **{"steps": one.schedule.steps, "finish_steps": one.schedule.finish_steps, **LEARNED},
     }
 
 
@@ -233,7 +234,7 @@ def search(one: Network, sampler: str, limit: int, more: int) -> Row:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     judged = [t for t in found["trials"] if t["state"] in ("complete", "pruned", "diverged")]
     kept = ("float_bytes", "stored_bytes", "stored_ratio", "float_accuracy", "packed_accuracy", "steps", "finish_steps")
-    kept += ("distilled",)
+    kept += tuple(LEARNED)
     return {
         **{key: found[key] for key in kept},
         **{"budget": f"{limit} B", "trials": len(judged), "configuration": found["result"]["origin"]},
@@ -259,7 +260,7 @@ def proxy(one: Network, limit: int) -> Row:
     return {
         **{"configurations": len(short), "spearman": float(np.asarray(spearmanr(short, long))[0])},
         **{"short_losses": short, "long_losses": long, "budget": f"{limit} B"},
-        **{"steps": one.schedule.steps, "finish_steps": one.schedule.finish_steps, "distilled": True},
+        **{"steps": one.schedule.steps, "finish_steps": one.schedule.finish_steps, **LEARNED},
         **{"processor_seconds": time.process_time() - began, "seconds": time.perf_counter() - started},
     }
 

@@ -11,16 +11,20 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
+import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from sgsc.artefact import save
+from sgsc.distillation import distilled
 from sgsc.files import write_atomically
 from sgsc.packed import pack
+from sgsc.samples import evaluating
 from sgsc.search.candidates import as_float
 from sgsc.search.cost import Budget
 from sgsc.search.problem import check_budget
@@ -32,10 +36,11 @@ from sgsc.size import float_bytes
 from .job import FLOAT, LOOK, MODEL, Progress, float_model
 from .qat import tune
 from .task import Task, data_hash
-from .training import evaluate
+from .training import answered, evaluate
 
 STUDY, WINNER = "study.db", "winner.safetensors"
 SENSITIVITY_SAMPLES, SENSITIVITY_BATCH = 1024, 64
+JUDGED = 512  # validation samples at once
 SHORT = 0.1  # of the task's compression steps, for a candidate
 MIDDLE = 1 / 3  # of a candidate's steps, after which a hopeless one is stopped
 
@@ -53,7 +58,9 @@ class Schedule:
     """How candidates of a task are trained and judged: all alike, from the same seed, on the float network's answers.
 
     In few steps these teach more than labels, also where the float network had few itself: MNIST at 8 % of the bytes
-    after 100 steps has 98.9 to 99.2 % of the guard split right, and 98.6 by labels.
+    after 100 steps has 98.9 to 99.2 % of the guard split right, and 98.6 by labels. They judge more evenly too: of 20
+    random configurations of digits, two short trainings that differ in the seed have a rank correlation of 0.71, and of
+    0.60 and 0.69 with a long one; by the cross entropy of the 179 labels it is -0.12, and 0.42 and 0.02.
 
     Attributes:
         task: Its splits are at `device`.
@@ -90,9 +97,18 @@ class Schedule:
         """Train a winner."""
         tune(self.task, model.to(self.device), self.finish_steps, self.seed, teacher=self.teacher)
 
+    @cached_property
+    def wanted(self) -> list[tuple[Tensor, Tensor]]:
+        """Batches of validation inputs, and what the float network answers."""
+        assert self.teacher is not None
+        inputs = self.task.validation[:LOOK][0].split(JUDGED)
+        return [(x, answered(self.teacher, x)) for x in inputs]
+
     def loss(self, model: nn.Module) -> float:
-        """On validation samples."""
-        return evaluate(model, TensorDataset(*self.task.validation[:LOOK]))["loss"]
+        """What candidates learn by, on validation samples."""
+        with torch.no_grad(), evaluating(model):
+            losses = [distilled(model(x), answers).item() for x, answers in self.wanted]
+        return float(np.average(losses, weights=[len(x) for x, _ in self.wanted]))
 
 
 def loss_of(task: Task) -> Loss:
@@ -191,7 +207,7 @@ def search(
     check_budget(shape, limits, task.train[:1][0], widths=widths, **file)
     opened = open_storage(folder / STUDY if storage is None else storage)
     name = study or task.name
-    settings = {"task": task.name, "steps": steps, "widths": widths, "data": data_hash(task), "distilled": True}
+    settings = {"task": task.name, "steps": steps, "widths": widths, "data": data_hash(task), "judged_by": "answers"}
     settings |= {"sensitivity": sensitivity, "weight_decay": task.weight_decay, "precision": task.precision}
     check_study(opened, name, sampler, seed, limits, settings)
     if network is None:
@@ -230,7 +246,7 @@ def search(
         **{"float_bytes": floats, "stored_bytes": size, "stored_ratio": size / floats, "trials_wanted": trials},
         **{f"float_{k}": v for k, v in before.items()},
         **{f"packed_{k}": v for k, v in after_test.items()},
-        **{"validation": validation, "distilled": True, "budget_text": budget},
+        **{"validation": validation, "distilled": True, "judged_by": settings["judged_by"], "budget_text": budget},
         **{"steps": steps, "finish_steps": finish_steps},
         **found.report,
     }
