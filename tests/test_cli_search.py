@@ -4,12 +4,14 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import optuna
 import pytest
 import torch
 from safetensors.torch import load_file as loaded
 from safetensors.torch import save_file
+from torch.utils.data import TensorDataset
 
 from sgsc import load as load_model
 from sgsc import load_into, prepare
@@ -17,7 +19,8 @@ from sgsc.artefact import ArtefactError
 from sgsc.cli import main
 from sgsc.demos import load, models
 from sgsc.demos import search as search_demo
-from sgsc.demos.search import parse_budget
+from sgsc.demos.search import Schedule, parse_budget
+from sgsc.distillation import distilled
 from sgsc.report import search_summary
 from sgsc.report.search_page import render_search
 from sgsc.search.candidates import as_float
@@ -252,3 +255,19 @@ def test_budgets_are_read_with_their_units():
     assert found.limits() == {"bytes": 100, "mean_bits": 4.5, "macs": 2.5e6, "seconds": pytest.approx(3e-3)}
     assert parse_budget("50kB", 1).bytes == 50_000
     assert parse_budget("1e5B", 1).bytes == 100_000
+
+
+def test_candidates_are_judged_by_what_they_answer_and_not_by_labels(monkeypatch):
+    monkeypatch.setattr(search_demo, "JUDGED", 5)  # the last batch is smaller
+    task = load("digits", limit=64)
+    teacher, model = task.build().eval(), task.build().train()
+    x, y = task.validation.tensors
+    how = Schedule(task, "cpu", 0, 1, 1, teacher)
+    with torch.no_grad():
+        wanted = distilled(model.eval()(x), teacher(x)).item()
+    assert len(x) % 5
+    assert how.loss(model.train()) == pytest.approx(wanted, rel=1e-5)
+    assert model.training  # a candidate is looked at on its way
+    assert how.loss(teacher) == pytest.approx(0, abs=1e-6)
+    others = replace(how, task=replace(task, validation=TensorDataset(x, (y + 1) % 10)))
+    assert others.loss(model) == how.loss(model)
