@@ -75,8 +75,12 @@ def test_the_strategy_examples_run(tmp_path, monkeypatch):
     names |= {"network": names["net"], "inputs": names["x"], "loss": F.cross_entropy}
     exec(compile(STRATEGIES, "README.md", "exec"), names)
     assert set(names["found"].choice) == {"0", "2"}
-    derived, x = names["derived"], names["x"]
-    assert torch.allclose(derived(x), names["found"].model.eval()(x), atol=1e-4)
+    derived, simulated, x = names["derived"], names["found"].model.eval(), names["x"]
+    # float sums differ in their last bits: an input of the second layer that is at a tie may get the code beside
+    code = (simulated[2].input_quantizer.grid()[0] * simulated[2].weight.abs().max()).item()
+    off = (derived(x) - simulated(x)).abs()
+    assert off.max() < 2 * code + 1e-4
+    assert (off < 1e-4).float().mean() > 0.9
     names |= {"data": [(names["x"], names["y"])] * 3}
     exec(compile(STRATEGIES_TRAINED.replace("2000", "3"), "README.md", "exec"), names)
     assert names["run"].done

@@ -12,6 +12,7 @@ import time
 import optuna
 import pytest
 from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
 
 from sgsc.search import storage as storages
 from sgsc.search.kmeans_tpe import KMeansTPESampler
@@ -52,6 +53,25 @@ def killed(path, seconds):
         lines = process.stdout.read().splitlines()
     told = [line.split() for line in lines if line.startswith("told") and len(line.split()) == 3]
     return {int(number): float(value) for _, number, value in told}, float(first[1]) if first else None
+
+
+@pytest.mark.parametrize("said", ["database is locked", "table studies already exists"])
+def test_opening_waits_for_who_makes_the_same_study(tmp_path, monkeypatch, said):
+    real, refused = storages.RDBStorage, []
+
+    def made(*args, **how):
+        if len(refused) < 2:
+            refused.append(said)
+            raise OperationalError("CREATE TABLE", {}, Exception(said))
+        return real(*args, **how)
+
+    monkeypatch.setattr(storages, "RDBStorage", made)
+    close(opened(tmp_path / "s.db"))
+    assert len(refused) == 2
+    monkeypatch.setattr(storages, "WAIT", 0.0)
+    refused.clear()
+    with pytest.raises(StorageError, match=said):
+        opened(tmp_path / "s.db")
 
 
 @pytest.mark.timeout(280)

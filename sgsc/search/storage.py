@@ -19,7 +19,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ HEARTBEAT, PATIENCE = 60.0, 300.0  # seconds between signs of life, and without 
 POLL = 1.0  # seconds between two looks at what other workers still run
 GRACE = 2.0  # seconds in which a new trial has noted its worker
 WAIT = 30.0  # seconds that a writer waits for another
+# said to one of two workers that open a study at once; SQLite does not wait where waiting could be for ever
+MAKING = "already exists", "unique", "duplicate", "locked"
 # no driver, no server, a port that is no number, tables of another version
 OTHER_ERRORS = ImportError, OSError, ValueError, RuntimeError
 SIGNATURE = b"SQLite format 3\0"
@@ -60,23 +62,24 @@ def open_storage(where: str | Path) -> RDBStorage:
         made = sqlalchemy.make_url(url)
         if made.get_backend_name() == "sqlite" and made.database not in (None, "", ":memory:"):
             return _sqlite(url, Path(made.database))
-        return _made(url)
+        return _patiently(lambda: RDBStorage(url))
     except StorageError:
         raise
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError, sqlite3.Error, *OTHER_ERRORS) as error:
         raise StorageError(_unopened(url, error)) from None
 
 
-def _made(url: str, **how: Any) -> RDBStorage:
-    """The storage; where another worker is making the same tables, once it has."""
-    for patience in (0.2, 0.5, 1.0, 2.0):
+def _patiently(make: Callable[[], RDBStorage]) -> RDBStorage:
+    """What `make` makes; where another worker is making the same tables, or the same file's log, once it has."""
+    over = time.monotonic() + WAIT
+    while time.monotonic() < over:
         try:
-            return RDBStorage(url, **how)
-        except (OperationalError, IntegrityError, ProgrammingError) as error:
-            if not any(sign in str(error).lower() for sign in ("already exists", "unique", "duplicate")):
+            return make()
+        except (OperationalError, IntegrityError, ProgrammingError, sqlite3.Error) as error:
+            if not any(sign in str(error).lower() for sign in MAKING):
                 break
-            time.sleep(patience)
-    return RDBStorage(url, **how)
+            time.sleep(0.2)
+    return make()
 
 
 def _sqlite(url: str, path: Path) -> RDBStorage:
@@ -87,16 +90,16 @@ def _sqlite(url: str, path: Path) -> RDBStorage:
             if file.read(len(SIGNATURE)) != SIGNATURE:
                 raise StorageError(f"the storage {path} is not an SQLite file; name another file")
         if not os.access(path, os.W_OK):
-            raise StorageError(
-                f"the storage {path} is read-only; make it writable, or copy it, its -wal too, and name the copy"
-            )
+            raise StorageError(f"the storage {path} is read-only; make it writable, or name a copy of it and its -wal")
     if not os.access(path.parent, os.W_OK):
         raise StorageError(f"the storage {path} is in a folder that is read-only; SQLite keeps its log there")
 
-    with sqlite3.connect(path, timeout=WAIT) as file:
-        file.execute("PRAGMA journal_mode=WAL")  # stays with the file; inside a transaction it could not be changed
-    file.close()
-    storage = _made(url, engine_kwargs={"connect_args": {"timeout": WAIT}})
+    def made() -> RDBStorage:
+        with closing(sqlite3.connect(path, timeout=WAIT)) as file:
+            file.execute("PRAGMA journal_mode=WAL")  # stays with the file; inside a transaction it could not be changed
+        return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": WAIT}})
+
+    storage = _patiently(made)
 
     def prepare(connection: Any, _: Any) -> None:
         connection.execute("PRAGMA synchronous=NORMAL")
@@ -190,9 +193,8 @@ def wait_for_others(study: Study, waiting: Callable[[str], None] = lambda whom: 
     waited for, again and again: a worker that hangs is for its user to end.
     """
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    here = _this_process()
+    here, came_back = _this_process(), False
     left = [t for t in running if not _of(t, here)]  # this process runs nothing while it waits
-    came_back = False
     while left:
         trial = left[0]
         worker = trial.user_attrs.get(WORKER) or {}
@@ -211,8 +213,7 @@ def _age(trial: FrozenTrial) -> float:
 
 
 def _this_process() -> dict[str, Any]:
-    own = os.getpid()
-    return {"host": socket.gethostname(), "where": _where(), "pid": own, "started": _started(own)}
+    return {"host": socket.gethostname(), "where": _where(), "pid": (own := os.getpid()), "started": _started(own)}
 
 
 def _where() -> str:
