@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -92,9 +93,9 @@ def network_claims(rows: list[Row]) -> list[Row]:
     made = []
     for task, schedule in dict.fromkeys((r["task"], r["schedule"]) for r in rows):
         of = {(r["method"], r["seed"]): r for r in rows if (r["task"], r["schedule"]) == (task, schedule)}
-        seeds = [seed for method, seed in of if method == "kmeans-tpe"]
+        ours = [row for (method, _), row in of.items() if method == "kmeans-tpe"]
         for other in OTHERS:
-            pairs = [(of["kmeans-tpe", seed], of[other, seed]) for seed in seeds if (other, seed) in of]
+            pairs = paired(ours, of, other)
             if pairs:
                 points = 100 * statistics.fmean(a["validation_accuracy"] - b["validation_accuracy"] for a, b in pairs)
                 error = 100 * difference_error(pairs)
@@ -105,12 +106,23 @@ def network_claims(rows: list[Row]) -> list[Row]:
                     made.append(claim(text, SAVED, saved, "of theirs", at_least=SAVED))
                 text = f"{what}, validation accuracy, mean"
                 made.append(claim(text, -error, points, "points more", at_least=-error))
-        pairs = [(of["kmeans-tpe", seed], of["tpe", seed]) for seed in seeds if ("tpe", seed) in of]
-        if pairs:
-            ours, theirs = (statistics.fmean(one["short_loss"] for one in ones) for ones in zip(*pairs, strict=True))
+        if pairs := paired(ours, of, "tpe"):
+            mine, theirs = (statistics.fmean(one["short_loss"] for one in ones) for ones in zip(*pairs, strict=True))
             what = f"{task}, {schedule}, {len(pairs)} seeds: best loss of the trials of Optuna's TPE in the same time"
-            made.append(claim(what, 1, theirs / ours, "times ours", at_least=1))
+            made.append(claim(what, 1, theirs / mine, "times ours", at_least=1))
     return made
+
+
+def paired(ours: Rows, of: Mapping[tuple[str, int], Row], other: str) -> list[tuple[Row, Row]]:
+    """Rows of ours with those of another method, same seed, that learned from and were judged by the same."""
+    pairs = [(dict(row), of[other, row["seed"]]) for row in ours if (other, row["seed"]) in of]
+    return [(a, b) for a, b in pairs if taught(a) == taught(b)]
+
+
+def taught(row: Mapping[str, Any]) -> str:
+    """What candidates learned."""
+    judged = ", which judged too" if row.get("judged_by") == "answers" else ""
+    return f"the float network's answers{judged}" if row.get("distilled") else "labels"
 
 
 def difference_error(pairs: Sequence[tuple[Row, Row]]) -> float:
@@ -215,11 +227,9 @@ def network_table(rows: Rows) -> str:
         f"trial and of the last training: {every}. The searches had 80 % of the bytes of the smaller of the other two "
         "(bench/search_networks.py). "
     )
-    note += (
-        "All learned the float network's answers." if all(r.get("distilled") for r in rows) else "All learned labels."
-    )
-    if all(r.get("judged_by") == "answers" for r in rows):
-        note += " Validation losses are of these answers too."
+    kinds = Counter(map(taught, rows))
+    learned = (kind if len(kinds) == 1 else f"{kind} ({count} of {len(rows)} rows)" for kind, count in kinds.items())
+    note += f"Learned {'; '.join(learned)}."
     return "\n\n".join([table(head, lines, text=2), note, *said])
 
 

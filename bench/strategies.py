@@ -40,7 +40,6 @@ from sgsc.strategies import (
 from sgsc.strategies.folding import fold_batch_norms
 from sgsc.strategies.problem import Choice, Problem
 from sgsc.strategies.registry import strategies
-from sgsc.strategies.search import settle
 
 from . import record
 from .runs import Row, Section, Settings
@@ -113,8 +112,8 @@ def _methods(of: Network, setting: str, seed: int, randoms: int) -> dict[str, Ca
         return {"select_loss": loss, **beside(made.model)}
 
     def alone() -> Row:
-        """What greed ends with from the best uniform choice, by the last steps that ours takes too."""
-        return {"select_loss": settle(problem(), found()[0].greedy).loss, **beside(problem().model)}
+        problem().take(found()[0].greedy)
+        return {"select_loss": found()[0].greedy.loss, **beside(problem().model)}
 
     def dqss() -> Row:
         f, each = found()

@@ -10,10 +10,15 @@ from torch import Tensor
 TEMPERATURE = 4.0
 
 
+def divergences(outputs: Tensor, wanted: Tensor) -> Tensor:
+    """KL divergence, in nats, of each answer of `outputs` from `wanted`: (..., classes) logits both -> (...)."""
+    got, of = (t.float().log_softmax(-1) for t in (outputs, wanted))
+    return F.kl_div(got, of, reduction="none", log_target=True).sum(-1)
+
+
 def divergence(outputs: Tensor, wanted: Tensor) -> Tensor:
-    """Mean KL divergence, in nats, of the answers of `outputs` from those of `wanted`, logits (..., classes) both."""
-    got, of = (t.flatten(0, -2).float().log_softmax(-1) for t in (outputs, wanted))
-    return F.kl_div(got, of, reduction="batchmean", log_target=True)
+    """Mean of the `divergences`."""
+    return divergences(outputs, wanted).mean()
 
 
 def distilled(outputs: Tensor, wanted: Tensor, temperature: float = TEMPERATURE) -> Tensor:

@@ -121,6 +121,9 @@ def test_claims_fail_where_the_numbers_do():
     assert [c["holds"] for c in search_claims.network_claims([ours, other, tpe])] == [True, False, True, True]
     ours |= {"validation_wrong": [*range(50, 955)]}  # 55 that they have right, 50 the other way: it is 0.001
     assert [c["holds"] for c in search_claims.network_claims([ours, other, tpe])] == [True] * 4
+    assert search_claims.network_claims([ours, {**tpe, "distilled": True}]) == []  # losses of other kinds
+    judged = ({**row, "distilled": True, "judged_by": "answers"} for row in (ours, tpe))
+    assert len(search_claims.network_claims([*judged])) == 2
     program = {**other, "method": "integer program", "seed": 1}  # another seed is no pair
     assert len(search_claims.network_claims([ours, program])) == 0
 

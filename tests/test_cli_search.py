@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,6 +25,7 @@ from sgsc.distillation import distilled
 from sgsc.report import search_summary
 from sgsc.report.search_page import render_search
 from sgsc.search.candidates import as_float
+from sgsc.search.storage import open_storage
 from sgsc.search.structure import structure_of
 from sgsc.search.widths import resized
 
@@ -160,7 +162,7 @@ def test_without_changed_channels_the_file_loads_into_the_task_s_network(tmp_pat
     how = [*QUICK[:-1], "4", "--bits-only", "--budget", "8%", "--out", str(tmp_path)]
     assert main(["search", "digits", *how]) == 0
     out, err = capsys.readouterr()
-    assert re.search(r"won by .*: loss [\d.]+, [\d,]+ bytes", out.replace("\n", " "))
+    assert re.search(r"won by .*: validation loss [\d.]+, [\d,]+ bytes", " ".join(out.split()))
     assert "search 4/4" in err
     assert load_into(models.DigitsCNN(), tmp_path / "model.sgsc")(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
 
@@ -198,6 +200,20 @@ def test_a_study_of_other_settings_is_refused_before_anything_is_trained(run, tm
     ):
         assert main([*there, *other]) == 2
         assert f"study 'digits' is of another {named}: " in capsys.readouterr().err
+
+
+def test_a_study_that_was_judged_by_labels_is_refused(run, tmp_path, capsys):
+    shutil.copy(run[0] / "study.db", tmp_path / "old.db")
+    storage = open_storage(tmp_path / "old.db")
+    study = optuna.load_study(study_name="digits", storage=storage)
+    old = {key: value for key, value in study.user_attrs["settings"].items() if key != "judged_by"}
+    study.set_user_attr("settings", old | {"distilled": True})
+    storage.engine.dispose()
+    there = ["search", "digits", *QUICK, "--out", str(tmp_path), "--storage", str(tmp_path / "old.db")]
+    assert main([*there, "--budget", "10%,5bits"]) == 2
+    said = capsys.readouterr().err
+    assert "study 'digits' is of another judged_by: {'judged_by': None}" in said
+    assert "or another name with --study" in said
 
 
 def test_another_host_s_file_is_refused_before_anything_is_trained_whatever_the_study(
@@ -259,13 +275,14 @@ def test_budgets_are_read_with_their_units():
 
 def test_candidates_are_judged_by_what_they_answer_and_not_by_labels(monkeypatch):
     monkeypatch.setattr(search_demo, "JUDGED", 5)  # the last batch is smaller
+    monkeypatch.setattr(search_demo, "LOOK", 12)
     task = load("digits", limit=64)
     teacher, model = task.build().eval(), task.build().train()
-    x, y = task.validation.tensors
+    x, y = (part[:12] for part in task.validation.tensors)
+    assert len(task.validation) > 12
     how = Schedule(task, "cpu", 0, 1, 1, teacher)
     with torch.no_grad():
         wanted = distilled(model.eval()(x), teacher(x)).item()
-    assert len(x) % 5
     assert how.loss(model.train()) == pytest.approx(wanted, rel=1e-5)
     assert model.training  # a candidate is looked at on its way
     assert how.loss(teacher) == pytest.approx(0, abs=1e-6)

@@ -10,7 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -76,13 +76,7 @@ class Schedule:
     seed: int
     steps: int
     finish_steps: int
-    teacher: nn.Module | None = None
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.finish_steps < 1:
-            raise ValueError(
-                f"steps={self.steps}, finish_steps={self.finish_steps}: a candidate that is not trained tells nothing"
-            )
+    teacher: nn.Module
 
     def short(self, model: nn.Module, report: Callable[[float], None]) -> None:
         """Train a candidate; part of the way its loss is reported."""
@@ -100,7 +94,6 @@ class Schedule:
     @cached_property
     def wanted(self) -> list[tuple[Tensor, Tensor]]:
         """Batches of validation inputs, and what the float network answers."""
-        assert self.teacher is not None
         inputs = self.task.validation[:LOOK][0].split(JUDGED)
         return [(x, answered(self.teacher, x)) for x in inputs]
 
@@ -198,7 +191,8 @@ def search(
     file: dict[str, Any] = {"architecture": None, "notes": {"task": task.name, "seed": seed, "searched": True}}
     # what cannot be searched is refused before the float network is trained
     check_settings(trials, seed, sampler, sensitivity)
-    how = Schedule(task.to(device), device, seed, steps, finish_steps)
+    if steps < 1 or finish_steps < 1:
+        raise ValueError(f"steps={steps}, finish_steps={finish_steps}: a candidate that is not trained tells nothing")
     there = task.start is not None or (folder / FLOAT).is_file()  # it may have other channels than the task's own
     network = float_model(task.to(device), seed, folder, progress).cpu().eval() if there else None
     shape = task.build() if network is None else network
@@ -212,7 +206,7 @@ def search(
     check_study(opened, name, sampler, seed, limits, settings)
     if network is None:
         network = float_model(task.to(device), seed, folder, progress).cpu().eval()
-    how = replace(how, teacher=copy.deepcopy(network).to(device))
+    how = Schedule(task.to(device), device, seed, steps, finish_steps, copy.deepcopy(network).to(device))
     after = time.perf_counter() - started
     found = search_network(
         network,

@@ -53,7 +53,7 @@ def search_summary(report: Mapping[str, Any]) -> RenderableType:
             tried.add_row(Text(plain(trial["baseline"])), *cells)
     result = mapping(report.get("result"))
     ends = Text(
-        f"won by {plain(result.get('origin'))}: loss {number(result.get('loss'), '{:.4f}')}, "
+        f"won by {plain(result.get('origin'))}: validation loss {number(result.get('loss'), '{:.4f}')}, "
         f"{number(report.get('stored_bytes'))} bytes, {percent(report.get('stored_ratio'))} of float, test accuracy "
         f"{percent(report.get('packed_accuracy'))} (float {percent(report.get('float_accuracy'))})"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from .calibration import Calls, calibrate, count_calls, room
 from .data import Batches, Calibration, split
 from .folding import Folded, fold_batch_norms
 from .registry import INPUTS, WEIGHTS, strategies
-from .settings import LOSSES, Loss, StrategySettings, check_answers, check_loss
+from .settings import Loss, StrategySettings, check_answers, check_loss, mean_of, parted
 from .statistics import InputStatistics
 
 Choice = dict[str, tuple[str, str | None]]  # layer -> strategy of its weight, of its input
@@ -59,7 +59,8 @@ class Problem:
         select: Inputs that discrete choices are judged by.
         wanted: What the float model answers to each batch of `select`; to those of `fit`, see `answer`.
         float_model: A copy of the one that was given.
-        loss: (outputs, wanted) -> scalar.
+        loss: (outputs, wanted) -> scalar, of a batch.
+        parted: (outputs, wanted) -> losses of the samples of a batch by themselves, where that is possible.
         left: Layers and norms that stay float -> why.
         together: The samples of `fit` in batches of as many as there is room for, which calibrate.
         calls: Of the layers, for each of those.
@@ -71,7 +72,7 @@ class Problem:
         added: Those among them that had none, and were given zeros.
         learns: Names of the model's own parameters that were not frozen when it was given.
         answered: Place of a batch of `fit` -> what the float model answers, of the first that there is room for.
-        place: Of the batch that `judge` is at.
+        place: Of the batch that `looks` is at.
     """
 
     model: nn.Module
@@ -83,6 +84,7 @@ class Problem:
     wanted: list[Tensor]
     float_model: nn.Module
     loss: Loss
+    parted: Loss
     left: dict[str, str]
     together: Batches
     calls: Calls
@@ -109,19 +111,16 @@ class Problem:
         return {name: (weight, given if self.inputs.get(name) else None) for name in self.layers}
 
     @torch.no_grad()
-    def losses(self) -> Tensor:
-        """(samples,) float64: of the model as it stands, the loss of each sample of `select` by itself."""
-        found: list[Tensor] = []
+    def looks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the model as it stands answers to each batch of `select`, and what is wanted."""
         with evaluating(self.model):
             for place, (x, wanted) in enumerate(zip(self.select, self.wanted, strict=True)):
                 self.place = place
-                outputs = self.model(fed(self.model, x))
-                pairs = [(outputs, wanted)]  # answers that are none of single samples count for all of their batch
-                if outputs.shape[:1] == x.shape[:1]:
-                    pairs = zip(outputs.split(1), wanted.split(1), strict=True)
-                losses = torch.stack([self.loss(*pair).reshape(()) for pair in pairs])
-                found.append(losses.expand(len(x)))
-        return torch.cat(found).double().cpu()
+                yield self.model(fed(self.model, x)), wanted
+
+    def losses(self) -> Tensor:
+        """(parts,) float64 losses of the model as it stands on `select`; see `parted`."""
+        return torch.cat([self.parted(*look) for look in self.looks()]).cpu().double()
 
     def judge(self) -> float:
         """Mean of `losses`; infinite where it is NaN."""
@@ -222,7 +221,7 @@ class Problem:
 
 
 def mean_loss(losses: Tensor) -> float:
-    """Of samples; infinite where it is NaN."""
+    """Of all parts; infinite where it is NaN."""
     loss = losses.mean().item()
     return math.inf if math.isnan(loss) else loss  # -inf is a loss too, of equal answers
 
@@ -239,7 +238,7 @@ def make_problem(
         ValueError: If the calibration data, the model or a setting cannot be served.
     """
     network = copy.deepcopy(network)  # some count their calls
-    judge = LOSSES[settings.loss] if isinstance(settings.loss, str) else settings.loss
+    judge = mean_of(settings.loss)
     of_weights = strategies(WEIGHTS, settings.weights, settings.trained)
     of_inputs = strategies(INPUTS, settings.inputs, settings.trained)
     to_fit, to_select = split(calibration, network, settings)
@@ -255,7 +254,8 @@ def make_problem(
             if free >= 0:
                 answered[place] = answer.clone()  # it may be a view of much more
         wanted = [_answer(network, x, settings.loss) for x in select]
-    check_loss(judge, first)
+        check_loss(judge, first)
+        by_part = parted(settings.loss, wanted, [len(x) for x in select])
     folded = _folded(network, fit[0], first) if fold else Folded(network, (), {})
     prepared = _prepared(folded.model, settings.skip, fit[0])
     quantizers = {id(p) for layer in quant_layers(prepared.model).values() for p in layer.weight_quantizer.parameters()}
@@ -271,7 +271,9 @@ def make_problem(
         if isinstance(layer, QuantEmbedding):
             bits[name] = bits[name][0], None
     left = {**folded.left, **{k: v for k, v in prepared.left.items() if k not in folded.left}}
-    problem = Problem(model, layers, bits, of_inputs, fit, select, wanted, network, judge, left, together, calls)
+    problem = Problem(
+        model, layers, bits, of_inputs, fit, select, wanted, network, judge, by_part, left, together, calls
+    )
     problem.learns, problem.answered = learns, answered
     if settings.correct_bias and not settings.trained:
         problem.added = give_unseen(model, layers, fit[0], first)

@@ -56,7 +56,7 @@ class Strategies:
         loss: On the samples that choices were judged by.
         origin: "mixture", or "greedy" where the mixture's way ended at a worse network.
         report: The evidence, JSON-able.
-        greedy: The greedy pass from the best uniform choice, which the result is compared with.
+        greedy: What greed alone ends with, from the best uniform choice; the result is no worse.
         uniform: The best uniform choice's strategies.
     """
 
@@ -65,7 +65,7 @@ class Strategies:
     loss: float
     origin: str
     report: dict[str, Any]
-    greedy: Pass
+    greedy: Derived
     uniform: tuple[str, str | None]
 
 
@@ -121,7 +121,8 @@ def search_strategies(
     clock["greedy"] = time.perf_counter() - started - sum(clock.values())
     origin = min(ends, key=lambda name: (ends[name].loss, name == "greedy"))
     end = ends[origin]
-    derived = settle(problem, end)
+    derived = end.network
+    problem.take(derived)
     result, left_biases = derived.loss, 0
     corrected = any(not torch.equal(bias, problem.biases[name]) for name, bias in derived.biases.items())
     if integer_bias:
@@ -143,14 +144,14 @@ def search_strategies(
         **{"best_uniform": list(best), "best_uniform_loss": uniforms[best], "greedy_loss": ends["greedy"].loss},
         **{"mixture_argmax_loss": ends["mixture"].start, "mixture_greedy_loss": ends["mixture"].loss},
         **{"recalibrated": derived.recalibrated, "biases_corrected": corrected, "biases_left": left_biases},
-        **{"biases_added": len(added)},
+        **{"biases_added": len(added), "beyond_chance": True},
         **{"course": course, "layers": layers},
         **{"seconds_by_phase": clock, "seconds": time.perf_counter() - started},
     }
     for layer in problem.layers.values():  # what is derived is independent of what was tried
         layer.weight_quantizer = copy.deepcopy(layer.weight_quantizer)
         layer.input_quantizer = copy.deepcopy(layer.input_quantizer)
-    return Strategies(problem.model, end.choice, result, origin, report, ends["greedy"], best)
+    return Strategies(problem.model, end.choice, result, origin, report, ends["greedy"].network, best)
 
 
 def layer_rows(
@@ -293,24 +294,16 @@ def greedy(problem: Problem, start: Choice, progress: Progress, phase: str) -> P
                 problem.set({name: choice[name]}, bias)
             settled.add(name)
             progress(phase, place + 1, len(problem.layers), {"loss": mean_loss(best)})
-    end = mean_loss(best)
-    return Pass(choice, first, end, losses, problem.as_it_stands(end))
-
-
-def settle(problem: Problem, end: Pass) -> Derived:
-    """The network that a pass ended with, which the problem's model then is.
-
-    Its grids were found behind layers of one strategy, and may now be found behind those that are chosen.
-    """
-    derived = min(end.network, problem.derive(end.choice), key=lambda network: network.loss)
-    problem.take(derived)
-    return derived
+    found = problem.as_it_stands(mean_loss(best))
+    # grids were found behind layers of one strategy; now they may be found behind those that are chosen
+    network = min(found, problem.derive(choice), key=lambda derived: derived.loss)
+    return Pass(choice, first, network.loss, losses, network)
 
 
 def ahead(losses: Tensor, best: Tensor) -> bool:
-    """Whether (samples,) losses are below the best ones by more than one standard error of the mean difference.
+    """Whether (parts,) losses are below the best ones by more than one standard error of the mean difference.
 
-    The rule of Breiman et al., Classification and Regression Trees, 1984. Of one sample there is no error.
+    The rule of Breiman et al., Classification and Regression Trees, 1984. That of one part counts as 0.
     """
     leads = best - losses
     lead = leads.mean()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any
@@ -10,24 +10,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgsc.distillation import divergence
+from sgsc.distillation import divergences
 
 from .registry import INPUTS, WEIGHTS, check_bits, strategies
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def distance(outputs: Tensor, wanted: Tensor) -> Tensor:
-    """Mean absolute difference, for outputs that are images or other real numbers."""
-    return (outputs.float() - wanted.float()).abs().mean()
+def differences(outputs: Tensor, wanted: Tensor) -> Tensor:
+    """How far answers that are images or other real numbers are apart, absolutely; in float32."""
+    return (outputs.float() - wanted.float()).abs()
 
 
-def squared_distance(outputs: Tensor, wanted: Tensor) -> Tensor:
-    """Mean squared difference; in float32, as small ones of halves would vanish."""
-    return (outputs.float() - wanted.float()).square().mean()
+def squares(outputs: Tensor, wanted: Tensor) -> Tensor:
+    """The same, squared: small squares of halves would vanish."""
+    return differences(outputs, wanted).square()
 
 
-LOSSES: dict[str, Loss] = {"kl": divergence, "l1": distance, "l2": squared_distance}
+LOSSES: dict[str, Loss] = {"kl": divergences, "l1": differences, "l2": squares}  # (samples, ...) -> of all places
+
+
+def mean_of(loss: str | Loss) -> Loss:
+    """The loss as one number a batch."""
+    return (lambda outputs, wanted: LOSSES[loss](outputs, wanted).mean()) if isinstance(loss, str) else loss
+
+
+def parted(loss: str | Loss, wanted: Sequence[Tensor], samples: Sequence[int]) -> Loss:
+    """The loss as (parts,): of each sample by itself, or where that says nothing of the batch.
+
+    It says nothing where answers are not one a sample, or where a function finds no finite loss between equal answers
+    of a sample: -PSNR has none of any, relative distances have none of an answer of zeros.
+
+    Args:
+        loss: A key of LOSSES, or a function (outputs, wanted) -> scalar.
+        wanted: What the float model answers to the batches that judge.
+        samples: Of each of these.
+    """
+    whole = mean_of(loss)
+    if any(answers.shape[:1] != (count,) for answers, count in zip(wanted, samples, strict=True)):
+        return lambda outputs, answers: whole(outputs, answers).reshape(1)
+    if isinstance(loss, str):
+        return lambda outputs, answers: LOSSES[loss](outputs, answers).reshape(len(outputs), -1).mean(1)
+
+    def alone(outputs: Tensor, answers: Tensor) -> Tensor:
+        pairs = zip(outputs.split(1), answers.split(1), strict=True)
+        return torch.stack([loss(*pair).reshape(()) for pair in pairs])
+
+    if all(alone(answers, answers).isfinite().all() for answers in wanted):
+        return alone
+    return lambda outputs, answers: whole(outputs, answers).reshape(1)
 
 
 def check_loss(loss: Loss, outputs: Tensor) -> None:
@@ -36,12 +67,10 @@ def check_loss(loss: Loss, outputs: Tensor) -> None:
     Raises:
         ValueError: If it does not give one number for equal answers; -inf is one, as -PSNR has it.
     """
-    one = outputs[:1] if outputs.dim() else outputs
-    for some, what in ((outputs, "the model's answers"), (one, "one of the model's answers")):
-        value = loss(some, some)
-        if not isinstance(value, Tensor) or value.numel() != 1 or value.isnan().any():
-            said = tuple(value.shape) if isinstance(value, Tensor) and value.numel() != 1 else value
-            raise ValueError(f"loss of {what} with themselves is {said}; want a tensor of one number")
+    value = loss(outputs, outputs)
+    if not isinstance(value, Tensor) or value.numel() != 1 or value.isnan().any():
+        said = tuple(value.shape) if isinstance(value, Tensor) and value.numel() != 1 else value
+        raise ValueError(f"loss of the model's answers with themselves is {said}; want a tensor of one number")
 
 
 def check_answers(outputs: object, loss: str | Loss) -> None:
@@ -91,7 +120,8 @@ class StrategySettings:
         skip: Names of layers to leave float, as `prepare` takes them.
         loss: "kl" (divergence of the answers from the float model's, classes last), "l1" or "l2" (mean absolute or
             squared difference, for images and other real numbers; PSNR is of the latter), or a function
-            (outputs, wanted) -> scalar, which is asked of batches and of samples by themselves.
+            (outputs, wanted) -> scalar. A function is asked of batches, and of samples by themselves to see which leads
+            are beyond chance; one that has no finite loss of equal answers of a sample, as -PSNR, of batches alone.
         select_share: Of the samples, by which discrete choices are judged; the others find grids and train mixtures.
         batch_size: Samples of a step.
         correct_bias: Without training: whether biases may make up for what rounding does to mean answers of layers; it
