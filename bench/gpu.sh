@@ -9,23 +9,25 @@
 #                                     convolutions), tokens (the other shapes at every M): by name alone, a call each
 #     bench/gpu.sh cifar10            or any other section of bench.sgsc but quantizers, steps: by name alone, a call each
 #     bench/gpu.sh strategies-vdsr    or any network of bench.strategies, or strategies-qat: likewise
+#     bench/gpu.sh search-resnet20    or any network of bench.search: likewise
 #
 # A call for a task measures what fits into it; repeated, it goes on with what bench/results or $OUT holds of the same
 # commit. $DATA is the folder of the data, else ../shared/data.
 set -u
 cd "$(dirname "$0")/.." || exit 2
-export PYTHONPATH=. OMP_WAIT_POLICY=PASSIVE
+export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} OMP_WAIT_POLICY=PASSIVE # the search's libraries may lie elsewhere
 results=${OUT:-bench/results}
 all=530 each=190 # seconds at most, should something hang; the sections' own budgets are shorter
 status=0
 shopt -s extglob
 tasks='@(mnist|names|cifar10|resnet20|shakespeare|ablation)' # sections of bench.sgsc
-searched='strategies-@(digits|char-lm|resnet20|resnet56|stories260k|vdsr|qat)' # of bench.strategies
+searches='search-@(digits|mnist|resnet20)'                                     # of bench.search
+strategies='strategies-@(digits|char-lm|resnet20|resnet56|stories260k|vdsr|qat)' # of bench.strategies
 [ $# -gt 0 ] || set -- checks ceilings linear fake_quantize training conv2d
 for section; do
   left=$((all - SECONDS))
   case $section in
-    $tasks | $searched | choices | variants | tokens) ;;
+    $tasks | $searches | $strategies | choices | variants | tokens) ;;
     *) [ $# -eq 1 ] || [ $left -lt $each ] || left=$each ;;
   esac
   if [ $left -lt 5 ]; then
@@ -38,9 +40,9 @@ for section; do
       job=(bench.gpu_check)
       [ $# -gt 1 ] || job+=(--seconds $((left - 15)))
       ;;
-    $tasks | $searched)
+    $tasks | $searches | $strategies)
       file=sgsc
-      [[ $section != strategies-* ]] || file=strategies
+      [[ $section != @(search|strategies)-* ]] || file=${section%%-*}
       [ -e "$results/$file.json" ] || [ ! -e "bench/results/$file.json" ] ||
         { mkdir -p "$results" && cp "bench/results/$file.json" "$results/"; }
       job=("bench.$file" "$section" --device cuda --seconds $((left - 15)) --data "${DATA:-../shared/data}")

@@ -10,6 +10,8 @@ which gives them what their own training would have given, to the bit on one CPU
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import os
 import re
@@ -19,14 +21,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sgsc.certificate import allowed
 from sgsc.demos.job import CHECKPOINT, FLOAT
+from sgsc.demos.training import usable
 from sgsc.environment import environment
+from sgsc.files import write_atomically
 
 from . import record
 
@@ -92,6 +98,14 @@ def compress(task: str, target: float, seed: int, *rest: str) -> Row:
         return summary(report_of(task, target, seed, rest, folder))
 
 
+def timed(measure: Callable[[], Row]) -> Row:
+    """What is measured, and the time it took: of the process, and in all."""
+    before = time.process_time(), time.perf_counter()
+    made = measure()
+    after = time.process_time(), time.perf_counter()
+    return {**made, "processor_seconds": after[0] - before[0], "seconds": after[1] - before[1]}
+
+
 @dataclass
 class Settings:
     """What all runs of one call of bench.sgsc share.
@@ -145,6 +159,36 @@ class Settings:
         return None if self.left == float("inf") else max(self.left, 0.001)
 
 
+def add_options(parser: argparse.ArgumentParser, data: str) -> None:
+    """What the command lines of all benches have that run in sections; `data` says what of."""
+    parser.add_argument("--data", type=Path, default=None, help=f"folder of {data}")
+    parser.add_argument("--seconds", type=float, default=None, help="stop before, with what is measured by then")
+    parser.add_argument("--device", default="cpu", help="where to train: cpu (default), cuda, auto")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/bench"), help="what is kept between runs (default: runs/bench)"
+    )
+
+
+@contextlib.contextmanager
+def shared(
+    chosen: argparse.Namespace,
+    schedule: str = "full",
+    shorter: Mapping[str, tuple[int, int, str]] | None = None,
+    rest: Sequence[str] = (),
+) -> Iterator[Settings]:
+    """What these options say; what is kept of code that no commit names serves this call alone."""
+    deadline = float("inf") if chosen.seconds is None else time.monotonic() + chosen.seconds
+    device = usable(chosen.device)
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+    made = Settings(
+        *(schedule, shorter or {}, chosen.data, device, name, chosen.results, chosen.work), rest=rest, deadline=deadline
+    )
+    with contextlib.ExitStack() as stack:
+        if not made.named:
+            made.work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        yield made
+
+
 @dataclass
 class Section:
     """Rows of one section of a result file, measured one by one; `claims` makes its claims of all of them."""
@@ -187,6 +231,29 @@ class Section:
             raise
         self.rows = [row for row in self.rows if row not in same] + [made]
         self.write()
+        return made
+
+    def place(self, row: Row) -> Path:
+        """Folder of what is kept of a row where time runs out: the same call, repeated, goes on with it."""
+        s = self.settings
+        name = "-".join(str(value) for value in (self.name, *row.values(), s.schedule, s.device, s.commit))
+        folder = s.work / re.sub(r"[^\w.-]", "-", name)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def kept(self, path: Path, measure: Callable[[], Row]) -> Row:
+        """A part of a row: what the file says, or what is measured now and then lies there, with the time it took.
+
+        Raises:
+            OutOfTime: If it is not there, and the longest of the parts beside it took more time than is left.
+        """
+        if path.is_file():
+            return json.loads(path.read_text())
+        beside = (json.loads(part.read_text())["seconds"] for part in path.parent.glob("*.json"))
+        if self.settings.left <= max(beside, default=0.0):
+            raise OutOfTime
+        made = timed(measure)
+        write_atomically(path, json.dumps(made).encode())
         return made
 
     def _expected(self, of: Row) -> float:
@@ -234,9 +301,7 @@ class Section:
             flags = [*s.flags(task), *s.rest, *rest]  # after the schedule: it may ask for steps of its own
             if start.is_file():
                 flags += ["--start", str(start)]
-            # kept where time runs out: the same call, repeated, goes on with it
-            name = "-".join(str(value) for value in (self.name, *row.values(), s.schedule, s.device, s.commit))
-            folder = s.work / re.sub(r"[^\w.-]", "-", name)
+            folder = self.place(row)
             resumed = (folder / CHECKPOINT).is_file()
             flags += ["--resume"] if resumed else []
             try:

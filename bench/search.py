@@ -20,19 +20,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import optuna
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 
-from sgsc.demos.training import usable
 from sgsc.search.storage import open_storage, open_study
 from tests import servers
 
 from . import record
-from .runs import Row, Section, Settings
+from .runs import Row, Section, add_options, shared
 from .search_claims import kill_claims, network_claims, proposal_claims, surrogate_claims
 from .search_networks import FULL, network
 from .search_surrogates import BITS, MEASURED, METHODS, Surrogate, measure, ours, problem_of
@@ -143,32 +141,26 @@ SECTIONS: dict[str, tuple[Callable[[Section, Sequence[int]], None], Callable[[li
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is not there yet; 0 also where time ran out before all of it was."""
-    started = time.monotonic()
     chosen = record.options(arguments, str(__doc__).splitlines()[0], _more)
     unknown = [name for name in chosen.sections if name not in SECTIONS]
     if unknown:
         print(f"bench.search: no section is called {unknown[0]!r}; there are {', '.join(SECTIONS)}", file=sys.stderr)
         raise SystemExit(2)
-    schedule = "reduced" if chosen.reduced else "full"
-    deadline = float("inf") if chosen.seconds is None else started + chosen.seconds
-    device = usable(chosen.device)
-    settings = Settings(schedule, {}, chosen.data, device, None, chosen.results, Path("runs/bench"), deadline=deadline)
-    for name in chosen.sections or SECTIONS:
-        run, claims = SECTIONS[name]
-        section = Section(name, settings, claims, file="search")
-        seeds = range(chosen.seeds or (1 if chosen.quick else SEEDS.get(name, 3)))
-        if not section.finished(functools.partial(run, section, seeds)):
-            break
+    with shared(chosen, "reduced" if chosen.reduced else "full") as settings:
+        for name in chosen.sections or SECTIONS:
+            run, claims = SECTIONS[name]
+            section = Section(name, settings, claims, file="search")
+            seeds = range(chosen.seeds or (1 if chosen.quick else SEEDS.get(name, 3)))
+            if not section.finished(functools.partial(run, section, seeds)):
+                break
     return 0
 
 
 def _more(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
-    parser.add_argument("--data", type=Path, default=None, help="folder of the data of mnist and resnet20")
+    add_options(parser, "the data of mnist and resnet20")
     parser.add_argument("--reduced", action="store_true", help="short training for a CPU, and said so in every row")
-    parser.add_argument("--seconds", type=float, default=None, help="stop before, with what is measured by then")
     parser.add_argument("--seeds", type=int, default=None, help="seeds of each section (default: 60, 3 or 1)")
-    parser.add_argument("--device", default="cpu", help="where to train: cpu (default), cuda, auto")
 
 
 if __name__ == "__main__":

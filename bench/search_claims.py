@@ -91,8 +91,8 @@ def network_claims(rows: list[Row]) -> list[Row]:
     the same budget in bytes and in time, both what it ends with and the best of its short trials are compared.
     """
     made = []
-    for task, schedule in dict.fromkeys((r["task"], r["schedule"]) for r in rows):
-        of = {(r["method"], r["seed"]): r for r in rows if (r["task"], r["schedule"]) == (task, schedule)}
+    for task, schedule in dict.fromkeys((r["task"], trained(r)) for r in rows):
+        of = {(r["method"], r["seed"]): r for r in rows if (r["task"], trained(r)) == (task, schedule)}
         ours = [row for (method, _), row in of.items() if method == "kmeans-tpe"]
         for other in OTHERS:
             pairs = paired(ours, of, other)
@@ -117,6 +117,11 @@ def paired(ours: Rows, of: Mapping[tuple[str, int], Row], other: str) -> list[tu
     """Rows of ours with those of another method, same seed, that learned from and were judged by the same."""
     pairs = [(dict(row), of[other, row["seed"]]) for row in ours if (other, row["seed"]) in of]
     return [(a, b) for a, b in pairs if taught(a) == taught(b)]
+
+
+def trained(row: Mapping[str, Any]) -> str:
+    """By which schedule, and on what, where that is no CPU: means are of one."""
+    return row["schedule"] if row.get("device") is None else f"{row['schedule']}, {row['device']}"
 
 
 def taught(row: Mapping[str, Any]) -> str:
@@ -194,8 +199,8 @@ def kill_table(rows: Rows) -> str:
 def network_table(rows: Rows) -> str:
     """A method a line, over seeds; then what the short training of a trial says of the long one."""
     lines, said = [], []
-    for schedule, method in dict.fromkeys((r["schedule"], r["method"]) for r in rows):
-        group = [r for r in rows if (r["schedule"], r["method"]) == (schedule, method)]
+    for schedule, method in dict.fromkeys((trained(r), r["method"]) for r in rows):
+        group = [r for r in rows if (trained(r), r["method"]) == (schedule, method)]
         if method == "proxy":
             first, found = group[0], spread([r["spearman"] for r in group], ".2f")
             steps = f"{first['steps']} and {first['finish_steps']} steps"
@@ -221,7 +226,7 @@ def network_table(rows: Rows) -> str:
         )
     head = ["method", "schedule", "seeds", "stored bytes", "of float32, %", "validation loss", "validation accuracy, %"]
     head += ["test accuracy, %", "float's, %", "trials", "processor, s"]
-    every = ", ".join(dict.fromkeys(f"{r['steps']} and {r['finish_steps']} ({r['schedule']})" for r in rows))
+    every = ", ".join(dict.fromkeys(f"{r['steps']} and {r['finish_steps']} ({trained(r)})" for r in rows))
     note = (
         "Mean over the seeds (least to most). Chosen by validation samples; the test split answers once. Steps of a "
         f"trial and of the last training: {every}. The searches had 80 % of the bytes of the smaller of the other two "

@@ -19,10 +19,9 @@ import copy
 import functools
 import math
 import resource
+import shutil
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,9 +34,9 @@ from scipy.stats import spearmanr
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from sgsc.artefact import load_into, stored_size
+from sgsc.artefact import load_into, save
 from sgsc.demos.job import FLOAT, MODEL, float_model, read_float
-from sgsc.demos.search import WINNER, Schedule, loss_of, parse_budget, parts_of
+from sgsc.demos.search import STUDY, WINNER, Schedule, loss_of, parse_budget, parts_of
 from sgsc.demos.task import Task
 from sgsc.demos.tasks import load
 from sgsc.demos.training import evaluate, from_file
@@ -45,10 +44,10 @@ from sgsc.packed import pack
 from sgsc.search.baselines import RandomSampler
 from sgsc.search.cost import Budget, Configuration
 from sgsc.search.problem import Problem, prepare_search
-from sgsc.search.trials import trained
+from sgsc.search.trials import Train, trained
 from sgsc.size import float_bytes
 
-from .runs import Row, Section, called
+from .runs import Row, Section, called, timed
 from .search_claims import REFERENCES, SEARCHES
 
 SHARE = 0.8  # of the bytes of the smaller reference
@@ -68,7 +67,8 @@ class Plan:
     precision: str = "float32"
 
 
-FULL = {"digits": Plan("11%", 100), "mnist": Plan("11%", 100), "resnet20": Plan("11%", 120)}
+# of ResNet-20 what a GPU does in some calls of nine minutes: 93,000 steps a seed
+FULL = {"digits": Plan("11%", 100), "mnist": Plan("11%", 100), "resnet20": Plan("11%", 60, 200, 2000)}
 REDUCED = {
     "digits": Plan("11%", 30, 40, 300, None, 20),
     "mnist": Plan("11%", 24, 25, 100, 500, 20),
@@ -140,9 +140,18 @@ class Network:
         """For what was chosen."""
         return self.task.test()
 
-    def row(self, method: str, measure: Callable[[], Row]) -> Row:
-        """The row of a method."""
-        return self.section.row({"task": self.name, "seed": self.seed, "method": method}, measure)
+    @property
+    def notes(self) -> dict[str, str | int | bool]:
+        """Those of the files of a search."""
+        return {"task": self.name, "seed": self.seed, "searched": True}
+
+    def row(self, method: str, measure: Callable[[Path], Row]) -> Row:
+        """The row of a method, which keeps what it has of it in a folder until it is whole."""
+        of = {"task": self.name, "seed": self.seed, "method": method}
+        folder = self.section.place(of)
+        made = self.section.row(of, lambda: measure(folder), resumes=True)
+        shutil.rmtree(folder)
+        return made
 
     @torch.no_grad()
     def answered(self, model: nn.Module, split: TensorDataset) -> Row:
@@ -173,10 +182,10 @@ def network(section: Section, seeds: Sequence[int]) -> None:
         one.row("proxy", functools.partial(proxy, one, limit))
 
 
-def reference(one: Network, method: str) -> Row:
+def reference(one: Network, method: str, folder: Path) -> Row:
     """The best network of one family within the budget."""
-    began, started = time.process_time(), time.perf_counter()
-    problem = one.problem(one.budget)
+    made = timed(lambda: {"problem": one.problem(one.budget)})
+    problem: Problem = made["problem"]
     chosen = {
         name: configuration
         for name, configuration in problem.baselines.items()
@@ -184,31 +193,37 @@ def reference(one: Network, method: str) -> Row:
     }
     if not chosen:
         raise SystemExit(f"{one.name}: no {method} is within {one.plan.budget}; raise the budget of the bench")
-    tried: dict[str, tuple[Row, nn.Module]] = {}
-    for name, configuration in chosen.items():
-        for train in (one.schedule.long, one.schedule.short):  # a search has the better of both too
-            model = trained(problem, configuration, train, lambda loss: None, one.seed)
-            judged = one.judged(model)
+
+    def trial(configuration: Configuration, train: Train, file: Path) -> Row:
+        model = trained(problem, configuration, train, lambda loss: None, one.seed)
+        judged = one.judged(model)
+        save(pack(model.cpu(), remove=False), file, notes=one.notes)
+        return judged
+
+    tried: dict[str, tuple[Row, Path]] = {}
+    spent = [made]
+    for place, (name, configuration) in enumerate(chosen.items()):
+        for kind, train in (("long", one.schedule.long), ("short", one.schedule.short)):  # a search has both too
+            file = folder / f"{place}-{kind}.sgsc"
+            judged = one.section.kept(file.with_suffix(".json"), functools.partial(trial, configuration, train, file))
+            spent.append(judged)
             if name not in tried or judged["validation_loss"] < tried[name][0]["validation_loss"]:
-                tried[name] = judged, model
+                tried[name] = judged, file
     best = min(tried, key=lambda name: tried[name][0]["validation_loss"])
-    judged, model = tried[best]
+    judged, file = tried[best]
     return {
-        **{
-            "configuration": best,
-            "tried": {name: row["validation_loss"] for name, (row, _) in tried.items()},
-            **judged,
-        },
-        **ended(one, model),
-        **{"processor_seconds": time.process_time() - began, "seconds": time.perf_counter() - started},
+        **{"configuration": best, "tried": {name: row["validation_loss"] for name, (row, _) in tried.items()}},
+        **judged,
+        **ended(one, file),
+        **{key: sum(part[key] for part in spent) for key in ("processor_seconds", "seconds")},
     }
 
 
-def ended(one: Network, model: nn.Module) -> Row:
+def ended(one: Network, file: Path) -> Row:
     """Bytes of the file, and how float and packed network answer the test split."""
-    packed = pack(model.cpu(), remove=False)
+    packed = load_into(one.float, file)
     total, before, after = float_bytes(one.float), evaluate(one.float, one.test), evaluate(packed, one.test)
-    size = stored_size(packed, notes={"task": one.name, "seed": one.seed, "searched": True})  # as the search's files
+    size = file.stat().st_size
     return {
         **{"float_bytes": total, "stored_bytes": size, "stored_ratio": size / total, "budget": one.plan.budget},
         **{"packed_accuracy": after["accuracy"], "float_accuracy": before["accuracy"]},
@@ -216,21 +231,20 @@ def ended(one: Network, model: nn.Module) -> Row:
     }
 
 
-def search(one: Network, sampler: str, limit: int, more: int) -> Row:
-    """One `sgsc search`."""
+def search(one: Network, sampler: str, limit: int, more: int, folder: Path) -> Row:
+    """One `sgsc search`; where one was interrupted it goes on, and its seconds are those of the last part."""
     plan, settings = one.plan, one.section.settings
-    start = one.file()
+    start, resumed = one.file(), (folder / STUDY).is_file()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "sgsc", "search", one.name, "--budget", f"{limit}B", "--seed", str(one.seed)]
-        command += ["--trials", str(plan.trials + more), "--sampler", sampler, "--out", folder]
-        command += ["--start", str(start), "--precision", plan.precision]
-        flags = settings.flags(one.name)
-        for flag, value in (("--steps", plan.steps), ("--finish-steps", plan.finish_steps)):
-            flags += [] if value is None else [flag, str(value)]
-        found = called([*command, "--json", *flags], settings.timeout())
-        network = read_float(one.task, Path(folder) / WINNER)  # with the channels that it has
-        answered = one.answered(load_into(network, Path(folder) / MODEL), one.task.validation)
+    command = [sys.executable, "-m", "sgsc", "search", one.name, "--budget", f"{limit}B", "--seed", str(one.seed)]
+    command += ["--trials", str(plan.trials + more), "--sampler", sampler, "--out", str(folder)]
+    command += ["--start", str(start), "--precision", plan.precision]
+    flags = settings.flags(one.name)
+    for flag, value in (("--steps", plan.steps), ("--finish-steps", plan.finish_steps)):
+        flags += [] if value is None else [flag, str(value)]
+    found = called([*command, "--json", *flags], settings.timeout())
+    network = read_float(one.task, folder / WINNER)  # with the channels that it has
+    answered = one.answered(load_into(network, folder / MODEL), one.task.validation)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     judged = [t for t in found["trials"] if t["state"] in ("complete", "pruned", "diverged")]
     kept = ("float_bytes", "stored_bytes", "stored_ratio", "float_accuracy", "packed_accuracy", "steps", "finish_steps")
@@ -246,22 +260,31 @@ def search(one: Network, sampler: str, limit: int, more: int) -> Row:
         "trial_seconds": statistics.fmean(t["seconds"] for t in judged),
         "processor_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
         "seconds": found["seconds"],
+        **({"resumed": True} if resumed else {}),
     }
 
 
-def proxy(one: Network, limit: int) -> Row:
+def proxy(one: Network, limit: int, folder: Path) -> Row:
     """Rank correlation of short and long training."""
-    began, started = time.process_time(), time.perf_counter()
-    problem = one.problem(Budget(bytes=limit))
-    short, long = [], []
-    for configuration in drawn(problem, one.plan.proxies, one.seed):
-        for train, losses in ((one.schedule.short, short), (one.schedule.long, long)):
-            losses.append(one.schedule.loss(trained(problem, configuration, train, lambda loss: None, one.seed)))
+    made = timed(lambda: {"problem": one.problem(Budget(bytes=limit))})
+    problem: Problem = made["problem"]
+
+    def trial(configuration: Configuration) -> Row:
+        return {
+            kind: one.schedule.loss(trained(problem, configuration, train, lambda loss: None, one.seed))
+            for kind, train in (("short", one.schedule.short), ("long", one.schedule.long))
+        }
+
+    found = [
+        one.section.kept(folder / f"{place}.json", functools.partial(trial, configuration))
+        for place, configuration in enumerate(drawn(problem, one.plan.proxies, one.seed))
+    ]
+    short, long = ([part[kind] for part in found] for kind in ("short", "long"))
     return {
         **{"configurations": len(short), "spearman": float(np.asarray(spearmanr(short, long))[0])},
         **{"short_losses": short, "long_losses": long, "budget": f"{limit} B"},
         **{"steps": one.schedule.steps, "finish_steps": one.schedule.finish_steps, **LEARNED},
-        **{"processor_seconds": time.process_time() - began, "seconds": time.perf_counter() - started},
+        **{key: sum(part[key] for part in [made, *found]) for key in ("processor_seconds", "seconds")},
     }
 
 

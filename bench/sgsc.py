@@ -11,20 +11,12 @@ measured again, so that a call cut off, or ended by --seconds, goes on when it i
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-
-import torch
-
-from sgsc.demos.training import usable
 
 from . import record
-from .runs import Row, Section, Settings
+from .runs import Row, Section, add_options, shared
 from .sgsc_claims import ablated, ahead, default_form, loss_claims, mnist_claims, near_float, of_steps, on_target
 from .sgsc_peers import TASKS as WITH_PEERS
 from .sgsc_peers import measure_peers, peer_claims
@@ -128,7 +120,6 @@ def of_devices(name: str, claims: Callable[[list[Row]], list[Row]], rows: list[R
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is not there yet; 0 also where time ran out before all of it was."""
-    started = time.monotonic()
     chosen = record.options(arguments, str(__doc__).splitlines()[0], _more)
     unknown = [name for name in chosen.sections if name not in SECTIONS]
     if unknown:
@@ -137,17 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     schedule = "quick" if chosen.quick else "reduced" if chosen.reduced else "full"
     quick = dict.fromkeys((*REDUCED, "digits"), (1, 2, "float32"))
     shorter = {"reduced": REDUCED, "quick": quick, "full": {}}[schedule]
-    device = usable(chosen.device)
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
-    deadline = float("inf") if chosen.seconds is None else started + chosen.seconds
-    with contextlib.ExitStack() as stack:
-        settings = Settings(
-            *(schedule, shorter, chosen.data, device, name, chosen.results, chosen.work),
-            rest=QUICK if chosen.quick else (),
-            deadline=deadline,
-        )
-        if not settings.named:  # float networks of unnamed code serve this call alone
-            settings.work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    with shared(chosen, schedule, shorter, QUICK if chosen.quick else ()) as settings:
         for name in chosen.sections or SECTIONS:
             run, claims = SECTIONS[name]
             section = Section(name, settings, functools.partial(of_devices, name, claims))
@@ -159,15 +140,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _more(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
-    parser.add_argument("--data", type=Path, default=None, help="folder of the data, which no task here brings along")
+    add_options(parser, "the data, which no task here brings along")
     parser.add_argument("--reduced", action="store_true", help="a schedule for a CPU, and said so in every row")
-    parser.add_argument("--seconds", type=float, default=None, help="stop before, with what is measured by then")
     parser.add_argument("--seeds", type=int, default=None, help="seeds of each section (default: 5 or 3)")
     parser.add_argument(
         "--targets", type=_sizes, default=(), help="target sizes, instead of the sections' own: 0.02,0.01"
     )
-    parser.add_argument("--device", default="cpu", help="where to train: cpu (default), cuda, auto")
-    parser.add_argument("--work", type=Path, default=Path("runs/bench"), help="float networks, kept between runs")
 
 
 def _sizes(text: str) -> tuple[float, ...]:

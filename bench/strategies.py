@@ -20,13 +20,12 @@ import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from itertools import zip_longest
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from sgsc.demos.strategies import learn
-from sgsc.demos.training import batches, mirror_and_shift, shift, usable
+from sgsc.demos.training import batches, mirror_and_shift, shift
 from sgsc.samples import device_of
 from sgsc.strategies import (
     INPUTS,
@@ -42,7 +41,7 @@ from sgsc.strategies.problem import Choice, Problem
 from sgsc.strategies.registry import strategies
 
 from . import record
-from .runs import Row, Section, Settings
+from .runs import Row, Section, add_options, shared, timed
 from .sgsc_peers import LIBRARIES
 from .strategy_claims import mixture_claims, network_claims, qat_claims
 from .strategy_networks import Network, means, network
@@ -164,12 +163,6 @@ def _methods(of: Network, setting: str, seed: int, randoms: int) -> dict[str, Ca
     return made | {library: functools.partial(theirs, library) for library in peers}
 
 
-def timed(run: Callable[[], Row]) -> Row:
-    """What it returns, and its seconds."""
-    started = time.perf_counter()
-    return {**run(), "seconds": time.perf_counter() - started}
-
-
 # ---- the cost of a mixture ----
 
 
@@ -280,7 +273,6 @@ def _train(of: Network, steps: int, seed: int, names: tuple[str, str] | None, ra
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is not there yet; 0 also where time ran out before all of it was."""
-    started = time.monotonic()
     chosen = record.options(arguments, str(__doc__).splitlines()[0], _more)
     known = (*NETWORKS, "mixture", "qat")
     chosen.sections = [name.removeprefix("strategies-") for name in chosen.sections]  # as results call them
@@ -291,40 +283,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"bench.strategies: {unknown[0]!r} is unknown; there are {', '.join((*known, *SETTINGS))}", file=sys.stderr
         )
         raise SystemExit(2)
-    deadline = float("inf") if chosen.seconds is None else started + chosen.seconds
-    work = Path("runs/bench")
-    device = usable(chosen.device)
-    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
-    shared = Settings("full", {}, chosen.data, device, gpu, chosen.results, work, deadline=deadline)
     draws = 1 if chosen.quick else chosen.draws
+    with shared(chosen) as settings:
 
-    def drawn_from(name: str, trained: bool = False) -> Network:
-        of = network(name, chosen.data, work, shared.commit, chosen.test, trained)
-        of.samples = min(of.samples, chosen.samples)
-        of.model.to(device)
-        return of
+        def drawn_from(name: str, trained: bool = False) -> Network:
+            of = network(name, chosen.data, settings.work, settings.commit, chosen.test, trained)
+            of.samples = min(of.samples, chosen.samples)
+            of.model.to(settings.device)
+            return of
 
-    for name in chosen.sections or known:
-        claims = {"mixture": mixture_claims, "qat": qat_claims}.get(name, network_claims)
-        section = Section(f"strategies-{name}", shared, claims, file="strategies")
-        if name == "mixture":  # of the CPU, whatever the device
-            measure = functools.partial(measure_mixture, section)
-        elif name == "qat":
-            measure = functools.partial(
-                measure_qat,
-                section,
-                drawn_from("resnet20", trained=True),
-                chosen.steps,
-                draws,
-                chosen.rate,
-                chosen.methods,
-            )
-        else:
-            measure = functools.partial(
-                measure_network, section, drawn_from(name), settings_wanted, draws, chosen.random, chosen.methods
-            )
-        if not section.finished(measure):
-            break
+        for name in chosen.sections or known:
+            claims = {"mixture": mixture_claims, "qat": qat_claims}.get(name, network_claims)
+            section = Section(f"strategies-{name}", settings, claims, file="strategies")
+            if name == "mixture":  # of the CPU, whatever the device
+                measure = functools.partial(measure_mixture, section)
+            elif name == "qat":
+                one = drawn_from("resnet20", trained=True)
+                measure = functools.partial(measure_qat, section, one, chosen.steps, draws, chosen.rate, chosen.methods)
+            else:
+                one = drawn_from(name)
+                measure = functools.partial(
+                    measure_network, section, one, settings_wanted, draws, chosen.random, chosen.methods
+                )
+            if not section.finished(measure):
+                break
     return 0
 
 
@@ -340,9 +322,7 @@ def _more(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test", type=int, default=None, help="at most so many test samples, and rows say so")
     parser.add_argument("--steps", type=int, default=2000, help="of the section qat (default: 2000)")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of the section qat (default: 1e-3)")
-    parser.add_argument("--data", type=Path, default=None, help="folder of load.py, for pretrained networks")
-    parser.add_argument("--device", default="cpu", help="where networks are searched and trained (default: cpu)")
-    parser.add_argument("--seconds", type=float, default=None, help="stop before, with what is measured by then")
+    add_options(parser, "load.py, for pretrained networks")
 
 
 if __name__ == "__main__":

@@ -157,15 +157,49 @@ def test_proxies_are_drawn_from_the_choices_that_a_search_has():
     assert {(of["a"], of["b"]) for of in found} == {(3, 8), (3, 16), (4, 8), (4, 16)}
 
 
+def cut_off(monkeypatch):
+    """Time is up after the first training of a row, and in the middle of the first command: what is trained."""
+    trainings, commands = [], []
+    real_kept, real_called = runs.Section.kept, search_networks.called
+
+    def kept(section, path, measure):
+        def once():
+            if path.parent not in {training.parent for training in trainings}:
+                section.settings.deadline = 0.0
+            trainings.append(path)
+            return measure()
+
+        return real_kept(section, path, once)
+
+    def called(command, seconds=None):
+        commands.append(command)
+        if len(commands) > 1:
+            return real_called(command, seconds)
+        fewer = [*command]
+        fewer[fewer.index("--trials") + 1] = "4"
+        real_called(fewer, seconds)
+        raise runs.OutOfTime
+
+    monkeypatch.setattr(runs.Section, "kept", kept)
+    monkeypatch.setattr(search_networks, "called", called)
+    return trainings
+
+
 def test_network_rows_are_runs_on_one_float_network(monkeypatch, tmp_path, commit):
     monkeypatch.setitem(search_networks.REDUCED, "digits", search_networks.Plan("11%", 9, 2, 3, 20, 3))
     monkeypatch.chdir(tmp_path)  # where float networks lie between runs
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    trainings = cut_off(monkeypatch)
     arguments = ["search-digits", "--reduced", "--seeds", "1", "--results", str(tmp_path)]
-    assert search.main(arguments) == 0
+    for _ in range(5):
+        assert not list(tmp_path.glob("search.json")) or "proxy" not in (tmp_path / "search.json").read_text()
+        assert search.main(arguments) == 0
     said = json.loads((tmp_path / "search.json").read_text())
+    assert len(trainings) == len(set(trainings)), "what was trained once is trained again"
     rows = {row["method"]: row for row in said["rows"]}
     assert list(rows) == ["uniform", "integer program", "kmeans-tpe", "tpe", "proxy"]
+    assert [row.get("resumed", False) for row in rows.values()] == [False, False, True, False, False]
+    assert not [path for path in Path("runs/bench").iterdir() if "proxy" in path.name or "tpe" in path.name]
     for method in ("uniform", "integer program"):
         assert rows[method]["stored_bytes"] <= 0.11 * rows[method]["float_bytes"]
     assert {"uniform 2", "uniform 2, ends 8", "uniform 3"} <= set(rows["uniform"]["tried"])

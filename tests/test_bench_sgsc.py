@@ -171,7 +171,7 @@ def test_a_run_whose_time_is_up_goes_on_where_it_was(bench, monkeypatch):
 
     def cut(command, *_, **__):
         folders.append(Path(command[command.index("--out") + 1]))
-        folders[0].mkdir(parents=True)
+        folders[0].mkdir(parents=True, exist_ok=True)
         for name in (job.FLOAT, job.CHECKPOINT):
             (folders[0] / name).write_bytes(b"")
         raise runs.OutOfTime
