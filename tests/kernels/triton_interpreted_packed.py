@@ -142,8 +142,8 @@ def check_many_tokens(device="cpu"):
     with with_settings(DENSE=-1):
         # on a grid either numerics are the exact ones here: see `check_static`
         cases = {name: case for name, case in LINEAR.cases().items() if not name.startswith("static")}
-        if device == "cpu":
-            check_all(LINEAR, cases, device)
+        if device == "cpu":  # by one matmul whatever the width; the widest take the interpreter half a minute
+            check_all(LINEAR, cases, device, lambda name: "too-wide" not in name and "at-its-end" not in name)
         else:  # cuBLAS takes more than 16 rows
             check_all(LINEAR, cases, device, lambda name: "17-rows" in name or "exact" in name)
 
@@ -157,7 +157,8 @@ def check_static(device="cpu"):
         for settings in ({}, {many: -1}):
             with with_settings(linear_reference=refused, conv2d_reference=refused, **settings):
                 cases = {name: case for name, case in op.cases().items() if name.startswith("static")}
-                some = [name for name in cases if few in name and "nan" not in name][:8]
+                slow = "nan", *(["many-pixels"] if device == "cpu" else [])  # see `check_conv2d` for many
+                some = [name for name in cases if few in name and not any(word in name for word in slow)][:8]
                 some += [name for name in cases if name.startswith("static-exact")]
                 assert len(some) >= 9
                 check_all(op, {name: cases[name] for name in some}, device)
@@ -228,14 +229,16 @@ def check_every_level(device="cpu"):
             words = fragments.fragment(levels, plan, 16, 256, 1, planes)
             grid, rows = torch.ones(1, 16), fragments.parts_of(plan, torch.ones(1, 16))[2]
             assert sorted(rows.tolist()) == list(range(16))
-            for order in ("wide", "narrow"):
+            half = device == "cpu" and dtype != torch.float32  # the interpreter takes its time: all levels, once
+            for order in ("wide",) if half else ("wide", "narrow"):
                 with with_settings(configure=configured(order=order)):
-                    x = torch.eye(256, dtype=dtype)
+                    x = torch.eye(256, dtype=dtype)[: 128 if half else 256]
                     y = Ours(LINEAR, device)(x, words, plan, grid, None, 16, 256, False)
-                    assert_same(y + 0.0, (levels.float() - centre).to(dtype).t().contiguous() + 0.0, f"{bits}, {order}")
+                    right = (levels[:, : len(x)].float() - centre).to(dtype).t().contiguous()
+                    assert_same(y + 0.0, right + 0.0, f"{bits}, {order}")
             with with_settings(DENSE=-1):
                 y = Ours(LINEAR, device)(x, words, plan, grid, None, 16, 256, False)
-                assert_same(y + 0.0, (levels.float() - centre).to(dtype).t().contiguous() + 0.0, f"{bits}, dense")
+                assert_same(y + 0.0, right + 0.0, f"{bits}, dense")
 
 
 def check_every_depthwise_level(device="cpu"):
