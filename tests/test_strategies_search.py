@@ -39,8 +39,15 @@ def data(n=160, seed=1):
     return torch.randn(n, 1, 6, 6, generator=torch.Generator().manual_seed(seed)).abs() ** 1.5
 
 
-SETTINGS = StrategySettings(bits_weights=3, bits_activations=4, edge_bits=None)
-QUICK = {"steps": 8, "batch_size": 32, "bits_weights": 3, "bits_activations": 4, "edge_bits": None}
+SETTINGS = StrategySettings(bits_weights=3, bits_activations=4, edge_bits=None, select_share=0.25)
+QUICK = {
+    "steps": 8,
+    "batch_size": 32,
+    "bits_weights": 3,
+    "bits_activations": 4,
+    "edge_bits": None,
+    "select_share": 0.25,
+}
 
 
 @pytest.fixture(scope="module")

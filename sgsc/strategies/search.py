@@ -91,7 +91,7 @@ def search_strategies(
             is that of rounded biases.
         progress: Called as progress(phase, step, steps, values).
         settings: Fields of StrategySettings: bits_weights=4, bits_activations=8, edge_bits=8, per_channel=True,
-            weights, inputs, skip, loss="kl", select_share=0.25, batch_size=64, correct_bias=True, seed=0.
+            weights, inputs, skip, loss="kl", select_share=0.5, batch_size=64, correct_bias=True, seed=0.
 
     Raises:
         ValueError: If the calibration data is empty, not finite or of another dtype than the model, a layer is never

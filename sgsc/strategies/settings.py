@@ -123,6 +123,8 @@ class StrategySettings:
             (outputs, wanted) -> scalar. A function is asked of batches, and of samples by themselves to see which leads
             are beyond chance; one that has no finite loss of equal answers of a sample, as -PSNR, of batches alone.
         select_share: Of the samples, by which discrete choices are judged; the others find grids and train mixtures.
+            ResNet-20 at W4A8 from 256 images, divergence on 1,500 others, three draws: 0.035, 0.023 and
+            0.031 nats where a quarter judges, 0.026, 0.021 and 0.026 where half does.
         batch_size: Samples of a step.
         correct_bias: Without training: whether biases may make up for what rounding does to mean answers of layers; it
             doubles the time of a search. A layer without a bias is given one where that helps, which files
@@ -141,7 +143,7 @@ class StrategySettings:
     inputs: Iterable[str] | None = None
     skip: Iterable[str] = ()
     loss: str | Loss = "kl"
-    select_share: float = 0.25
+    select_share: float = 0.5
     batch_size: int = 64
     correct_bias: bool = True
     seed: int = 0
@@ -156,7 +158,7 @@ class StrategySettings:
             if bits is not None:
                 check_bits(bits)
         if not 0 < self.select_share < 1:
-            raise ValueError(f"select_share={self.select_share}: want a share of 1, such as 0.25")
+            raise ValueError(f"select_share={self.select_share}: want a share of 1, such as 0.5")
         check_steps(self.batch_size, 1, "batch_size")
         if not isinstance(self.seed, Integral):
             raise ValueError(f"seed={self.seed!r}: want a whole number")
