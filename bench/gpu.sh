@@ -12,7 +12,8 @@
 #     bench/gpu.sh search-resnet20    or any network of bench.search: likewise
 #
 # A call for a task measures what fits into it; repeated, it goes on with what bench/results or $OUT holds of the same
-# commit. $DATA is the folder of the data, else ../shared/data.
+# commit, and with trainings that were cut off, which lie in runs/bench while the machine is kept. $DATA is the folder of
+# the data, else ../shared/data.
 set -u
 cd "$(dirname "$0")/.." || exit 2
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} OMP_WAIT_POLICY=PASSIVE # the search's libraries may lie elsewhere

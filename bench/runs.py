@@ -108,7 +108,7 @@ def timed(measure: Callable[[], Row]) -> Row:
 
 @dataclass
 class Settings:
-    """What all runs of one call of bench.sgsc share.
+    """What all runs of one call of a bench share.
 
     Attributes:
         schedule: "full", the tasks' own, "reduced" for a CPU, or "quick".
@@ -117,7 +117,7 @@ class Settings:
         device: Where networks are trained.
         device_name: Of a GPU, for the results; None where it is a CPU.
         results: Folder of the results, None for the usual one.
-        work: Where float networks lie between runs.
+        work: What is kept between runs: float networks, and parts of rows that are not whole.
         rest: Further flags of `sgsc compress`, for quick runs.
         deadline: time.monotonic() at which to stop.
         commit: Of the code that measures.
@@ -197,6 +197,7 @@ class Section:
     settings: Settings
     claims: Callable[[list[Row]], list[Row]]
     file: str = "sgsc"  # of bench.record.NAMES, and the bench of that name
+    begun: bool = field(default=False, init=False)  # whether this call has measured a part of a row
 
     def __post_init__(self) -> None:
         found = record.read(self.file, self.settings.results)["rows"]
@@ -241,18 +242,24 @@ class Section:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def kept(self, path: Path, measure: Callable[[], Row]) -> Row:
+    def kept(self, path: Path, of: Any, measure: Callable[[], Row]) -> Row:
         """A part of a row: what the file says, or what is measured now and then lies there, with the time it took.
 
+        Args:
+            path: Of the file.
+            of: What the part is of, JSON-able: a file of something else is not believed.
+            measure: Returns it.
+
         Raises:
-            OutOfTime: If it is not there, and the longest of the parts beside it took more time than is left.
+            OutOfTime: If it is not there, a part was measured in this call, and no time is left for the longest one.
         """
-        if path.is_file():
-            return json.loads(path.read_text())
+        if path.is_file() and (found := json.loads(path.read_text()))["of"] == of:
+            return found
         beside = (json.loads(part.read_text())["seconds"] for part in path.parent.glob("*.json"))
-        if self.settings.left <= max(beside, default=0.0):
+        if self.begun and self.settings.left <= max(beside, default=0.0):  # else calls that are too short never end
             raise OutOfTime
-        made = timed(measure)
+        self.begun = True
+        made = {**timed(measure), "of": of}
         write_atomically(path, json.dumps(made).encode())
         return made
 
@@ -317,9 +324,9 @@ class Section:
             made |= {"resumed": True} if resumed else {}  # its seconds are those of its last part
             return made | {"float_seconds": report["seconds_by_phase"]["float training"]}
 
-        return self.row(row, measure, resumes=True)
+        return self.row(row, measure, resumes=self.settings.named)
 
-    def shared(self, task: str, seed: int) -> list[str]:
+    def alike(self, task: str, seed: int) -> list[str]:
         """What commands get that compare at one width."""
         s = self.settings
         flags = ["--seed", str(seed), *s.flags(task), "--work", str(self.start(task, seed))]
@@ -331,7 +338,7 @@ class Section:
         """Uniform quantization-aware training at one width, from the same float network and for as many steps."""
 
         def measure() -> Row:
-            command = [sys.executable, "-m", "bench.uniform", task, "--bits", str(bits), *self.shared(task, seed)]
+            command = [sys.executable, "-m", "bench.uniform", task, "--bits", str(bits), *self.alike(task, seed)]
             return {k: v for k, v in called(command, self.settings.timeout()).items() if k != "device"}
 
         return self.row({"method": f"lsq{bits}", "task": task, "seed": seed}, measure)

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import optuna
@@ -149,7 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with shared(chosen, "reduced" if chosen.reduced else "full") as settings:
         for name in chosen.sections or SECTIONS:
             run, claims = SECTIONS[name]
-            section = Section(name, settings, claims, file="search")
+            own = settings if run is network else replace(settings, device="cpu", device_name=None)
+            section = Section(name, own, claims, file="search")
             seeds = range(chosen.seeds or (1 if chosen.quick else SEEDS.get(name, 3)))
             if not section.finished(functools.partial(run, section, seeds)):
                 break

@@ -149,7 +149,7 @@ class Network:
         """The row of a method, which keeps what it has of it in a folder until it is whole."""
         of = {"task": self.name, "seed": self.seed, "method": method}
         folder = self.section.place(of)
-        made = self.section.row(of, lambda: measure(folder), resumes=True)
+        made = self.section.row(of, lambda: measure(folder), resumes=self.section.settings.named)
         shutil.rmtree(folder)
         return made
 
@@ -205,12 +205,15 @@ def reference(one: Network, method: str, folder: Path) -> Row:
     for place, (name, configuration) in enumerate(chosen.items()):
         for kind, train in (("long", one.schedule.long), ("short", one.schedule.short)):  # a search has both too
             file = folder / f"{place}-{kind}.sgsc"
-            judged = one.section.kept(file.with_suffix(".json"), functools.partial(trial, configuration, train, file))
+            judged = one.section.kept(
+                file.with_suffix(".json"), said(configuration), functools.partial(trial, configuration, train, file)
+            )
             spent.append(judged)
             if name not in tried or judged["validation_loss"] < tried[name][0]["validation_loss"]:
                 tried[name] = judged, file
     best = min(tried, key=lambda name: tried[name][0]["validation_loss"])
     judged, file = tried[best]
+    judged = {key: value for key, value in judged.items() if key != "of"}
     return {
         **{"configuration": best, "tried": {name: row["validation_loss"] for name, (row, _) in tried.items()}},
         **judged,
@@ -276,7 +279,7 @@ def proxy(one: Network, limit: int, folder: Path) -> Row:
         }
 
     found = [
-        one.section.kept(folder / f"{place}.json", functools.partial(trial, configuration))
+        one.section.kept(folder / f"{place}.json", said(configuration), functools.partial(trial, configuration))
         for place, configuration in enumerate(drawn(problem, one.plan.proxies, one.seed))
     ]
     short, long = ([part[kind] for part in found] for kind in ("short", "long"))
@@ -286,6 +289,12 @@ def proxy(one: Network, limit: int, folder: Path) -> Row:
         **{"steps": one.schedule.steps, "finish_steps": one.schedule.finish_steps, **LEARNED},
         **{key: sum(part[key] for part in [made, *found]) for key in ("processor_seconds", "seconds")},
     }
+
+
+def said(configuration: Configuration) -> Row:
+    """It, JSON-able."""
+    parts = {"bits": configuration.bits, "sizes": configuration.sizes}
+    return {part: {name: int(value) for name, value in of.items()} for part, of in parts.items()}
 
 
 def drawn(problem: Problem, count: int, seed: int) -> list[Configuration]:

@@ -147,7 +147,7 @@ def one(section: Section, library: str, task: str, bits: int, group: int, seed: 
 
     def measure() -> Row:
         command = [sys.executable, "-m", "bench.sgsc_peers", library, task, "--bits", str(bits), "--group", str(group)]
-        return called([*command, *section.shared(task, seed)], section.settings.timeout())
+        return called([*command, *section.alike(task, seed)], section.settings.timeout())
 
     of = {"method": library, "task": task, "bits": bits, "group": group, "seed": seed}
     return section.row(of, measure)

@@ -162,14 +162,14 @@ def cut_off(monkeypatch):
     trainings, commands = [], []
     real_kept, real_called = runs.Section.kept, search_networks.called
 
-    def kept(section, path, measure):
+    def kept(section, path, of, measure):
         def once():
             if path.parent not in {training.parent for training in trainings}:
                 section.settings.deadline = 0.0
             trainings.append(path)
             return measure()
 
-        return real_kept(section, path, once)
+        return real_kept(section, path, of, once)
 
     def called(command, seconds=None):
         commands.append(command)

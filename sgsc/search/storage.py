@@ -29,7 +29,9 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event, func, literal_column, select
-from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from . import processes
 
 HOST, WORKER, BEAT = "host", "worker", "beat"  # attributes of a study, and of a trial
 AGAIN = "again"  # attribute of a trial that takes over from one whose worker died
@@ -37,8 +39,6 @@ HEARTBEAT, PATIENCE = 60.0, 300.0  # seconds between signs of life, and without 
 POLL = 1.0  # seconds between two looks at what other workers still run
 GRACE = 2.0  # seconds in which a new trial has noted its worker
 WAIT = 30.0  # seconds that a writer waits for another
-# said to one of two workers that open a study at once; SQLite does not wait where waiting could be for ever
-MAKING = "already exists", "unique", "duplicate", "locked"
 # no driver, no server, a port that is no number, tables of another version
 OTHER_ERRORS = ImportError, OSError, ValueError, RuntimeError
 SIGNATURE = b"SQLite format 3\0"
@@ -70,16 +70,26 @@ def open_storage(where: str | Path) -> RDBStorage:
 
 
 def _patiently(make: Callable[[], RDBStorage]) -> RDBStorage:
-    """What `make` makes; where another worker is making the same tables, or the same file's log, once it has."""
+    """What `make` makes; where another worker is making the same tables, or the same file's log, once it has.
+
+    Raises:
+        SQLAlchemyError: If it cannot be made, or not within `WAIT`.
+        sqlite3.Error: If the file cannot be opened.
+    """
     over = time.monotonic() + WAIT
-    while time.monotonic() < over:
+    while True:
         try:
             return make()
-        except (OperationalError, IntegrityError, ProgrammingError, sqlite3.Error) as error:
-            if not any(sign in str(error).lower() for sign in MAKING):
-                break
+        except (SQLAlchemyError, sqlite3.Error) as error:
+            if time.monotonic() > over or not _in_the_making(getattr(error, "orig", None) or error):
+                raise
             time.sleep(0.2)
-    return make()
+
+
+def _in_the_making(error: BaseException) -> bool:
+    """Whether a driver says that another worker is making the same; SQLite does not wait where it might for ever."""
+    signs = ["already exists", "unique", "duplicate", *(["locked"] if isinstance(error, sqlite3.Error) else [])]
+    return any(sign in str(error).lower() for sign in signs)
 
 
 def _sqlite(url: str, path: Path) -> RDBStorage:
@@ -193,7 +203,7 @@ def wait_for_others(study: Study, waiting: Callable[[str], None] = lambda whom: 
     waited for, again and again: a worker that hangs is for its user to end.
     """
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    here, came_back = _this_process(), False
+    here, came_back = processes.this_process(), False
     left = [t for t in running if not _of(t, here)]  # this process runs nothing while it waits
     while left:
         trial = left[0]
@@ -210,19 +220,6 @@ def wait_for_others(study: Study, waiting: Callable[[str], None] = lambda whom: 
 def _age(trial: FrozenTrial) -> float:
     """Seconds since a trial began, by the clock of its host."""
     return (datetime.datetime.now() - (trial.datetime_start or datetime.datetime.min)).total_seconds()
-
-
-def _this_process() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "where": _where(), "pid": (own := os.getpid()), "started": _started(own)}
-
-
-def _where() -> str:
-    """What a process number is of: this start of this machine, and this container of it; empty where it is not told."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return ""
 
 
 def _of(trial: FrozenTrial, process: dict[str, Any]) -> bool:
@@ -247,35 +244,19 @@ def clock(storage: Any) -> float:
 
 
 def _alive(trial: FrozenTrial, now: float) -> bool:
-    worker, where = trial.user_attrs.get(WORKER), _where()
+    worker, where = trial.user_attrs.get(WORKER), processes.where()
     if worker is None:
         return False
     if worker["host"] == socket.gethostname() and worker.get("where", where) == where:
-        return _started(worker["pid"]) == worker["started"]
+        return processes.started(worker["pid"]) == worker["started"]
     return now - max(worker["time"], trial.user_attrs.get(BEAT, 0.0)) < PATIENCE
-
-
-def _started(pid: int) -> str | None:
-    """When a process of this host began, which tells it from a later one of the same number; None if there is none."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else fields[19]  # a zombie runs no trial
-    except OSError:
-        pass
-    if Path("/proc/self/stat").is_file():
-        return None
-    try:  # a system without /proc: the number alone
-        os.kill(pid, 0)
-    except OSError:
-        return None
-    return "unknown"
 
 
 @contextmanager
 def working(trial: optuna.Trial) -> Iterator[None]:
     """Note who runs a trial, and give a sign of life every `HEARTBEAT` seconds while it runs."""
     storage = trial.study._storage
-    trial.set_user_attr(WORKER, {**_this_process(), "time": clock(storage)})
+    trial.set_user_attr(WORKER, {**processes.this_process(), "time": clock(storage)})
     over = threading.Event()
 
     def beat() -> None:
@@ -345,6 +326,8 @@ def _unopened(url: str, error: Exception) -> str:
     said = f"the storage {_named(url)} cannot be opened ({_first(error)}); "
     if "malformed" in said or "not a database" in said:
         return f"{said}the file is damaged: put a copy of it in its place, or name another file"
+    if "locked" in said:
+        return f"{said}wait for the program that holds it, or end that"
     if url.startswith("sqlite"):
         return f"{said}name a file in a folder that can be written and has room"
     return f"{said}check the URL, that the server runs, and that its driver is installed (psycopg, PyMySQL)"

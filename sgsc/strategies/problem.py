@@ -23,7 +23,7 @@ from .calibration import Calls, calibrate, count_calls, room
 from .data import Batches, Calibration, split
 from .folding import Folded, fold_batch_norms
 from .registry import INPUTS, WEIGHTS, strategies
-from .settings import Loss, StrategySettings, check_answers, check_loss, mean_of, parted
+from .settings import Loss, StrategySettings, by_sample, check_answers, check_loss, mean_of
 from .statistics import InputStatistics
 
 Choice = dict[str, tuple[str, str | None]]  # layer -> strategy of its weight, of its input
@@ -60,7 +60,7 @@ class Problem:
         wanted: What the float model answers to each batch of `select`; to those of `fit`, see `answer`.
         float_model: A copy of the one that was given.
         loss: (outputs, wanted) -> scalar, of a batch.
-        parted: (outputs, wanted) -> losses of the samples of a batch by themselves, where that is possible.
+        alone: (outputs, wanted) -> (samples,) losses by themselves; None where these say nothing, see `by_sample`.
         left: Layers and norms that stay float -> why.
         together: The samples of `fit` in batches of as many as there is room for, which calibrate.
         calls: Of the layers, for each of those.
@@ -84,7 +84,7 @@ class Problem:
     wanted: list[Tensor]
     float_model: nn.Module
     loss: Loss
-    parted: Loss
+    alone: Loss | None
     left: dict[str, str]
     together: Batches
     calls: Calls
@@ -111,16 +111,18 @@ class Problem:
         return {name: (weight, given if self.inputs.get(name) else None) for name in self.layers}
 
     @torch.no_grad()
-    def looks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """What the model as it stands answers to each batch of `select`, and what is wanted."""
+    def looks(self) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """What the model as it stands answers to each batch of `select`, what is wanted, and its samples."""
         with evaluating(self.model):
             for place, (x, wanted) in enumerate(zip(self.select, self.wanted, strict=True)):
                 self.place = place
-                yield self.model(fed(self.model, x)), wanted
+                yield self.model(fed(self.model, x)), wanted, len(x)
 
+    @torch.no_grad()  # a user's loss may have parameters
     def losses(self) -> Tensor:
-        """(parts,) float64 losses of the model as it stands on `select`; see `parted`."""
-        return torch.cat([self.parted(*look) for look in self.looks()]).cpu().double()
+        """(samples,) float64: the loss of each sample of `select` by the model as it stands, or that of its batch."""
+        judge = self.alone or (lambda outputs, wanted: self.loss(outputs, wanted).reshape(1))
+        return torch.cat([judge(y, wanted).expand(count) for y, wanted, count in self.looks()]).cpu().double()
 
     def judge(self) -> float:
         """Mean of `losses`; infinite where it is NaN."""
@@ -221,7 +223,7 @@ class Problem:
 
 
 def mean_loss(losses: Tensor) -> float:
-    """Of all parts; infinite where it is NaN."""
+    """Of all samples; infinite where it is NaN."""
     loss = losses.mean().item()
     return math.inf if math.isnan(loss) else loss  # -inf is a loss too, of equal answers
 
@@ -255,7 +257,7 @@ def make_problem(
                 answered[place] = answer.clone()  # it may be a view of much more
         wanted = [_answer(network, x, settings.loss) for x in select]
         check_loss(judge, first)
-        by_part = parted(settings.loss, wanted, [len(x) for x in select])
+        alone = by_sample(settings.loss, wanted, [len(x) for x in select])
     folded = _folded(network, fit[0], first) if fold else Folded(network, (), {})
     prepared = _prepared(folded.model, settings.skip, fit[0])
     quantizers = {id(p) for layer in quant_layers(prepared.model).values() for p in layer.weight_quantizer.parameters()}
@@ -271,9 +273,7 @@ def make_problem(
         if isinstance(layer, QuantEmbedding):
             bits[name] = bits[name][0], None
     left = {**folded.left, **{k: v for k, v in prepared.left.items() if k not in folded.left}}
-    problem = Problem(
-        model, layers, bits, of_inputs, fit, select, wanted, network, judge, by_part, left, together, calls
-    )
+    problem = Problem(model, layers, bits, of_inputs, fit, select, wanted, network, judge, alone, left, together, calls)
     problem.learns, problem.answered = learns, answered
     if settings.correct_bias and not settings.trained:
         problem.added = give_unseen(model, layers, fit[0], first)

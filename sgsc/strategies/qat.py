@@ -22,7 +22,7 @@ from .data import Calibration
 from .mixture import MixedInput, MixedWeights, entropy, mixtures, set_temperature, settle
 from .problem import Choice, make_problem
 from .search import COLDEST, RATE, Shares, shares_in
-from .settings import check_steps, settings_of
+from .settings import UNTRAINED, check_steps, settings_of
 
 WARM, SEARCH = 0.1, 0.3  # shares of the steps; the rest is settled
 SHARP = 1.0  # weight of the entropy at the end of the search, in units of the loss at its start, whatever its sign
@@ -94,7 +94,9 @@ class StrategyTraining:
         self.of_shares = torch.optim.Adam(self.logits, lr=RATE) if self.logits else None
         self._start()
         own = {"steps": self.steps, "rate": rate, "fold": fold, "optimiser": type(self.optimiser).__name__}
-        self.arguments = own | {name: str(value) for name, value in vars(self.settings).items()}
+        self.arguments = own | {
+            name: str(value) for name, value in vars(self.settings).items() if name not in UNTRAINED
+        }
         if not self.logits:
             self._settle()
 

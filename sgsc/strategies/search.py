@@ -56,7 +56,8 @@ class Strategies:
         loss: On the samples that choices were judged by.
         origin: "mixture", or "greedy" where the mixture's way ended at a worse network.
         report: The evidence, JSON-able.
-        greedy: What greed alone ends with, from the best uniform choice; the result is no worse.
+        greedy: What greed alone ends with, from the best uniform choice; before biases are whole numbers the result is
+            no worse.
         uniform: The best uniform choice's strategies.
     """
 
@@ -144,7 +145,7 @@ def search_strategies(
         **{"best_uniform": list(best), "best_uniform_loss": uniforms[best], "greedy_loss": ends["greedy"].loss},
         **{"mixture_argmax_loss": ends["mixture"].start, "mixture_greedy_loss": ends["mixture"].loss},
         **{"recalibrated": derived.recalibrated, "biases_corrected": corrected, "biases_left": left_biases},
-        **{"biases_added": len(added), "beyond_chance": True},
+        **{"biases_added": len(added), "beyond_chance": problem.alone is not None},
         **{"course": course, "layers": layers},
         **{"seconds_by_phase": clock, "seconds": time.perf_counter() - started},
     }
@@ -260,7 +261,7 @@ def greedy(problem: Problem, start: Choice, progress: Progress, phase: str) -> P
     and 0.027 on 1,500 others, three draws; with leads of more than one error 0.011, 0.018, 0.029 and 0.029, 0.023,
     0.025; of more than two 0.031, 0.023, 0.024 on the others).
     """
-    choice = dict(start)
+    choice, better = dict(start), ahead if problem.alone else less
     first = problem.derive(choice, recalibrate=False).loss
     best = problem.losses()
     losses: dict[str, tuple[dict[str, float], dict[str, float]]] = {}
@@ -273,7 +274,7 @@ def greedy(problem: Problem, start: Choice, progress: Progress, phase: str) -> P
             if given:  # what the layers before now give it asks for another bias
                 problem.correct(name, choice[name], given)
                 found = problem.losses()
-                if ahead(found, best):
+                if better(found, best):
                     best, bias = found, problem.bias(name)
             for side, candidates in enumerate((problem.weights[name], problem.inputs.get(name, {}))):
                 now = mean_loss(best)
@@ -288,7 +289,7 @@ def greedy(problem: Problem, start: Choice, progress: Progress, phase: str) -> P
                         found = problem.losses()
                         loss = mean_loss(found)
                         known.append((grid, loss))
-                        if ahead(found, best):
+                        if better(found, best):
                             best, choice[name], bias = found, pair, problem.bias(name)
                     losses[name][side][strategy] = loss
                 problem.set({name: choice[name]}, bias)
@@ -300,15 +301,20 @@ def greedy(problem: Problem, start: Choice, progress: Progress, phase: str) -> P
     return Pass(choice, first, network.loss, losses, network)
 
 
-def ahead(losses: Tensor, best: Tensor) -> bool:
-    """Whether (parts,) losses are below the best ones by more than one standard error of the mean difference.
+def less(losses: Tensor, best: Tensor) -> bool:
+    """Whether (samples,) losses are less than the best ones in the mean: losses of batches do not tell chance."""
+    return mean_loss(losses) < mean_loss(best)
 
-    The rule of Breiman et al., Classification and Regression Trees, 1984. That of one part counts as 0.
+
+def ahead(losses: Tensor, best: Tensor) -> bool:
+    """Whether (samples,) losses are below the best ones by more than one standard error of the mean difference.
+
+    The rule of Breiman et al., Classification and Regression Trees, 1984. That of one sample counts as 0.
     """
     leads = best - losses
     lead = leads.mean()
     if not lead.isfinite():
-        return mean_loss(losses) < mean_loss(best)
+        return less(losses, best)
     return bool(lead > leads.std(correction=0) / max(len(leads) - 1, 1) ** 0.5)
 
 

@@ -27,6 +27,7 @@ def squares(outputs: Tensor, wanted: Tensor) -> Tensor:
     return differences(outputs, wanted).square()
 
 
+UNTRAINED = ("loss", "select_share", "correct_bias")  # settings that a training has no use for
 LOSSES: dict[str, Loss] = {"kl": divergences, "l1": differences, "l2": squares}  # (samples, ...) -> of all places
 
 
@@ -35,20 +36,20 @@ def mean_of(loss: str | Loss) -> Loss:
     return (lambda outputs, wanted: LOSSES[loss](outputs, wanted).mean()) if isinstance(loss, str) else loss
 
 
-def parted(loss: str | Loss, wanted: Sequence[Tensor], samples: Sequence[int]) -> Loss:
-    """The loss as (parts,): of each sample by itself, or where that says nothing of the batch.
+def by_sample(loss: str | Loss, wanted: Sequence[Tensor], samples: Sequence[int]) -> Loss | None:
+    """The loss as (samples,), of each by itself; None where that says nothing.
 
-    It says nothing where answers are not one a sample, or where a function finds no finite loss between equal answers
-    of a sample: -PSNR has none of any, relative distances have none of an answer of zeros.
+    It says nothing where answers are not one a sample, where a function raises, or finds no finite number between equal
+    answers of a sample (-PSNR has none of any, relative distances none of an answer of zeros), and where it finds no
+    difference between those of two samples, as one that contrasts samples of a batch.
 
     Args:
         loss: A key of LOSSES, or a function (outputs, wanted) -> scalar.
         wanted: What the float model answers to the batches that judge.
         samples: Of each of these.
     """
-    whole = mean_of(loss)
     if any(answers.shape[:1] != (count,) for answers, count in zip(wanted, samples, strict=True)):
-        return lambda outputs, answers: whole(outputs, answers).reshape(1)
+        return None
     if isinstance(loss, str):
         return lambda outputs, answers: LOSSES[loss](outputs, answers).reshape(len(outputs), -1).mean(1)
 
@@ -56,9 +57,13 @@ def parted(loss: str | Loss, wanted: Sequence[Tensor], samples: Sequence[int]) -
         pairs = zip(outputs.split(1), answers.split(1), strict=True)
         return torch.stack([loss(*pair).reshape(()) for pair in pairs])
 
-    if all(alone(answers, answers).isfinite().all() for answers in wanted):
-        return alone
-    return lambda outputs, answers: whole(outputs, answers).reshape(1)
+    try:
+        none = torch.cat([alone(answers, answers) for answers in wanted])
+        some = torch.cat([alone(answers.roll(1, 0), answers) for answers in wanted])
+    except Exception:
+        return None
+    apart = len(none) == len(wanted) or not torch.equal(none, some)  # of batches of one there is nothing to tell
+    return alone if none.isfinite().all() and apart else None
 
 
 def check_loss(loss: Loss, outputs: Tensor) -> None:
@@ -121,7 +126,7 @@ class StrategySettings:
         loss: "kl" (divergence of the answers from the float model's, classes last), "l1" or "l2" (mean absolute or
             squared difference, for images and other real numbers; PSNR is of the latter), or a function
             (outputs, wanted) -> scalar. A function is asked of batches, and of samples by themselves to see which leads
-            are beyond chance; one that has no finite loss of equal answers of a sample, as -PSNR, of batches alone.
+            are beyond chance; one that says nothing of those, as -PSNR, of batches alone, and then every lead counts.
         select_share: Of the samples, by which discrete choices are judged; the others find grids and train mixtures.
             ResNet-20 at W4A8 from 256 images, divergence on 1,500 others, three draws: 0.035, 0.023 and
             0.031 nats where a quarter judges, 0.026, 0.021 and 0.026 where half does.
@@ -179,7 +184,7 @@ def settings_of(trained: bool, named: dict[str, Any]) -> StrategySettings:
     Raises:
         ValueError: If there is none of a name, one is of the other purpose, or out of its range.
     """
-    other = ("loss", "select_share", "correct_bias") if trained else ()
+    other = UNTRAINED if trained else ()
     known = [f.name for f in fields(StrategySettings) if f.name not in ("trained", *other)]
     for name in named:
         if name in other:
