@@ -10,6 +10,7 @@ from collections import Counter
 import pytest
 from optuna.trial import TrialState
 
+from sgsc.search import processes
 from sgsc.search import storage as storages
 from sgsc.search.kmeans_tpe import KMeansTPESampler
 from sgsc.search.storage import StorageError, clock, describe, fail_stale, open_storage, open_study, working, writing
@@ -120,7 +121,7 @@ def test_a_trial_that_another_host_has_just_begun_is_given_time_whatever_its_clo
 
     def sleep(seconds):
         slept.append(seconds)
-        trial.set_user_attr(storages.WORKER, {**storages._this_process(), "time": clock(study._storage)})
+        trial.set_user_attr(storages.WORKER, {**processes.this_process(), "time": clock(study._storage)})
 
     monkeypatch.setattr(storages.time, "sleep", sleep)
     assert fail_stale(study) == []

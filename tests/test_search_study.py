@@ -16,6 +16,7 @@ from torch import nn
 from sgsc import pack, prepare, save
 from sgsc.layers import quant_layers
 from sgsc.quantizers import Diverged
+from sgsc.search import processes
 from sgsc.search import storage as storage_module
 from sgsc.search import study as study_module
 from sgsc.search import trials as trials_module
@@ -355,16 +356,14 @@ def test_what_another_worker_still_runs_is_waited_for(network, tmp_path, monkeyp
         waited.append(seconds)
 
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as other:
-        note = {
-            "host": socket.gethostname(),
-            "pid": other.pid,
-            "started": storage_module._started(other.pid),
-            "time": 0,
-        }
-        theirs.set_user_attr("worker", note)
-        monkeypatch.setattr(storage_module.time, "sleep", sleep)
-        found = search(network, trials=trials, storage=storage, **tiny)
-        other.kill()
+        try:
+            started = processes.started(other.pid)
+            note = {"host": socket.gethostname(), "pid": other.pid, "started": started, "time": 0}
+            theirs.set_user_attr("worker", note)
+            monkeypatch.setattr(storage_module.time, "sleep", sleep)
+            found = search(network, trials=trials, storage=storage, **tiny)
+        finally:
+            other.kill()  # or what fails here would end with its sleep
     assert waited == [storage_module.POLL]
     print([(t["number"], t["params"], t["state"], t["baseline"]) for t in found.report["trials"]], params)
     judged = [t for t in found.report["trials"] if t["params"] == params and t["state"] in ("complete", "pruned")]
@@ -380,9 +379,7 @@ def test_a_process_does_not_wait_for_itself(network, monkeypatch):
     storage = optuna.storages.InMemoryStorage()
     search(network, trials=4, storage=storage)
     study = optuna.load_study(study_name="search", storage=storage)
-    study.ask().set_user_attr(
-        "worker", {**storage_module._this_process(), "time": 0}
-    )  # it could not even tell a failure
+    study.ask().set_user_attr("worker", {**processes.this_process(), "time": 0})  # it could not even tell a failure
     monkeypatch.setattr(storage_module.time, "sleep", lambda seconds: pytest.fail("waits"))
     search(network, trials=6, storage=storage)
 
