@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +100,14 @@ def compress(task: str, target: float, seed: int, *rest: str) -> Row:
 
 def timed(measure: Callable[[], Row]) -> Row:
     """What is measured, and the time it took: of the process, and in all."""
-    before = time.process_time(), time.perf_counter()
+    process, began = time.process_time(), time.perf_counter()
     made = measure()
-    after = time.process_time(), time.perf_counter()
-    return {**made, "processor_seconds": after[0] - before[0], "seconds": after[1] - before[1]}
+    return {**made, "processor_seconds": time.process_time() - process, "seconds": time.perf_counter() - began}
+
+
+def in_all(parts: Sequence[Row]) -> Row:
+    """The time that `timed` parts took together."""
+    return {key: sum(part[key] for part in parts) for key in ("processor_seconds", "seconds")}
 
 
 @dataclass
@@ -183,10 +187,8 @@ def shared(
     made = Settings(
         *(schedule, shorter or {}, chosen.data, device, name, chosen.results, chosen.work), rest=rest, deadline=deadline
     )
-    with contextlib.ExitStack() as stack:
-        if not made.named:
-            made.work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        yield made
+    with tempfile.TemporaryDirectory() as folder:
+        yield made if made.named else replace(made, work=Path(folder))
 
 
 @dataclass
@@ -234,13 +236,19 @@ class Section:
         self.write()
         return made
 
-    def place(self, row: Row) -> Path:
-        """Folder of what is kept of a row where time runs out: the same call, repeated, goes on with it."""
+    def in_parts(self, of: Row, measure: Callable[[Path], Row]) -> Row:
+        """A row that keeps what it has in a folder until it is whole: the same call, repeated, goes on with it."""
         s = self.settings
-        name = "-".join(str(value) for value in (self.name, *row.values(), s.schedule, s.device, s.commit))
+        name = "-".join(str(value) for value in (self.name, *of.values(), s.schedule, s.device, s.commit))
         folder = s.work / re.sub(r"[^\w.-]", "-", name)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+
+        def whole() -> Row:
+            folder.mkdir(parents=True, exist_ok=True)
+            made = measure(folder)
+            shutil.rmtree(folder)
+            return made
+
+        return self.row(of, whole, resumes=s.named)  # what no commit names is not kept
 
     def kept(self, path: Path, of: Any, measure: Callable[[], Row]) -> Row:
         """A part of a row: what the file says, or what is measured now and then lies there, with the time it took.
@@ -303,12 +311,11 @@ class Section:
 
         row = {"method": method, "task": task, "target_size": target, "seed": seed, **of}
 
-        def measure() -> Row:
+        def measure(folder: Path) -> Row:
             s, start = self.settings, self.start(task, seed)
             flags = [*s.flags(task), *s.rest, *rest]  # after the schedule: it may ask for steps of its own
             if start.is_file():
                 flags += ["--start", str(start)]
-            folder = self.place(row)
             resumed = (folder / CHECKPOINT).is_file()
             flags += ["--resume"] if resumed else []
             try:
@@ -316,7 +323,6 @@ class Section:
             finally:
                 if not start.is_file() and (folder / FLOAT).is_file():
                     shutil.copy(folder / FLOAT, start)
-            shutil.rmtree(folder)
             guard = report["guard"]
             tail = {key: guard[key] for key in ("worst_class", "tail") if key in guard}
             made = summary(report) | {"steps": report["settings"]["config"]["steps"], **tail}
@@ -324,7 +330,7 @@ class Section:
             made |= {"resumed": True} if resumed else {}  # its seconds are those of its last part
             return made | {"float_seconds": report["seconds_by_phase"]["float training"]}
 
-        return self.row(row, measure, resumes=self.settings.named)
+        return self.in_parts(row, measure)
 
     def alike(self, task: str, seed: int) -> list[str]:
         """What commands get that compare at one width."""

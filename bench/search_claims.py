@@ -213,8 +213,8 @@ def network_table(rows: Rows) -> str:
             continue
 
         def shown(key: str, form: str, factor: float = 1.0, group: Rows = group) -> str:
-            of_a_part = "processor_seconds" if any(r.get("resumed") for r in group) else ""  # the last part's
-            found = [factor * r[key] for r in group if key in r and key != of_a_part]
+            whole = [r for r in group if key != "processor_seconds" or "resumed" not in r]  # else of the last part
+            found = [factor * r[key] for r in whole if key in r]
             return spread(found, form) if found else ""
 
         lines.append(

@@ -19,7 +19,6 @@ import copy
 import functools
 import math
 import resource
-import shutil
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -47,7 +46,7 @@ from sgsc.search.problem import Problem, prepare_search
 from sgsc.search.trials import Train, trained
 from sgsc.size import float_bytes
 
-from .runs import Row, Section, called, timed
+from .runs import Row, Section, called, in_all, timed
 from .search_claims import REFERENCES, SEARCHES
 
 SHARE = 0.8  # of the bytes of the smaller reference
@@ -140,18 +139,9 @@ class Network:
         """For what was chosen."""
         return self.task.test()
 
-    @property
-    def notes(self) -> dict[str, str | int | bool]:
-        """Those of the files of a search."""
-        return {"task": self.name, "seed": self.seed, "searched": True}
-
     def row(self, method: str, measure: Callable[[Path], Row]) -> Row:
-        """The row of a method, which keeps what it has of it in a folder until it is whole."""
-        of = {"task": self.name, "seed": self.seed, "method": method}
-        folder = self.section.place(of)
-        made = self.section.row(of, lambda: measure(folder), resumes=self.section.settings.named)
-        shutil.rmtree(folder)
-        return made
+        """The row of a method."""
+        return self.section.in_parts({"task": self.name, "seed": self.seed, "method": method}, measure)
 
     @torch.no_grad()
     def answered(self, model: nn.Module, split: TensorDataset) -> Row:
@@ -197,7 +187,8 @@ def reference(one: Network, method: str, folder: Path) -> Row:
     def trial(configuration: Configuration, train: Train, file: Path) -> Row:
         model = trained(problem, configuration, train, lambda loss: None, one.seed)
         judged = one.judged(model)
-        save(pack(model.cpu(), remove=False), file, notes=one.notes)
+        notes = {"task": one.name, "seed": one.seed, "searched": True}  # as the search's files
+        save(pack(model.cpu(), remove=False), file, notes=notes)
         return judged
 
     tried: dict[str, tuple[Row, Path]] = {}
@@ -218,7 +209,7 @@ def reference(one: Network, method: str, folder: Path) -> Row:
         **{"configuration": best, "tried": {name: row["validation_loss"] for name, (row, _) in tried.items()}},
         **judged,
         **ended(one, file),
-        **{key: sum(part[key] for part in spent) for key in ("processor_seconds", "seconds")},
+        **in_all(spent),
     }
 
 
@@ -287,7 +278,7 @@ def proxy(one: Network, limit: int, folder: Path) -> Row:
         **{"configurations": len(short), "spearman": float(np.asarray(spearmanr(short, long))[0])},
         **{"short_losses": short, "long_losses": long, "budget": f"{limit} B"},
         **{"steps": one.schedule.steps, "finish_steps": one.schedule.finish_steps, **LEARNED},
-        **{key: sum(part[key] for part in [made, *found]) for key in ("processor_seconds", "seconds")},
+        **in_all([made, *found]),
     }
 
 

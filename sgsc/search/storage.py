@@ -88,8 +88,9 @@ def _patiently(make: Callable[[], RDBStorage]) -> RDBStorage:
 
 def _in_the_making(error: BaseException) -> bool:
     """Whether a driver says that another worker is making the same; SQLite does not wait where it might for ever."""
-    signs = ["already exists", "unique", "duplicate", *(["locked"] if isinstance(error, sqlite3.Error) else [])]
-    return any(sign in str(error).lower() for sign in signs)
+    said = str(error).lower()
+    locked = isinstance(error, sqlite3.Error) and "locked" in said  # a server's blocked host or account stays so
+    return locked or any(sign in said for sign in ("already exists", "unique", "duplicate"))
 
 
 def _sqlite(url: str, path: Path) -> RDBStorage:
@@ -323,10 +324,11 @@ def _first(error: BaseException) -> str:
 
 
 def _unopened(url: str, error: Exception) -> str:
-    said = f"the storage {_named(url)} cannot be opened ({_first(error)}); "
-    if "malformed" in said or "not a database" in said:
+    why = _first(error)
+    said = f"the storage {_named(url)} cannot be opened ({why}); "
+    if "malformed" in why or "not a database" in why:
         return f"{said}the file is damaged: put a copy of it in its place, or name another file"
-    if "locked" in said:
+    if url.startswith("sqlite") and "locked" in why:
         return f"{said}wait for the program that holds it, or end that"
     if url.startswith("sqlite"):
         return f"{said}name a file in a folder that can be written and has room"
