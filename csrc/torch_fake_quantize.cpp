@@ -29,6 +29,16 @@ struct Operands {
     return alive.back().const_data_ptr();
   }
 
+  // The operands of `count` grids.
+  void keep_grids(sgsc::GridRows& t, int64_t count, const Tensor& scale, const Tensor& lo, const Tensor& hi,
+                  const Tensor& shift) {
+    const ScalarType dtype = real(t.type);
+    t.scale = keep("scale", scale, dtype, {count});
+    t.lo = keep("lo", lo, dtype, {count});
+    t.hi = keep("hi", hi, dtype, {count});
+    t.shift = keep("shift", shift, dtype, {count});
+  }
+
   static ScalarType real(Type type) { return type == Type::f64 ? ScalarType::Double : ScalarType::Float; }
 };
 
@@ -45,22 +55,18 @@ struct Batch : Operands {
 
   void add(const Tensor* grad, const Tensor& x, const Tensor& scale, const Tensor& lo, const Tensor& hi,
            const Tensor& shift) {
-    const Type type = type_of(op, x, true);
     sgsc::GridRows t{};
-    t.type = type;
+    t.type = type_of(op, x, true);
     t.x = keep("x", x, x.scalar_type(), {ANY, ANY});
     t.rows = x.size(0), t.width = x.size(1);
-    t.scale = keep("scale", scale, real(type), {t.rows});
-    t.lo = keep("lo", lo, real(type), {t.rows});
-    t.hi = keep("hi", hi, real(type), {t.rows});
-    t.shift = keep("shift", shift, real(type), {t.rows});
+    keep_grids(t, t.rows, scale, lo, hi, shift);
     if (grad) {
       t.grad = keep("grad", *grad, x.scalar_type(), {t.rows, t.width});
       t.grad_scale = make(grad_scale, scale, {t.rows});
       t.grad_lo = make(grad_lo, scale, {t.rows});
       t.grad_hi = make(grad_hi, scale, {t.rows});
     }
-    out.push_back(empty_reused(x, {t.rows, t.width}, sgsc::size_of(type)));
+    out.push_back(empty_reused(x, {t.rows, t.width}, sgsc::size_of(t.type)));
     t.out = out.back().mutable_data_ptr();
     tensors.push_back(t);
   }
@@ -124,10 +130,7 @@ struct Mixture : Operands {
     mixed.grids = share.numel();
     t.x = keep("x", x, x.scalar_type(), {t.width});
     mixed.share = keep("share", share, real(t.type), {mixed.grids});
-    t.scale = keep("scale", scale, real(t.type), {mixed.grids});
-    t.lo = keep("lo", lo, real(t.type), {mixed.grids});
-    t.hi = keep("hi", hi, real(t.type), {mixed.grids});
-    t.shift = keep("shift", shift, real(t.type), {mixed.grids});
+    keep_grids(t, mixed.grids, scale, lo, hi, shift);
     t.out = out.mutable_data_ptr();
   }
 };
