@@ -91,15 +91,16 @@ def network_claims(rows: list[Row]) -> list[Row]:
     the same budget in bytes and in time, both what it ends with and the best of its short trials are compared.
     """
     made = []
-    for task, schedule in dict.fromkeys((r["task"], trained(r)) for r in rows):
-        of = {(r["method"], r["seed"]): r for r in rows if (r["task"], trained(r)) == (task, schedule)}
+    for task, schedule, within in dict.fromkeys((r["task"], trained(r), r["within"]) for r in rows):
+        alike = [r for r in rows if (r["task"], trained(r), r["within"]) == (task, schedule, within)]
+        of = {(r["method"], r["seed"]): r for r in alike}
         ours = [row for (method, _), row in of.items() if method == "kmeans-tpe"]
         for other in OTHERS:
             pairs = paired(ours, of, other)
             if pairs:
                 points = 100 * statistics.fmean(a["validation_accuracy"] - b["validation_accuracy"] for a, b in pairs)
                 error = 100 * difference_error(pairs)
-                what = f"{task}, {schedule}, {len(pairs)} seeds: against {OTHERS[other]}"
+                what = f"{task}, {schedule}, {len(pairs)} seeds: against {OTHERS[other]} within {within}"
                 if other in REFERENCES:
                     saved = min((b["stored_bytes"] - a["stored_bytes"]) / b["stored_bytes"] for a, b in pairs)
                     text = f"{what}, share of bytes saved, least"
@@ -109,7 +110,7 @@ def network_claims(rows: list[Row]) -> list[Row]:
         if pairs := paired(ours, of, "tpe"):
             mine, theirs = (statistics.fmean(one["short_loss"] for one in ones) for ones in zip(*pairs, strict=True))
             what = f"{task}, {schedule}, {len(pairs)} seeds: best loss of the trials of Optuna's TPE in the same time"
-            made.append(claim(what, 1, theirs / mine, "times ours", at_least=1))
+            made.append(claim(f"{what}, beside {within}", 1, theirs / mine, "times ours", at_least=1))
     return made
 
 
@@ -120,8 +121,9 @@ def paired(ours: Rows, of: Mapping[tuple[str, int], Row], other: str) -> list[tu
 
 
 def trained(row: Mapping[str, Any]) -> str:
-    """By which schedule, and on what, where that is no CPU: means are of one."""
-    return row["schedule"] if row.get("device") is None else f"{row['schedule']}, {row['device']}"
+    """By which schedule, in which precision and on what, where that is no CPU: means are of one."""
+    precision = None if row["precision"] == "float32" else row["precision"]
+    return ", ".join(filter(None, (row["schedule"], precision, row.get("device"))))
 
 
 def taught(row: Mapping[str, Any]) -> str:
@@ -199,16 +201,16 @@ def kill_table(rows: Rows) -> str:
 def network_table(rows: Rows) -> str:
     """A method a line, over seeds; then what the short training of a trial says of the long one."""
     lines, said = [], []
-    for schedule, method in dict.fromkeys((trained(r), r["method"]) for r in rows):
-        group = [r for r in rows if (trained(r), r["method"]) == (schedule, method)]
+    for within, schedule, method in dict.fromkeys((r["within"], trained(r), r["method"]) for r in rows):
+        group = [r for r in rows if (r["within"], trained(r), r["method"]) == (within, schedule, method)]
         if method == "proxy":
             first, found = group[0], spread([r["spearman"] for r in group], ".2f")
             steps = f"{first['steps']} and {first['finish_steps']} steps"
             low, high = rank_interval([r["spearman"] for r in group], [r["configurations"] for r in group])
             said.append(
                 f"Rank correlation (Spearman) of the validation losses of {first['configurations']} random "
-                f"configurations after {steps} ({schedule}, seeds: {len(group)}): {found}; 95 % interval of all seeds "
-                f"{low:.2f} to {high:.2f}."
+                f"configurations after {steps} ({schedule}, beside {within}, seeds: {len(group)}): {found}; 95 % "
+                f"interval of all seeds {low:.2f} to {high:.2f}."
             )
             continue
 
@@ -219,13 +221,23 @@ def network_table(rows: Rows) -> str:
 
         lines.append(
             [
-                *(method, schedule, str(len(group)), shown("stored_bytes", ",.0f"), shown("stored_ratio", ".2f", 100)),
+                *(method, within, schedule, str(len(group))),
+                *(shown("stored_bytes", ",.0f"), shown("stored_ratio", ".2f", 100)),
                 *(shown("validation_loss", ".4f"), shown("validation_accuracy", ".2f", 100)),
                 *(shown("packed_accuracy", ".2f", 100), shown("float_accuracy", ".2f", 100)),
                 *(shown("trials", ".0f"), shown("processor_seconds", ".0f")),
             ]
         )
-    head = ["method", "schedule", "seeds", "stored bytes", "of float32, %", "validation loss", "validation accuracy, %"]
+    head = [
+        "method",
+        "references within",
+        "schedule",
+        "seeds",
+        "stored bytes",
+        "of float32, %",
+        "validation loss",
+        "validation accuracy, %",
+    ]
     head += ["test accuracy, %", "float's, %", "trials", "processor, s"]
     every = ", ".join(dict.fromkeys(f"{r['steps']} and {r['finish_steps']} ({trained(r)})" for r in rows))
     note = (
@@ -236,7 +248,7 @@ def network_table(rows: Rows) -> str:
     kinds = Counter(map(taught, rows))
     learned = (kind if len(kinds) == 1 else f"{kind} ({count} of {len(rows)} rows)" for kind, count in kinds.items())
     note += f"Learned {'; '.join(learned)}."
-    return "\n\n".join([table(head, lines, text=2), note, *said])
+    return "\n\n".join([table(head, lines, text=3), note, *said])
 
 
 LAYOUTS: dict[str, Callable[[Rows], str]] = {

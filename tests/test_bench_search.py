@@ -108,6 +108,7 @@ def test_claims_fail_where_the_numbers_do():
     assert [c["holds"] for c in search_claims.kill_claims([kills])] == [False] * 3
     assert not search_claims.proposal_claims([{"method": "k-means TPE", "milliseconds": 51.0}])[0]["holds"]
     ours = {"schedule": "reduced", "task": "mnist", "method": "kmeans-tpe", "seed": 0, "short_loss": 2.0}
+    ours |= {"within": "11%", "precision": "float32"}
     ours |= {"stored_bytes": 81, "validation_samples": 10_000}
     ours |= {"validation_accuracy": 0.90, "validation_wrong": [*range(1000)]}
     other = {**ours, "method": "uniform", "stored_bytes": 100}
@@ -126,6 +127,12 @@ def test_claims_fail_where_the_numbers_do():
     assert len(search_claims.network_claims([*judged])) == 2
     program = {**other, "method": "integer program", "seed": 1}  # another seed is no pair
     assert len(search_claims.network_claims([ours, program])) == 0
+    for part in (
+        {"within": "20%"},
+        {"precision": "bfloat16"},
+        {"schedule": "full"},
+    ):  # and so is another size or training
+        assert len(search_claims.network_claims([ours, other | part])) == 0
 
 
 def test_a_rank_correlation_has_the_interval_that_simulated_ones_have():
@@ -186,7 +193,7 @@ def cut_off(monkeypatch):
 
 
 def test_network_rows_are_runs_on_one_float_network(monkeypatch, tmp_path, commit):
-    monkeypatch.setitem(search_networks.REDUCED, "digits", search_networks.Plan("11%", 9, 2, 3, 20, 3))
+    monkeypatch.setitem(search_networks.REDUCED, "digits", search_networks.Plan(("11%",), 9, 2, 3, 20, 3))
     monkeypatch.chdir(tmp_path)  # where float networks lie between runs
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     trainings = cut_off(monkeypatch)
@@ -214,8 +221,8 @@ def test_network_rows_are_runs_on_one_float_network(monkeypatch, tmp_path, commi
     assert len(rows["proxy"]["short_losses"]) == 3
     assert -1 <= rows["proxy"]["spearman"] <= 1
     shown = search_claims.network_table(said["rows"])
-    assert "| kmeans-tpe | reduced | 1 |" in shown
-    assert "3 random configurations after 2 and 3 steps (reduced, seeds: 1)" in shown
+    assert "| kmeans-tpe | 11% | reduced | 1 |" in shown
+    assert "3 random configurations after 2 and 3 steps (reduced, beside 11%, seeds: 1)" in shown
     assert len(said["claims"]) == 6
 
 

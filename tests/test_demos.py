@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import TensorDataset
 
 from sgsc.demos import ARCHITECTURES, TASKS, accuracy, batches, evaluate, load, train
 from sgsc.demos.models import CharLM, MnistCNN, NamesLM
+from sgsc.demos.qat import tune, uniform
 from sgsc.demos.tasks import NAME_LETTERS, PRINTABLE, stratified, windows
-from sgsc.demos.training import crops, from_file, shift
+from sgsc.demos.training import crops, from_file, peak, shift
 
 DATA = Path(os.environ.get("SGSC_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_mnist = pytest.mark.skipif(not (DATA / "mnist.npz").is_file(), reason="no mnist.npz in SGSC_DATA")
@@ -433,10 +435,25 @@ def test_training_in_bfloat16_learns_as_well_and_keeps_float32_weights():
 def test_the_learning_rate_warms_up_and_ends_near_zero():
     rates = []
     train(load("digits", limit=8), 0, 30, lambda step, total, values: rates.append(values["learning_rate"]))
-    peak = max(rates)
-    assert peak == pytest.approx(load("digits", limit=8).learning_rate)
-    assert rates[0] == pytest.approx(peak / 3)
-    assert 0 < rates[-1] < 0.02 * peak
+    highest = max(rates)
+    assert highest == pytest.approx(load("digits", limit=8).learning_rate)
+    assert rates[0] == pytest.approx(highest / 3)
+    assert 0 < rates[-1] < 0.02 * highest
+
+
+def test_few_steps_on_answers_have_a_lower_peak():
+    task = load("digits", limit=8)
+    assert [peak(task, steps, distilled=True) / task.learning_rate for steps in (2000, 1000, 500, 250, 20)] == (
+        pytest.approx([1, 1, 0.5, 0.25, 0.25])
+    )
+    assert peak(task, 20, distilled=False) == task.learning_rate
+    network = train(task, 0, 1)
+    for teacher, highest in ((network, task.learning_rate / 4), (None, task.learning_rate)):
+        rates = []
+        hook = register_optimizer_step_post_hook(lambda o, *_, of=rates: of.append(o.param_groups[0]["lr"]))
+        tune(task, uniform(network, 4), 10, 0, teacher=teacher)
+        hook.remove()
+        assert max(rates) == pytest.approx(highest)
 
 
 def test_no_steps_are_refused():

@@ -35,7 +35,7 @@ from sgsc.preservation import PreservationSet, quotas
 from sgsc.size import float_bytes, nominal_bits
 
 from .task import Task, data_hash
-from .training import answered, decayed, drawn_by, evaluate, samples_of, schedule, train
+from .training import answered, decayed, drawn_by, evaluate, peak, samples_of, schedule, train
 
 MODEL, FLOAT, KEPT, CHECKPOINT = "model.sgsc", "float.safetensors", "preservation.safetensors", "checkpoint.safetensors"
 REPORTS = ("report.json", "certificate.json", "report.html")  # written last: those of an older run must not stay
@@ -157,6 +157,7 @@ def compress(
     settings = {"config": config.as_dict(), "task": task.name, "samples": samples, "data": data_hash(task)}
     settings |= {"quantizer": quantizer, "shares": shares}
     settings |= {"precision": task.precision, "weight_decay": task.weight_decay, "distilled": task.distilled}
+    settings |= {"learning_rate": peak(task, config.steps, task.distilled)}
     saved = load_checkpoint(folder / CHECKPOINT) if resume else None
     found = _settings(saved)
     if saved is not None and {name: found.get(name) for name in settings} != settings:
@@ -231,7 +232,9 @@ def _settings(saved: Any) -> dict[str, Any]:
 def _run_of(
     task: Task, config: CompressionConfig, model: nn.Module, keep: PreservationSet | None, file: dict[str, Any]
 ) -> SelfCompression:
-    optimiser = torch.optim.AdamW(decayed(model.parameters(), task.weight_decay), lr=task.learning_rate)
+    optimiser = torch.optim.AdamW(
+        decayed(model.parameters(), task.weight_decay), lr=peak(task, config.steps, task.distilled)
+    )
     return SelfCompression(model, keep, optimizer=optimiser, file=file, **config.as_dict())
 
 
@@ -256,8 +259,9 @@ def _train_compressed(
         order.set_state(saved["order"])
     data = samples_of(task, order)
     look = TensorDataset(*task.validation[:LOOK])
+    highest = peak(task, config.steps, task.distilled)
     while run.steps < config.steps:
-        rate = task.learning_rate * schedule(run.steps / config.steps)
+        rate = highest * schedule(run.steps / config.steps)
         for group in optimiser.param_groups:
             group["lr"] = rate
         model.train()

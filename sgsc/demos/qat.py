@@ -21,7 +21,7 @@ from sgsc.preparation import prepare
 from sgsc.size import float_bytes
 
 from .task import Task
-from .training import answered, decayed, drawn_by, evaluate, samples_of, schedule
+from .training import answered, decayed, drawn_by, evaluate, peak, samples_of, schedule
 
 EDGES = 8  # bits of the first and the last layer
 
@@ -70,11 +70,12 @@ def tune(
     groups = decayed((p for p in model.parameters() if id(p) not in own), task.weight_decay, of=1.0)
     for step in (q.get_parameter("step") for q in quantizers):
         groups.append({"params": [step], "of": float(step.detach().mean()), "weight_decay": 0.0})
-    optimiser = torch.optim.AdamW(groups, lr=task.learning_rate)
+    highest = peak(task, steps, teacher is not None)
+    optimiser = torch.optim.AdamW(groups, lr=highest)
     data = samples_of(task, torch.Generator().manual_seed(seed))
     for done in range(steps):
         model.train()
-        rate = task.learning_rate * schedule(done / steps)
+        rate = highest * schedule(done / steps)
         for group in optimiser.param_groups:
             group["lr"] = rate * group["of"]
         x, y = next(data)

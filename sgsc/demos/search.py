@@ -36,7 +36,7 @@ from sgsc.size import float_bytes
 from .job import FLOAT, LOOK, MODEL, Progress, float_model
 from .qat import tune
 from .task import Task, data_hash
-from .training import answered, evaluate
+from .training import answered, evaluate, peak
 
 STUDY, WINNER = "study.db", "winner.safetensors"
 SENSITIVITY_SAMPLES, SENSITIVITY_BATCH = 1024, 64
@@ -203,6 +203,7 @@ def search(
     name = study or task.name
     settings = {"task": task.name, "steps": steps, "widths": widths, "data": data_hash(task), "judged_by": "answers"}
     settings |= {"sensitivity": sensitivity, "weight_decay": task.weight_decay, "precision": task.precision}
+    settings |= {"learning_rate": peak(task, steps, distilled=True)}
     check_study(opened, name, sampler, seed, limits, settings)
     if network is None:
         network = float_model(task.to(device), seed, folder, progress).cpu().eval()
